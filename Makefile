@@ -1,0 +1,42 @@
+# image_text_sim_clip: `make help` lists what there is. Everything runs in .venv, made on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := image_text_sim_clip.py addons challenge_set readme_imgs tests
+
+.PHONY: help demo test quick lint pictures model clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/ready  ## score the bundled drawings with the bundled model, without a download of either
+	$(BIN)/python image_text_sim_clip.py --config challenge_set/demo.yaml
+
+test: .venv/ready-for-tests lint  ## run linter, type checker and all tests
+	$(BIN)/python -m pytest -n 2
+
+quick: .venv/ready-for-tests  ## run the tests that take no time
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: .venv/ready-for-tests  ## ruff and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+pictures: .venv/ready  ## draw everything in readme_imgs again, from real runs
+	$(BIN)/python readme_imgs/draw_figures.py
+
+model: .venv/ready  ## train challenge_set/shapes_clip again and draw its pictures (half an hour on two cores)
+	$(BIN)/python challenge_set/draw_shapes.py
+	$(BIN)/python challenge_set/train_shapes_clip.py
+
+clean:  ## remove the virtual environment, caches and the demo's results
+	rm -rf .venv scores .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-for-tests: .venv/ready tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@

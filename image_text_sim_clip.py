@@ -1,0 +1,1678 @@
+"""How well do an image and a caption belong together?  One number per row, from a pretrained CLIP or SigLIP model.
+
+    python image_text_sim_clip.py --config config.yaml
+
+`similarity` is the cosine of the angle between the image's and the caption's embedding, in [-1, 1]; higher means a
+better match. It compares rows scored by one model; it is no percentage, and two models' numbers do not compare.
+For SigLIP, `probability` is sigmoid(scale * cosine + bias): the model's own chance that the two belong together.
+
+    pairs: CSV
+        | stage + plan    one streaming pass into Parquet, malformed lines aside; fixed row ranges; manifest.json
+        v
+    partition 00000 ... N      an engine only decides WHERE a partition runs
+        |
+        v   Scorer(config)(partition)
+        |      rows -> loader threads: fetch, decode, resize to uint8   (bounded, in order, across partition edges)
+        |           -> batch -> image encoder, text encoder (fp32 normalise, fp32 dot)
+        |      every row ends as a score or as a reason
+        v
+    parts/part-00012.json, then parts/part-00012.parquet    written beside, fsync, renamed: "it exists" = "done" = resume
+        | finalize
+        v
+    scores.csv (input order) . profile.json . memory-time.png . summary
+
+The file reads in that order: trouble, config, pairs, images, model, one partition, parts, engines, results, main.
+Heavy libraries are imported where they are used, so that a mistake in the config is answered at once.
+"""
+import argparse
+import builtins
+import collections
+import contextlib
+import csv
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+import signal
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+import typing
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, Literal
+
+import yaml
+
+__version__ = "0.1.0"
+
+# memory_profiler (-m, mprof) and kernprof put `profile` among the builtins; without them it does nothing. Tracing two
+# profiled functions in two threads crashes the run, so PROFILED also turns the loader threads off.
+PROFILED = hasattr(builtins, "profile")
+profile: Callable[[Callable], Callable] = getattr(builtins, "profile", lambda function: function)
+
+
+# ── Trouble ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Three kinds, three fates: a user's mistake is one line and an exit code, a row's failure is a status, a bug is a traceback.
+
+EXIT_CONFIG, EXIT_INPUT, EXIT_FAILURES, EXIT_DISK, EXIT_MODEL, EXIT_VERIFY = 2, 3, 4, 5, 6, 7
+
+STATUSES = ("ok", "missing", "forbidden", "timeout", "dns", "connect", "http_4xx", "http_5xx", "too_large", "not_image",
+            "unsupported", "corrupt", "bomb", "empty_caption", "opted_out", "non_finite", "oom", "crashed", "not_tried")
+
+
+class Trouble(Exception):
+    """What the user can mend: told in one line on stderr, ends the program with `exit_code`."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code
+
+
+class RowFailure(Exception):
+    """Why one row gets no score: a `status` of STATUSES and a `detail` without times, addresses or absolute paths."""
+
+    def __init__(self, status: str, detail: str) -> None:
+        super().__init__(f"{status}: {detail}")
+        self.status, self.detail = status, detail
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM: unwinds to `run`, which exits with 128 + the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Interruption:
+    """Turns the first signal into a wish to stop that `check` obeys between batches; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signum, self.deferred = 0, False
+
+    def install(self) -> None:
+        """Listen to SIGINT and SIGTERM (main thread only)."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self.signum or not self.deferred:
+            raise Interrupted(signum)
+        self.signum = signum
+        say("stopping after this batch; finished partitions are kept, the same command goes on from there")
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came while `deferred` was set."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
+
+INTERRUPTION = Interruption()
+
+
+def say(message: str) -> None:
+    """One line of talk, on stderr (stdout belongs to the result)."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def output_disk(path: os.PathLike | str) -> Iterator[None]:
+    """Turn an OSError while writing `path` into Trouble with the exit code for a full or broken output disk."""
+    try:
+        yield
+    except OSError as error:
+        raise Trouble(EXIT_DISK, f"cannot write {path}: {error.strerror or error}") from error
+
+
+def addon(name: str, key: str) -> Any:
+    """Import addons/<name>.py because `key` asks for it; Trouble (exit 2) says what is missing.
+
+    An addon gets what it needs as arguments and never imports this script, which, run as __main__, would be loaded twice.
+    """
+    try:
+        return importlib.import_module(f"addons.{name}")
+    except ImportError as error:
+        missing = f"the file addons/{name}.py beside the script" if (error.name or "").startswith("addons") else \
+            f"the package {error.name} (pip install -r requirements.txt)"
+        raise Trouble(EXIT_CONFIG, f"{key} needs {missing}") from error
+
+
+# ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def _setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A config key with a default and, for numbers, the range it must lie in (both ends included)."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every key of config.yaml, which says in a comment what each is for. Raises Trouble (exit 2) on a bad value."""
+
+    # the original's four
+    csv_path: str = "challenge_set/challenge_set.csv"
+    image_path: str = "challenge_set/photos"
+    use_cuda: bool = True
+    pretrained_model: str = "openai/clip-vit-base-patch32"
+    # the model
+    revision: str = "main"
+    safetensors_only: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # the table
+    url_column: str = "url"
+    caption_column: str = "caption"
+    caption_template: str = "{}"
+    separator: str = "auto"
+    encoding: str = "utf-8"
+    limit: int | None = _setting(None, 1)
+    # images
+    preprocess: Literal["fast", "exact"] = "fast"
+    decode: Literal["exact", "scaled"] = "exact"
+    transparent_over: str = "white"
+    exif_orientation: bool = False
+    max_image_bytes: int = _setting(50_000_000, 1)
+    max_image_pixels: int = _setting(50_000_000, 1)
+    # fetching (image_path: url)
+    fetch_timeout_s: float = _setting(30.0, 0.01, 3600)
+    fetch_retries: int = _setting(2, 0, 100)
+    user_agent: str = "image_text_sim_clip/0.1 (image-caption similarity; respects X-Robots-Tag: noai)"
+    allow_private_hosts: bool = False
+    # the run
+    output_path: str = "scores"
+    batch_size: int | Literal["auto"] = _setting("auto", 1, 65536)
+    partition_rows: int | Literal["auto"] = _setting("auto", 1, 10_000_000)
+    loader_threads: int | Literal["auto"] = _setting("auto", 0, 1024)
+    engine: Literal["auto", "local"] = "auto"
+    max_failure_rate: float = _setting(0.9, 0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+        if self.caption_template.count("{}") != 1:
+            raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
+        if self.separator != "auto" and len(self.separator) != 1:
+            raise Trouble(EXIT_CONFIG, f"separator must be auto or one character, got {self.separator!r}")
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            raise Trouble(EXIT_CONFIG, f"encoding: Python knows none called {self.encoding!r}") from None
+        from PIL import ImageColor
+        try:
+            ImageColor.getrgb(self.transparent_over)
+        except ValueError:
+            raise Trouble(EXIT_CONFIG, f"transparent_over must be a colour such as white or #ff8800, got "
+                                       f"{self.transparent_over!r}") from None
+
+
+# Keys that may differ between a run and its resumption, because no score and no status hangs on them. `use_cuda` is here
+# because the device that was really used is recorded, and compared, in the manifest's `resolved`.
+HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "loader_threads", "engine", "max_failure_rate", "user_agent",
+                 "safetensors_only"}
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    """Whether `value` is of the annotated `kind`; True is no int, 3 is a float."""
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_accepts(k, value) for k in typing.get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _describe(kind: Any) -> str:
+    """The annotated `kind` in a user's words."""
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(typing.get_args(kind))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join(_describe(k) for k in typing.get_args(kind))
+    return {str: "text", bool: "true | false", int: "a whole number", float: "a number", type(None): "null"}[kind]
+
+
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    if not _accepts(field.type, value):
+        raise Trouble(EXIT_CONFIG, f"{field.name} must be {_describe(field.type)}, got {value!r}")
+    low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        raise Trouble(EXIT_CONFIG, f"{field.name} must lie in [{low}, {high}], got {value}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of silently keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise Trouble(EXIT_CONFIG, f"{key} is given twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Config:
+    """Read the YAML file at `path`, apply `overrides` ("key=value", value as YAML) and return the checked Config.
+
+    Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        values = yaml.load(text, _UniqueKeys) or {}  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Trouble(EXIT_CONFIG, f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise Trouble(EXIT_CONFIG, f"{path} must hold 'key: value' lines")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
+        try:
+            values[key.strip()] = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
+    known = [field.name for field in dataclasses.fields(Config)]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
+            raise Trouble(EXIT_CONFIG, f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+    return Config(**values)
+
+
+# ── Pairs: stage and plan ─────────────────────────────────────────────────────────────────────────────────────────────
+
+MAX_RECORD_CHARS = 16_000_000  # a record longer than this is an unbalanced quote, not a caption
+STAGE_ROWS = 8192  # rows of one Parquet row group of the staged table: what is held in memory at a time
+RESULT_COLUMNS = ("similarity", "dissimilarity", "probability", "truncated", "status", "detail")
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """A fixed range of rows, [start, stop), and the part files its results go to."""
+
+    index: int
+    start: int
+    stop: int
+    folder: pathlib.Path
+
+    @property
+    def parquet(self) -> pathlib.Path:
+        """The rows and their results; that it exists is the mark of done."""
+        return self.folder / f"part-{self.index:05d}.parquet"
+
+    @property
+    def json(self) -> pathlib.Path:
+        """Its sha256, counts and seconds; written first."""
+        return self.folder / f"part-{self.index:05d}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run is: the manifest (see `plan`) and its partitions, the same for every engine and every resumption."""
+
+    output: pathlib.Path
+    manifest: dict
+    partitions: list[Partition]
+
+    @property
+    def rows(self) -> int:
+        """How many rows came in."""
+        return self.manifest["rows"]
+
+    def read_rows(self, start: int, stop: int) -> Any:
+        """Rows [start, stop) of the staged table as a pandas DataFrame of text columns."""
+        import pyarrow.parquet as pq
+        with pq.ParquetFile(self.output / "pairs.parquet") as staged:
+            first, last = start // STAGE_ROWS, (max(start, stop - 1)) // STAGE_ROWS
+            groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
+            table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
+        table = table.slice(start - first * STAGE_ROWS, stop - start)
+        return table.to_pandas()
+
+
+def csv_records(lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str] | None, str]]:
+    """Yield (line number, fields, raw text) for each record; fields is None where the text is no valid record.
+
+    A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines
+    after it are read again, so that one stray quote does not take a neighbour with it.
+    """
+    again: collections.deque[str] = collections.deque()
+    taken: list[str] = []
+
+    def feed() -> Iterator[str]:
+        size = 0
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            size = size + len(line) if taken else len(line)
+            taken.append(line)
+            if size > MAX_RECORD_CHARS:
+                raise csv.Error("record too long")
+            yield line
+
+    csv.field_size_limit(MAX_RECORD_CHARS)
+    reader, number = csv.reader(feed(), delimiter=separator, strict=True), 1
+    while True:
+        fields: list[str] | None
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            fields = None
+            again.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            reader = csv.reader(feed(), delimiter=separator, strict=True)
+        raw = "".join(taken)
+        if fields != [] and raw.strip("\r\n"):
+            yield number, fields, raw
+        number += len(taken)
+        taken.clear()
+
+
+def _is_text(fields: list[str]) -> bool:
+    """Whether the fields decoded cleanly: undecodable bytes arrive as lone surrogates."""
+    try:
+        "".join(fields).encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def _open_table(path: pathlib.Path, encoding: str) -> io.TextIOWrapper:
+    """Open the CSV as text with its line ends kept; UTF-16 and unreadable files are Trouble (exit 3)."""
+    try:
+        raw = path.open("rb")
+        start = raw.read(4)
+        raw.seek(0)
+    except OSError as error:
+        raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) and encoding.lower().replace("-", "") == "utf8":
+        raise Trouble(EXIT_INPUT, f"{path} is UTF-16; set encoding: utf-16, or save it as UTF-8")
+    codec = "utf-8-sig" if encoding.lower().replace("-", "") == "utf8" else encoding
+    return io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
+
+
+def _header(path: pathlib.Path, record: tuple[int, list[str] | None, str] | None, config: Config) -> list[str]:
+    """The column names, checked: both columns there, once each."""
+    if record is None or not record[1] or not _is_text(record[1]):
+        raise Trouble(EXIT_INPUT, f"{path} has no readable header line")
+    names = [name.strip() for name in record[1]]
+    for key in ("url_column", "caption_column"):
+        wanted = getattr(config, key)
+        if names.count(wanted) != 1:
+            problem = "has no column" if wanted not in names else "has more than one column"
+            raise Trouble(EXIT_INPUT, f"{path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
+    unique: list[str] = []
+    for name in names:
+        copies = (f"{name}_{n}" for n in itertools.count(2))
+        unique.append(name if name not in unique else next(c for c in copies if c not in unique + names))
+    return unique
+
+
+def stage(config: Config, output: pathlib.Path) -> dict:
+    """One streaming pass over the CSV: valid rows to pairs.parquet, the others to bad_rows.csv.
+
+    Returns the part of the manifest that describes the input: columns, rows, malformed, bytes, sha256.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    path, rows, malformed = pathlib.Path(config.csv_path), 0, 0
+    separator = config.separator if config.separator != "auto" else "\t" if path.suffix == ".tsv" else ","
+    with _open_table(path, config.encoding) as text, output_disk(output), \
+            atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
+        try:
+            records = csv_records(text, separator)
+            columns = _header(path, next(records, None), config)
+            schema = pa.schema([(name, pa.string()) for name in columns])
+            bad_text = io.TextIOWrapper(bad_file, "utf-8", "backslashreplace", "", write_through=True)
+            bad = csv.writer(bad_text, lineterminator="\n")
+            bad.writerow(("line", "reason", "text"))
+            with pq.ParquetWriter(staged_file, schema, compression="zstd") as staged:
+                chunk: list[list[str]] = []
+                for line, fields, raw in records:
+                    if fields is not None and len(fields) == len(columns) and _is_text(fields):
+                        chunk.append(fields)
+                    else:
+                        malformed += 1
+                        bad.writerow((line, _why_malformed(fields, len(columns)), raw.rstrip("\r\n")[:1000]))
+                    if len(chunk) == STAGE_ROWS:
+                        rows += _write_chunk(staged, schema, chunk)
+                    if rows + len(chunk) == config.limit:
+                        break
+                rows += _write_chunk(staged, schema, chunk)
+        except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
+            raise Trouble(EXIT_INPUT, f"{path} is not {config.encoding}: {error}") from None
+    return {"columns": columns, "rows": rows, "malformed": malformed, **_file_identity(path)}
+
+
+def _why_malformed(fields: list[str] | None, expected: int) -> str:
+    if fields is None:
+        return "quotes do not balance"
+    return f"{len(fields)} fields instead of {expected}" if len(fields) != expected else "bytes that are not text"
+
+
+def _write_chunk(staged: Any, schema: Any, chunk: list[list[str]]) -> int:
+    """Append the rows as one row group, empty `chunk`, and return how many there were."""
+    import pyarrow as pa
+    count = len(chunk)
+    if count:
+        arrays = [pa.array(column, pa.string()) for column in zip(*chunk, strict=True)]
+        staged.write_table(pa.table(arrays, schema=schema), row_group_size=STAGE_ROWS)
+        chunk.clear()
+    return count
+
+
+def _file_identity(path: pathlib.Path, known: dict | None = None) -> dict:
+    """Size, time and sha256 of the input; the hash is taken from `known` where size and time have not changed."""
+    info = path.stat()
+    identity = {"input_bytes": info.st_size, "input_mtime_ns": info.st_mtime_ns}
+    if known and all(known.get(key) == value for key, value in identity.items()):
+        return identity | {"input_sha256": known["input_sha256"]}
+    with path.open("rb") as file:
+        return identity | {"input_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def plan(config: Config, fresh: bool = False) -> Plan:
+    """Stage the input, or check that `output_path` holds this very run; cut the rows into partitions.
+
+    The manifest holds the input's identity, the settings that decide a score (`settings`) and what only the loaded
+    model can tell (`resolved`, added by `settle`). Raises Trouble: exit 2 if the folder holds another run, 3 for the
+    input, 5 for the output disk.
+    """
+    output = pathlib.Path(config.output_path)
+    if fresh:
+        discard_run(output)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}
+    if (manifest := _read_json(output / "manifest.json")) is not None:
+        _refuse_other_run(manifest, settings, pathlib.Path(config.csv_path), output)
+    else:
+        if not pathlib.Path(config.csv_path).is_file():
+            raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
+        with output_disk(output):
+            (output / "parts").mkdir(parents=True, exist_ok=True)
+        manifest = {"version": __version__, "settings": settings, **stage(config, output)}
+        size = config.partition_rows
+        manifest["partition_rows"] = min(10_000, max(256, manifest["rows"] // 200)) if size == "auto" else size
+        write_json(output / "manifest.json", manifest)
+        if manifest["malformed"]:
+            say(f"{manifest['malformed']} lines of {config.csv_path} are no rows: see {output / 'bad_rows.csv'}")
+    step, rows = manifest["partition_rows"], manifest["rows"]
+    starts = range(0, rows, step)
+    partitions = [Partition(i, a, min(a + step, rows), output / "parts") for i, a in enumerate(starts)]
+    return Plan(output, manifest, partitions)
+
+
+def _refuse_other_run(manifest: dict, settings: dict, csv_path: pathlib.Path, output: pathlib.Path) -> None:
+    """Raise Trouble that names what differs between the run in `output` and the one asked for now."""
+    differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
+                   for key, value in settings.items() if manifest["settings"].get(key) != value]
+    if not csv_path.is_file():
+        differences.append(f"the input {csv_path} is gone")
+    elif _file_identity(csv_path, manifest)["input_sha256"] != manifest["input_sha256"]:
+        differences.append(f"the content of {csv_path} has changed")
+    if differences:
+        raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): discard it with --fresh, "
+                                   "or write elsewhere with --set output_path=...")
+
+
+def settle(plan: Plan, resolved: dict) -> None:
+    """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a resume that differs."""
+    recorded = plan.manifest.setdefault("resolved", resolved)
+    differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
+                   for key, value in resolved.items() if recorded.get(key) != value]
+    if differences:
+        raise Trouble(EXIT_CONFIG, f"{plan.output} was begun with another model or device ({'; '.join(differences)}): "
+                                   "discard it with --fresh, or write elsewhere with --set output_path=...")
+    write_json(plan.output / "manifest.json", plan.manifest)
+
+
+RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "profile.json", "memory-time.png")
+
+
+def discard_run(output: pathlib.Path) -> None:
+    """Remove this program's own files from `output`, the manifest last; anything else there stays."""
+    with output_disk(output):
+        shutil.rmtree(output / "parts", ignore_errors=True)
+        for name in reversed(RUN_FILES):
+            (output / name).unlink(missing_ok=True)
+
+
+# ── Images: find, fetch, decode ───────────────────────────────────────────────────────────────────────────────────────
+
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+LARGE_PIXELS = 16_000_000  # pictures above this are decoded one at a time: 50 megapixels are 150 MB as RGB
+MAX_ASPECT = 20  # a strip 1 x 100,000 px would be resized to gigabytes before its centre is cut out
+
+
+def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
+    """The bytes of the file that `source` (a relative path, or a URL whose last segment counts) names inside `folder`."""
+    last = urllib.parse.urlsplit(source).path.rsplit("/", 1)[-1] if "://" in source else source.rsplit("/", 1)[-1]
+    names = [last, urllib.parse.unquote(last)] if "://" in source else [source, last]
+    if not last:
+        raise RowFailure("missing", "no file name")
+    for name in dict.fromkeys(names):
+        try:
+            path = (folder / name).resolve()
+            if not path.is_relative_to(folder):
+                raise RowFailure("forbidden", "outside image_path")
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block the open
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:
+            raise RowFailure("forbidden", "no permission to read the file") from None
+        except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
+            raise RowFailure("missing", "no usable file name") from None
+        with open(handle, "rb") as file:
+            info = os.fstat(handle)
+            if not stat.S_ISREG(info.st_mode):
+                raise RowFailure("forbidden", "not a regular file")
+            if info.st_size > max_bytes:
+                raise RowFailure("too_large", f"{info.st_size} bytes")
+            return file.read(max_bytes + 1)
+    raise RowFailure("missing", "no such file in image_path")
+
+
+def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None) -> Any:
+    """Bytes to an 8-bit RGB PIL picture; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > config.max_image_pixels:
+                raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
+            if config.decode == "scaled" and target and image.format == "JPEG":
+                image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
+            with _LARGE_IMAGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
+                image.load()
+                return to_rgb(image, config)
+    except RowFailure:
+        raise
+    except UnidentifiedImageError:
+        raise RowFailure(*_why_unidentified(data)) from None
+    except Image.DecompressionBombError:
+        raise RowFailure("bomb", "too many pixels") from None
+    except MemoryError:
+        raise RowFailure("bomb", "not enough memory to decode") from None
+    except (OSError, ValueError, TypeError, SyntaxError, NotImplementedError, IndexError, KeyError, AttributeError,
+            EOFError, OverflowError, ZeroDivisionError, AssertionError, RuntimeError, struct.error) as error:
+        raise RowFailure("corrupt", type(error).__name__) from None
+
+
+_LARGE_IMAGE = threading.Lock()
+
+
+def _why_unidentified(data: bytes) -> tuple[str, str]:
+    """Status and detail for bytes that no allowed format claims: an image of another kind, or no image at all."""
+    from PIL import Image
+    start = data[:512].lstrip().lower()
+    if not data:
+        return "not_image", "empty file"
+    if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1") or start.startswith((b"<svg", b"%pdf", b"8bps")):
+        return "unsupported", "format not allowed"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"{")):
+        return "not_image", "text, not a picture"
+    if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or data[8:12] == b"WEBP":
+        return "corrupt", "header cannot be read"
+    Image.preinit()
+    return "not_image", "no picture format known here"
+
+
+def to_rgb(image: Any, config: Config) -> Any:
+    """Any PIL picture (first frame) as 8-bit RGB, where a bare `convert` would give silent white or black.
+
+    16-bit grey is scaled by 1/257, wider integers and floats by the range they fill ([0, 1], [0, 255] and [0, 65535] are
+    kept as scales, anything else is stretched), transparency is laid over `transparent_over`.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+    if config.exif_orientation:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+        low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+        if image.mode == "F" and low >= 0 and high <= 1:
+            values = values * 255
+        elif image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
+            values = values / 257
+        elif low < 0 or high > 255:
+            values = (values - low) * (255 / (high - low))
+        image = Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, config.transparent_over)
+        image = Image.alpha_composite(below, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# ── Images: resize to what the model reads ────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How the model's own image processor resizes and crops: sizes are (height, width) in pixels."""
+
+    shortest_edge: int | None
+    size: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    resample: int  # Pillow's number: 2 bilinear, 3 bicubic
+
+    @classmethod
+    def of(cls, processor: Any) -> "ImageSettings":
+        """Read them from a transformers image processor; raises Trouble (exit 6) for steps this program does not know."""
+        size, edge = dict(processor.size), processor.size.get("shortest_edge")
+        pair = (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+        if not processor.do_resize or size.get("longest_edge") or not (edge or pair) or getattr(processor, "do_pad", False):
+            raise Trouble(EXIT_MODEL, f"the model's image processor asks for an unknown resize: {size}")
+        return cls(edge, pair, (crop["height"], crop["width"]) if crop else None, int(processor.resample))
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize, rounded as transformers rounds."""
+        if self.size:
+            return self.size
+        assert self.shortest_edge
+        long_edge = int(self.shortest_edge * max(height, width) / min(height, width))
+        return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
+
+
+# What the dry run (`pretrained_model: none`) resizes to: the shape most models read.
+DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 3)
+
+
+def trim_strip(image: Any, settings: ImageSettings) -> Any:
+    """Cut a picture longer than MAX_ASPECT to its centre, where the model's crop keeps the centre only."""
+    width, height = image.size
+    if not settings.shortest_edge or not settings.crop or max(width, height) <= MAX_ASPECT * min(width, height):
+        return image
+    long_edge = MAX_ASPECT * min(width, height)
+    left, top = max(0, (width - long_edge) // 2), max(0, (height - long_edge) // 2)
+    return image.crop((left, top, min(width, left + long_edge), min(height, top + long_edge)))
+
+
+def resize_fast(image: Any, settings: ImageSettings) -> Any:
+    """RGB picture -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's.
+
+    It is the kernel that transformers' own default backend calls, on bytes and without torchvision.
+    """
+    import numpy as np
+    import torch
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+    size = settings.resized(image.height, image.width)
+    mode = {2: "bilinear", 3: "bicubic"}[settings.resample]
+    return center_crop(torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=True)[0].numpy(), settings.crop)
+
+
+def resize_pillow(image: Any, settings: ImageSettings) -> Any:
+    """RGB picture -> (3, H, W) uint8 array by Pillow alone: the dry run, which loads no torch."""
+    import numpy as np
+    height, width = settings.resized(image.height, image.width)
+    return center_crop(np.asarray(image.resize((width, height), settings.resample)).transpose(2, 0, 1), settings.crop)
+
+
+def center_crop(pixels: Any, crop: tuple[int, int] | None) -> Any:
+    """The middle of a (3, h, w) array, the same pixels that transformers takes; black border where it is too small."""
+    import numpy as np
+    if crop is None:
+        return np.ascontiguousarray(pixels)
+    height, width = pixels.shape[1:]
+    if height < crop[0] or width < crop[1]:
+        missing = max(0, crop[0] - height), max(0, crop[1] - width)
+        pixels = np.pad(pixels, [(0, 0), *((math.ceil(n / 2), n // 2) for n in missing)])
+        height, width = pixels.shape[1:]
+    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+    return np.ascontiguousarray(pixels[:, top:top + crop[0], left:left + crop[1]])
+
+
+@dataclasses.dataclass
+class Loaded:
+    """What a loader thread made of one source: `pixels` (3, H, W) uint8 or a `failure`; seconds per stage."""
+
+    pixels: Any = None
+    failure: RowFailure | None = None
+    digest: bytes = b""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class ImageLoader:
+    """Source (URL or path) -> Loaded. Runs in loader threads; knows the model only by its ImageSettings and resize."""
+
+    def __init__(self, config: Config, settings: ImageSettings, resize: Callable[[Any, ImageSettings], Any],
+                 threads: int) -> None:
+        self.config, self.settings, self.resize = config, settings, resize
+        self.read: Callable[[str], bytes]
+        if config.image_path == "url":
+            self.read = addon("fetch", "image_path: url").Fetcher(config, max(1, threads), RowFailure)
+        else:
+            folder = pathlib.Path(config.image_path)
+            if not folder.is_dir():
+                raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
+            folder = folder.resolve()
+            self.read = lambda source: read_file(folder, source, config.max_image_bytes)
+
+    def __call__(self, source: str) -> Loaded:
+        loaded = Loaded()
+        clock = Clock(loaded.seconds)
+        try:
+            if not source.strip():
+                raise RowFailure("missing", "no URL")
+            with clock.stage("fetch"):
+                data = self.read(source.strip())
+            loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
+            with clock.stage("decode", time.thread_time):
+                image = self.decode(data)
+            with clock.stage("resize", time.thread_time):
+                loaded.pixels = self.resize(image, self.settings)
+        except RowFailure as failure:
+            loaded.failure = failure.with_traceback(None)
+        return loaded
+
+    @profile
+    def decode(self, data: bytes) -> Any:
+        """Bytes -> RGB picture, ready to be resized."""
+        edge = self.settings.shortest_edge
+        image = decode_image(data, self.config, (edge, edge) if edge else self.settings.size)
+        return trim_strip(image, self.settings)
+
+
+class LoaderPool:
+    """Loads sources ahead of their use: `add` them, `take` them in the same order; a bounded number is in flight."""
+
+    def __init__(self, load: Callable[[str], Loaded], threads: int) -> None:
+        self._load, self._window = load, 4 * threads + 8
+        self._waiting: collections.deque[str] = collections.deque()
+        self._flying: collections.deque[Future[Loaded]] = collections.deque()
+        self._pool = ThreadPoolExecutor(threads, "loader") if threads else None
+
+    def add(self, sources: Iterable[str]) -> None:
+        """Queue names (not pictures: those stay within the window)."""
+        self._waiting.extend(sources)
+        self._launch()
+
+    def _launch(self) -> None:
+        while self._pool and self._waiting and len(self._flying) < self._window:
+            self._flying.append(self._pool.submit(self._load, self._waiting.popleft()))
+
+    def take(self) -> Loaded:
+        """The oldest source's result; waits for it, but not through an interruption."""
+        if not self._pool:
+            return self._load(self._waiting.popleft())
+        future = self._flying.popleft()
+        while True:
+            try:
+                loaded = future.result(timeout=0.2)
+                self._launch()
+                return loaded
+            except FutureTimeout:
+                INTERRUPTION.check()
+
+    def close(self) -> None:
+        """Drop what is queued; a fetch under way ends by its own deadline."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def loader_threads(config: Config) -> int:
+    """How many loader threads `auto` means: the cores for files, many waiting ones for URLs, none under a line profiler."""
+    if PROFILED:
+        return 0
+    if config.loader_threads != "auto":
+        return config.loader_threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(32, 4 * cores) if config.image_path == "url" else min(32, cores)
+
+
+# ── Clock ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The stages of one pair's way, in order. Decode and resize count CPU seconds of their thread; fetch waits, so it counts
+# wall seconds; `wait` is what the main thread waited for the loaders.
+PREPARE_STAGES = ("fetch", "decode", "resize", "tokenize")
+METRIC_STAGES = ("image_encoder", "text_encoder", "score")
+STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "wait", "write")
+
+
+class Clock:
+    """Seconds per stage, added up in the dict given."""
+
+    current = "start"  # what the main thread is at, for the memory curve
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = seconds if seconds is not None else {}
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add another clock's seconds to this one's."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    @contextlib.contextmanager
+    def stage(self, name: str, timer: Callable[[], float] = time.perf_counter) -> Iterator[None]:
+        """Count what happens inside towards `name`."""
+        started = timer()
+        if threading.current_thread() is threading.main_thread():
+            Clock.current = name
+        try:
+            yield
+        finally:
+            self.add({name: timer() - started})
+
+
+def gpu_memory_mib(peak: bool = False) -> float:
+    """Memory that torch holds on the GPU, in MiB; 0 without one (and without importing torch to find out)."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
+        return 0.0
+    return (torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()) / 2**20
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has ever held, in MiB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ── Model: find and load ──────────────────────────────────────────────────────────────────────────────────────────────
+
+BUNDLED_HINT = "without the Hub, run the bundled model: python image_text_sim_clip.py --config challenge_set/demo.yaml"
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A folder with a model in it, and where it came from: `identity` is the Hub commit or the weights' fingerprint."""
+
+    folder: pathlib.Path
+    identity: str
+    safetensors: bool
+
+
+def find_model(config: Config) -> ModelFiles:
+    """A local folder, the Hub (at one commit) or the Hub's local cache; raises Trouble (exit 6) that says what was tried."""
+    name, folder = config.pretrained_model, pathlib.Path(config.pretrained_model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise Trouble(EXIT_MODEL, f"{name} holds no config.json: not a model folder")
+        if not any((folder / f).is_file() for f in SAFETENSORS):
+            raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
+        return ModelFiles(folder, _weights_fingerprint(folder), True)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder here nor a Hub id (owner/name); {BUNDLED_HINT}")
+    return _find_on_hub(config)
+
+
+def _weights_fingerprint(folder: pathlib.Path) -> str:
+    """A hash of the config and of each weights file's size, head and 16 samples: training again changes all of them."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(17):
+                file.seek(i * size // 17)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def _find_on_hub(config: Config) -> ModelFiles:
+    """Resolve the revision to a commit, choose the weights' format, download what is missing; offline, take the cache."""
+    import huggingface_hub
+    name, tried = config.pretrained_model, f"tried the folder {config.pretrained_model!r} (none here)"
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=config.revision, timeout=15)
+        commit, files = info.sha, {sibling.rfilename for sibling in info.siblings or ()}
+    except Exception as error:  # the Hub's client raises its own, its HTTP library's and the system's errors
+        commit, files = config.revision, set()
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        tried += f", the Hub ({'HF_HUB_OFFLINE is set' if offline else f'{type(error).__name__}: {str(error)[:120]}'})"
+    weights = "model*.safetensors" if files & set(SAFETENSORS) else "pytorch_model*.bin"
+    try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(
+            name, revision=commit, allow_patterns=["*.json", "*.txt", "*.model", weights], local_files_only=not files))
+    except Exception as error:
+        tried += ", the local cache (not there)" if not files else f", the Hub ({type(error).__name__}: {str(error)[:120]})"
+        raise Trouble(EXIT_MODEL, f"cannot get {name} ({config.revision}): {tried}; {BUNDLED_HINT}") from None
+    safetensors = any((folder / f).exists() for f in SAFETENSORS)
+    if not safetensors and not any((folder / f).exists() for f in PICKLES):
+        raise Trouble(EXIT_MODEL, f"{name} ({config.revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
+    if not safetensors and config.safetensors_only:
+        raise Trouble(EXIT_MODEL, f"{name} has no safetensors at revision {config.revision}, and safetensors_only is set")
+    if not safetensors:
+        say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
+    return ModelFiles(folder, folder.resolve().name, safetensors)
+
+
+def choose_device(config: Config) -> str:
+    """'cuda' where there is one and it is asked for; warns where it is asked for and missing."""
+    import torch
+    if config.use_cuda and torch.cuda.is_available():
+        return "cuda"
+    if config.use_cuda:
+        say("warning: use_cuda is true, but torch sees no CUDA device; running on the CPU")
+    return "cpu"
+
+
+def choose_dtype(config: Config, device: str) -> str:
+    """The dtype that `auto` means: bfloat16 on a GPU that has it, float16 on an older one, float32 on the CPU."""
+    import torch
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+
+
+def load_model(files: ModelFiles, name: str, dtype: str) -> tuple[Any, Any, Any]:
+    """Model (eval mode, on the CPU), tokenizer and Pillow image processor; raises Trouble (exit 6), never runs remote code."""
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask an outside service to convert
+    import torch
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        kind = model_config.model_type
+        if kind == "siglip2":
+            raise Trouble(EXIT_MODEL, f"{name} is a NaFlex SigLIP 2, which this program does not score; take one of a fixed "
+                                      "resolution, such as google/siglip2-base-patch16-224")
+        if kind not in ("clip", "siglip"):
+            raise Trouble(EXIT_MODEL, f"{name} is a {kind!r} model; this program scores with CLIP and SigLIP models")
+        architecture: Any = transformers.CLIPModel if kind == "clip" else transformers.SiglipModel
+        model, loading = architecture.from_pretrained(
+            files.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=files.safetensors,
+            output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+        # explicit, because the default backend depends on what is installed, and the two differ slightly
+        processor = transformers.AutoImageProcessor.from_pretrained(files.folder, backend="pil", trust_remote_code=False)
+    except Trouble:
+        raise
+    except Exception as error:  # a broken folder makes transformers raise nearly anything
+        raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
+    if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
+        raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
+    return model.eval().requires_grad_(False), tokenizer, processor
+
+
+# ── Model: score ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
+
+
+class Scorer:
+    """A loaded model that turns pictures and captions into embeddings and cosines.
+
+    `Scorer(load_config(path)).similarity(images, captions)` is all most callers need.
+    """
+
+    @profile
+    def __init__(self, config: Config) -> None:
+        import torch
+        self.config, self.clock, self.oom_halvings = config, Clock(), 0
+        self.device = choose_device(config)
+        self.dtype = choose_dtype(config, self.device)
+        self.batch_size = DEFAULT_BATCH[self.device] if config.batch_size == "auto" else config.batch_size
+        self.files = find_model(config)
+        self.model, self.tokenizer, self.processor = load_model(self.files, config.pretrained_model, self.dtype)
+        self.model.to(self.device)
+        self.kind = self.model.config.model_type
+        self.settings = ImageSettings.of(self.processor)
+        self.context_length = self.model.config.text_config.max_position_embeddings
+        self._check_tokenizer()
+        self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
+        self._float32_model: Any = None
+        self.scale = self.model.logit_scale.float().exp().item()
+        self.bias = self.model.logit_bias.float().item() if self.kind == "siglip" else 0.0
+
+    def identity(self) -> dict:
+        """What decides the scores and only the loaded model can tell; kept in the manifest."""
+        return {"model_type": self.kind, "weights": self.files.identity, "device": self.device, "dtype": self.dtype,
+                "batch_size": self.batch_size}
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer whose end-of-text the model would not pool at; find out whether it lower-cases."""
+        probe = self._encode(["Ab"])[0]
+        if self.kind == "siglip":
+            # SigLIP was trained on lower case; SigLIP 2's published tokenizer leaves that to its user
+            self._lower_case = probe != self._encode(["ab"])[0]
+            return
+        self._lower_case = False
+        eos = self.model.config.text_config.eos_token_id
+        legacy = eos == 2  # transformers then pools at the largest id, as OpenAI's published configs need
+        expected = max(self.tokenizer.get_vocab().values()) if legacy else eos
+        if probe[-1] != expected:
+            raise Trouble(EXIT_MODEL, f"{self.config.pretrained_model}: its config pools captions at id {expected}, but its "
+                                      f"tokenizer ends them with id {probe[-1]}")
+
+    def _normalised_levels(self) -> Any:
+        """(3, 256) float32: what the model's own processor makes of each byte value in each channel."""
+        import numpy as np
+        ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+        out = self.processor(ramp, do_resize=False, do_center_crop=False, do_convert_rgb=False,
+                             input_data_format="channels_first")
+        return np.ascontiguousarray(np.asarray(out["pixel_values"][0], dtype=np.float32)[:, 0])
+
+    def resize(self, image: Any, settings: ImageSettings) -> Any:
+        """RGB picture -> (3, H, W) uint8, the fast or the exact way (`preprocess`)."""
+        if self.config.preprocess == "fast" and settings.resample in (2, 3):
+            return resize_fast(image, settings)
+        import numpy as np
+        pixels = self.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        return np.asarray(pixels, dtype=np.uint8)
+
+    def _encode(self, captions: list[str], **options: Any) -> list[list[int]]:
+        # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
+        return self.tokenizer(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
+                              **options)["input_ids"]
+
+    def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
+        if self._lower_case:
+            captions = [caption.lower() for caption in captions]
+        ids = self._encode(captions, truncation=True, max_length=self.context_length)
+        truncated = [False] * len(captions)
+        full = [i for i, row in enumerate(ids) if len(row) >= self.context_length]
+        for i, whole in zip(full, self._encode([captions[i] for i in full]) if full else [], strict=True):
+            truncated[i] = len(whole) > self.context_length
+        return ids, truncated
+
+    @profile
+    def encode_images(self, pixels: Any) -> Any:
+        """uint8 tensor (n, 3, H, W) -> unit embeddings (n, d), float32, on the CPU."""
+        import torch
+        channel = torch.arange(3, device=self.device).view(1, 3, 1, 1)
+
+        def forward(model: Any, part: Any) -> Any:
+            values = self._pixel_table[channel, part.to(self.device, non_blocking=True).long()]  # (n, 3, H, W)
+            return model.get_image_features(pixel_values=values.to(model.dtype))
+        return self._embed(forward, pixels)
+
+    @profile
+    def encode_texts(self, ids: list[list[int]]) -> Any:
+        """Token ids -> unit embeddings (n, d), float32, on the CPU; batches of like length, order kept."""
+        import torch
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        parts = []
+        for start in range(0, len(ids), self.batch_size):
+            rows = [ids[i] for i in order[start:start + self.batch_size]]
+            # CLIP's text tower is causal and pooled at end-of-text, so nothing behind the longest caption counts;
+            # SigLIP's is neither, and was trained on the full length without a mask
+            length = max(map(len, rows)) if self.kind == "clip" else self.context_length
+            pad = self.tokenizer.pad_token_id
+            batch = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # (n, length)
+            parts.append(self._embed(lambda model, part: model.get_text_features(input_ids=part.to(self.device)), batch))
+            INTERRUPTION.check()
+        if not parts:
+            return torch.empty(0, 0)
+        inverse = torch.empty(len(ids), dtype=torch.long)
+        inverse[torch.tensor(order)] = torch.arange(len(ids))
+        return torch.cat(parts)[inverse]
+
+    def _embed(self, forward: Callable[[Any, Any], Any], batch: Any) -> Any:
+        """Run `forward(model, batch)`, halving the batch when the GPU is full; normalise in fp32; redo what is not finite."""
+        import torch
+        try:
+            with torch.inference_mode():
+                features = forward(self.model, batch)
+                features = getattr(features, "pooler_output", features).float()  # transformers 5 wraps it, projected already
+                unit = torch.nn.functional.normalize(features, dim=-1).cpu()
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            self.oom_halvings += 1
+            half = len(batch) // 2
+            return torch.cat([self._embed(forward, batch[:half]), self._embed(forward, batch[half:])])
+        broken = ~torch.isfinite(unit).all(dim=-1)
+        if broken.any() and self.dtype != "float32":
+            with torch.inference_mode():
+                features = forward(self._in_float32(), batch[broken])
+                features = getattr(features, "pooler_output", features)
+                unit[broken] = torch.nn.functional.normalize(features, dim=-1).cpu()
+        return unit
+
+    def _in_float32(self) -> Any:
+        """A float32 copy of the model, made when half precision first overflows."""
+        if self._float32_model is None:
+            import copy
+            self._float32_model = copy.deepcopy(self.model).float()
+        return self._float32_model
+
+    def cosines(self, image_embeddings: Any, text_embeddings: Any) -> Any:
+        """Row-wise dot products of unit embeddings (n, d) -> float32 numpy (n,), clipped to [-1, 1] (rounding)."""
+        return (image_embeddings * text_embeddings).sum(-1).clamp(-1, 1).numpy()
+
+    def probabilities(self, cosines: Any) -> Any:
+        """SigLIP's sigmoid(scale * cosine + bias), float32; None for CLIP, whose softmax needs competing captions."""
+        import numpy as np
+        if self.kind != "siglip":
+            return None
+        with np.errstate(over="ignore"):
+            return (1 / (1 + np.exp(-(np.asarray(cosines, np.float64) * self.scale + self.bias)))).astype(np.float32)
+
+    def similarity(self, images: Iterable[Any], captions: Iterable[str]) -> Any:
+        """Cosines (n,) float32 of n PIL pictures or paths with n captions. Raises RowFailure for a picture it cannot read."""
+        import numpy as np
+        import torch
+        loader = ImageLoader(dataclasses.replace(self.config, image_path="."), self.settings, self.resize, 0)
+        texts, parts, batch = [self.config.caption_template.replace("{}", c) for c in captions], [], []
+        pictures = list(images)
+        if len(pictures) != len(texts):
+            raise ValueError(f"{len(pictures)} images but {len(texts)} captions")
+        for number, picture in enumerate(pictures):
+            if isinstance(picture, (str, os.PathLike)):
+                rgb = loader.decode(pathlib.Path(picture).read_bytes())
+            else:
+                rgb = trim_strip(to_rgb(picture, self.config), self.settings)
+            batch.append(self.resize(rgb, self.settings))
+            if len(batch) == self.batch_size or number == len(pictures) - 1:
+                parts.append(self.encode_images(torch.from_numpy(np.stack(batch))))
+                batch = []
+        return self.cosines(torch.cat(parts), self.encode_texts(self.tokenize(texts)[0])) if parts else np.empty(0, np.float32)
+
+
+# ── One partition ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass
+class PartitionRun:
+    """One partition on its way: its rows (a DataFrame) and the distinct sources to load, in order of first use."""
+
+    partition: Partition
+    rows: Any
+    sources: list[str]
+
+    @classmethod
+    def open(cls, plan: Plan, partition: Partition, config: Config) -> "PartitionRun":
+        """Read the rows; equal URLs are loaded once, rows without a caption not at all."""
+        rows = plan.read_rows(partition.start, partition.stop)
+        wanted = rows[config.url_column][rows[config.caption_column].str.strip() != ""]
+        return cls(partition, rows, list(dict.fromkeys(wanted)))
+
+
+def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, clock: Clock,
+                  on_loaded: Callable[[], None]) -> tuple[dict[str, int | RowFailure], Any]:
+    """Load and encode each source once: source -> row of the embeddings (m, d), or why not. Equal files are encoded once."""
+    import numpy as np
+    places: dict[str, int | RowFailure] = {}
+    known: dict[bytes, int] = {}
+    batch: list[Any] = []
+    parts: list[Any] = []
+
+    def encode_batch() -> None:
+        import torch
+        assert scorer
+        with clock.stage("image_encoder"):
+            parts.append(scorer.encode_images(torch.from_numpy(np.stack(batch))))
+        batch.clear()
+    for source in sources:
+        with clock.stage("wait"):
+            loaded = pool.take()
+        clock.add(loaded.seconds)
+        if loaded.failure:
+            places[source] = loaded.failure
+        elif loaded.digest in known:
+            places[source] = known[loaded.digest]
+        else:
+            places[source] = known[loaded.digest] = len(known)
+            if scorer:
+                batch.append(loaded.pixels)
+        on_loaded()
+        if scorer and len(batch) == scorer.batch_size:
+            encode_batch()
+        INTERRUPTION.check()
+    if batch:
+        encode_batch()
+    if not parts:
+        return places, None
+    import torch
+    return places, torch.cat(parts)
+
+
+@profile
+def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, config: Config, clock: Clock,
+                    on_loaded: Callable[[], None]) -> Any:
+    """The partition's rows with RESULT_COLUMNS added: every row ends as a score or as a reason. No scorer: a dry run."""
+    import numpy as np
+    places, image_embeddings = embed_sources(scorer, run.sources, pool, clock, on_loaded)
+    rows, captions = run.rows, run.rows[config.caption_column].tolist()
+    sources, count = rows[config.url_column].tolist(), len(rows)
+    status, detail = ["ok"] * count, [""] * count
+    cosine, truncated = np.full(count, np.nan, np.float32), [False] * count
+    scored: list[int] = []
+    for i in range(count):
+        place = places.get(sources[i]) if captions[i].strip() else RowFailure("empty_caption", "")
+        if isinstance(place, RowFailure):
+            status[i], detail[i] = place.status, place.detail
+        else:
+            scored.append(i)
+    if scorer and scored:
+        texts = list(dict.fromkeys(captions[i] for i in scored))
+        with clock.stage("tokenize"):
+            ids, cut = scorer.tokenize([config.caption_template.replace("{}", text) for text in texts])
+        with clock.stage("text_encoder"):
+            text_embeddings = scorer.encode_texts(ids)
+        with clock.stage("score"):
+            at = {text: n for n, text in enumerate(texts)}
+            image_rows, text_rows = [places[sources[i]] for i in scored], [at[captions[i]] for i in scored]
+            cosine[scored] = scorer.cosines(image_embeddings[image_rows], text_embeddings[text_rows])
+            for i, n in zip(scored, text_rows, strict=True):
+                truncated[i] = cut[n]
+                if not np.isfinite(cosine[i]):
+                    status[i], detail[i] = "non_finite", "the model gave no finite embedding, in float32 neither"
+    return _with_results(rows, scorer, cosine, truncated, status, detail)
+
+
+def _with_results(rows: Any, scorer: Scorer | None, cosine: Any, truncated: list[bool], status: list[str],
+                  detail: list[str]) -> Any:
+    """The input's columns, one that clashes renamed to input_<name>, then RESULT_COLUMNS; a pyarrow table."""
+    import numpy as np
+    import pyarrow as pa
+    none = ~np.isfinite(cosine)
+    probability = scorer.probabilities(cosine) if scorer else None
+    results = {
+        "similarity": pa.array(cosine, pa.float32(), mask=none),
+        "dissimilarity": pa.array(np.float32(1) - cosine, pa.float32(), mask=none),
+        "probability": pa.nulls(len(rows), pa.float32()) if probability is None else pa.array(probability, mask=none),
+        "truncated": pa.array(truncated, pa.bool_(), mask=none),
+        "status": pa.array(status, pa.string()),
+        "detail": pa.array(detail, pa.string()),
+    }
+    inputs = dict(zip(output_names(rows.columns), (pa.array(rows[name], pa.string()) for name in rows.columns), strict=True))
+    return pa.table(inputs | results)
+
+
+def output_names(columns: Iterable[str]) -> list[str]:
+    """The input's column names as scores.csv shows them: one that a result needs becomes input_<name>."""
+    taken, names = {*columns, *RESULT_COLUMNS}, []
+    for name in columns:
+        if name in RESULT_COLUMNS:
+            name = next(n for k in itertools.count(1) if (n := "input_" * k + name) not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+# ── Parts: exactly once ───────────────────────────────────────────────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
+    """Write beside, fsync, rename: `path` is either what it was or complete, whatever happens in between."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or the rename itself could be lost with the power
+        finally:
+            os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
+    with output_disk(path), atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _read_json(path: pathlib.Path) -> dict | None:
+    """The object in `path`, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float) -> dict:
+    """Write the part: its JSON first, then its Parquet, whose existence is the mark of done. Returns the JSON's content."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+    with clock.stage("write"):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        data = buffer.getvalue().to_pybytes()
+    counts = {entry["values"]: entry["counts"] for entry in table["status"].value_counts().to_pylist()}
+    summary = {
+        "partition": partition.index, "rows": table.num_rows, "statuses": dict(sorted(counts.items())),
+        "similarity_sum": pc.sum(table["similarity"].cast(pa.float64())).as_py() or 0.0,
+        "similarity_count": table.num_rows - table["similarity"].null_count,
+        "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
+        "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+        "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
+        "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
+    }
+    write_json(partition.json, summary)
+    with output_disk(partition.parquet), atomic_file(partition.parquet) as file:
+        file.write(data)
+    return summary
+
+
+def part_is_done(partition: Partition) -> bool:
+    """Whether the part exists and has the length and the footer it was written with (the sha256 is checked by `finalize`)."""
+    summary = _read_json(partition.json)
+    try:
+        with partition.parquet.open("rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return bool(summary) and file.read() == b"PAR1" and file.tell() == summary["bytes"]  # type: ignore[index]
+    except (OSError, KeyError):
+        return False
+
+
+def pending(plan: Plan) -> list[Partition]:
+    """The partitions that are not done; leftovers of a killed run are removed."""
+    for leftover in itertools.chain((plan.output / "parts").glob(".*.tmp"), plan.output.glob(".*.tmp")):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+    return [p for p in plan.partitions if not part_is_done(p)]
+
+
+# ── Engines: where a partition runs ───────────────────────────────────────────────────────────────────────────────────
+
+class Progress:
+    """The bar on stderr (rows done, pairs/s, time left, failures), and the judge of `max_failure_rate`."""
+
+    def __init__(self, config: Config, plan: Plan, todo: list[Partition]) -> None:
+        import tqdm
+        self.config, self.rows, self.failures = config, 0, collections.Counter[str]()
+        self.bar = tqdm.tqdm(total=plan.rows, initial=plan.rows - sum(p.stop - p.start for p in todo), unit=" pairs",
+                             smoothing=0.05, disable=not sys.stderr.isatty(), dynamic_ncols=True, mininterval=0.5)
+
+    def advance(self, rows: int) -> None:
+        """Move the bar by `rows` pairs whose image is loaded and, batch by batch, encoded."""
+        self.bar.update(rows)
+
+    def partition_done(self, summary: dict, advanced: int) -> None:
+        """Count a partition's statuses; raises Trouble (exit 4) when too many rows of at least 1,000 have failed."""
+        self.bar.update(summary["rows"] - advanced)
+        self.rows += summary["rows"]
+        self.failures.update({k: n for k, n in summary["statuses"].items() if k != "ok"})
+        failed = self.failures.total()
+        self.bar.set_postfix(failed=failed)
+        if self.rows >= 1000 and failed > self.config.max_failure_rate * self.rows:
+            worst, count = self.failures.most_common(1)[0]
+            raise Trouble(EXIT_FAILURES, f"{failed} of {self.rows} rows failed, more than max_failure_rate "
+                                         f"({self.config.max_failure_rate}) allows; most often {worst} ({count}): "
+                                         f"{LIKELY_CAUSE.get(worst, 'see the column detail')}")
+
+
+LIKELY_CAUSE = {"missing": "is image_path the right folder?",
+                "dns": "is there a network?", "connect": "is there a network?",
+                "timeout": "is the network slow, or fetch_timeout_s short?", "forbidden": "are these addresses private?"}
+
+
+def run_partitions(config: Config, plan: Plan, todo: list[Partition]) -> None:
+    """Score and commit each partition of `todo`, loading images ahead across their edges. This is the whole of a worker."""
+    if not todo:
+        return
+    threads = loader_threads(config)
+    scorer = Scorer(config) if config.pretrained_model != "none" else None
+    settle(plan, scorer.identity() if scorer else {})
+    pool = LoaderPool(ImageLoader(config, scorer.settings if scorer else DRY_RUN_SETTINGS,
+                                  scorer.resize if scorer else resize_pillow, threads), threads)
+    progress = Progress(config, plan, todo)
+    INTERRUPTION.deferred = True
+    try:
+        run = PartitionRun.open(plan, todo[0], config)
+        pool.add(run.sources)
+        for following in [*todo[1:], None]:
+            ahead = PartitionRun.open(plan, following, config) if following else None
+            pool.add(ahead.sources if ahead else [])
+            advanced, clock, started = 0, Clock(), time.perf_counter()
+
+            def on_loaded() -> None:
+                nonlocal advanced
+                advanced += 1
+                progress.advance(1)
+            table = score_partition(scorer, run, pool, config, clock, on_loaded)
+            summary = commit_part(run.partition, table, clock, time.perf_counter() - started)
+            progress.partition_done(summary, advanced)
+            if ahead:
+                run = ahead
+    finally:
+        INTERRUPTION.deferred = False
+        progress.bar.close()
+        pool.close()
+
+
+def run_local(config: Config, plan: Plan) -> None:
+    """This process does everything that is pending."""
+    run_partitions(config, plan, pending(plan))
+
+
+ENGINES: dict[str, Callable[[Config, Plan], None]] = {"auto": run_local, "local": run_local}
+
+
+# ── Results ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def read_part(partition: Partition) -> Any:
+    """The part as a pyarrow table, its sha256 checked; None where there is none; Trouble (exit 7) for a flawed one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    summary = _read_json(partition.json)
+    try:
+        data = partition.parquet.read_bytes()
+    except FileNotFoundError:
+        return None
+    if not summary or hashlib.sha256(data).hexdigest() != summary.get("sha256"):
+        partition.parquet.unlink()
+        raise Trouble(EXIT_VERIFY, f"{partition.parquet.name} was not what had been written; it is removed, and the same "
+                                   "command does it again")
+    return pq.read_table(pa.BufferReader(data))
+
+
+def write_scores(config: Config, plan: Plan) -> None:
+    """Stream all parts into scores.csv, in input order; rows of a partition that never ran are `not_tried`."""
+    import numpy as np
+    with output_disk(plan.output / "scores.csv"), atomic_file(plan.output / "scores.csv") as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+        plain, quoted = csv.writer(text, lineterminator="\n"), csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        written = 0
+        for partition in plan.partitions:
+            table = read_part(partition)
+            if table is None:
+                rows = plan.read_rows(partition.start, partition.stop)
+                n = len(rows)
+                table = _with_results(rows, None, np.full(n, np.nan, np.float32), [False] * n, ["not_tried"] * n, [""] * n)
+            if partition.index == 0:
+                plain.writerow(table.column_names)
+            for row in zip(*(_csv_cells(column) for column in table.columns), strict=True):
+                # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
+                (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+            written += table.num_rows
+        if not plan.partitions:
+            plain.writerow([*output_names(plan.manifest["columns"]), *RESULT_COLUMNS])
+        text.detach()
+    if written != plan.rows:
+        raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
+
+
+def _csv_cells(column: Any) -> list[str]:
+    """A column as text: the shortest digits that read back the same float32, true/false, '' for nothing."""
+    import pyarrow as pa
+    return ["" if value is None else value for value in column.cast(pa.string()).to_pylist()]
+
+
+def summarise(config: Config, plan: Plan) -> dict:
+    """Add up the parts' JSON files into profile.json's content."""
+    parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
+    statuses, seconds = collections.Counter[str](), collections.Counter[str]()
+    for part in parts:
+        statuses.update(part["statuses"])
+        seconds.update(part["seconds"])
+    done = sum(part["rows"] for part in parts)
+    if plan.rows > done:
+        statuses["not_tried"] = plan.rows - done
+    wall_s, scored = math.fsum(part["wall_s"] for part in parts), statuses.pop("ok", 0)
+    cosines = sum(part["similarity_count"] for part in parts)
+    rate = done / wall_s if wall_s else 0.0
+    per_pair = {stage: seconds[stage] / max(1, done) for stage in STAGES}
+    # what the main thread waits for is slow: a loader stage if it waited for the loaders more than it worked itself
+    waits = seconds["wait"] > sum(seconds[s] for s in METRIC_STAGES)
+    candidates = PREPARE_STAGES[:3] if waits or config.pretrained_model == "none" else ("tokenize", *METRIC_STAGES, "write")
+    return {
+        "rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())), "malformed": plan.manifest["malformed"],
+        "truncated": sum(part["truncated"] for part in parts),
+        "mean_similarity": math.fsum(part["similarity_sum"] for part in parts) / cosines if cosines else None,
+        "wall_s": wall_s, "pairs_per_s": rate, "days_for_100_million_pairs": 1e8 / rate / 86400 if rate else None,
+        "seconds_per_pair": {"pre-processing": sum(per_pair[s] for s in PREPARE_STAGES),
+                             "metric": sum(per_pair[s] for s in METRIC_STAGES), "stages": per_pair},
+        "bottleneck": max(candidates, key=lambda s: seconds[s]) if done else None,
+        "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
+        "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
+        "partitions": len(plan.partitions),
+    }
+
+
+def describe_environment(config: Config, plan: Plan) -> dict:
+    """What a reader needs to run it again: model, settings and the versions of what the scores depend on."""
+    from importlib import metadata
+    versions = {}
+    for package in ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"model": config.pretrained_model, "revision": config.revision, **plan.manifest.get("resolved", {}),
+            "preprocess": config.preprocess, "decode": config.decode, "image_backend": "pil",
+            "transparent_over": config.transparent_over, "exif_orientation": config.exif_orientation,
+            "python": platform.python_version(), "versions": versions, "script": __version__}
+
+
+def print_summary(profile_: dict) -> None:
+    """The table of time and memory on stderr, as the original work reports it."""
+    times, failed = profile_["seconds_per_pair"], profile_["failed"]
+
+    def of_stages(total: float, stages: tuple[str, ...]) -> str:
+        return f"{total:.6f} s a pair   (" + ", ".join(f"{s} {times['stages'][s]:.6f}" for s in stages) + ")"
+    pairs = f"{profile_['rows']:,}: {profile_['scored']:,} scored" + "".join(f", {n:,} {k}" for k, n in failed.items())
+    lines = [("pairs", pairs + (f"; {profile_['malformed']:,} malformed lines" if profile_["malformed"] else "")),
+             ("pre-processing", of_stages(times["pre-processing"], PREPARE_STAGES)),
+             ("metric", of_stages(times["metric"], METRIC_STAGES)),
+             ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
+             ("memory", f"{profile_['peak_rss_mib']:,.0f} MiB RAM, {profile_['peak_gpu_mib']:,.0f} MiB GPU (peaks)")]
+    if profile_["pairs_per_s"]:
+        lines += [("rate", f"{profile_['pairs_per_s']:,.1f} pairs/s; 100 million pairs would take "
+                           f"{profile_['days_for_100_million_pairs']:,.2f} days"), ("limited by", profile_["bottleneck"])]
+    if profile_["mean_similarity"] is not None:
+        lines.append(("mean similarity", f"{profile_['mean_similarity']:.4f}"))
+    for name, value in lines:
+        say(f"{name:>16}  {value}")
+
+
+@profile
+def finalize(config: Config, plan: Plan, curve: Any = None) -> dict:
+    """Write scores.csv, profile.json and memory-time.png from the parts; print and return the summary."""
+    scores, stored = plan.output / "scores.csv", _read_json(plan.output / "profile.json")
+    if not (stored and stored.get("finished") and scores.is_file() and scores.stat().st_size == stored.get("scores_bytes")):
+        write_scores(config, plan)
+        stored = summarise(config, plan)
+        stored |= {"scores_bytes": scores.stat().st_size, "finished": "not_tried" not in stored["failed"],
+                   **describe_environment(config, plan)}
+        write_json(plan.output / "profile.json", stored)
+        if curve and len(curve.samples) > 1:
+            draw_memory_curve(curve, plan.output / "memory-time.png")
+    print_summary(stored)
+    return {key: stored[key] for key in ("rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")} \
+        | {"output": str(scores)}
+
+
+def start_memory_curve() -> Any:
+    """Begin to sample memory for memory-time.png; None, and one line, where the addon is not beside the script."""
+    try:
+        from addons.plots import MemoryCurve
+    except ImportError as error:
+        return say(f"no memory-time.png: {error}")
+    curve = MemoryCurve(gpu_memory_mib, lambda: Clock.current)
+    curve.start()
+    return curve
+
+
+def draw_memory_curve(curve: Any, path: pathlib.Path) -> None:
+    """Write memory-time.png, or say in one line that matplotlib is missing."""
+    from addons.plots import draw_memory
+    try:
+        with output_disk(path), atomic_file(path) as file:
+            draw_memory(curve.samples, file)
+    except ImportError as error:
+        say(f"no {path.name}: {error}")
+
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise Trouble(EXIT_CONFIG, f"{message}; --help lists the options")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; raises Trouble (exit 2) for a wrong one."""
+    parser = _Parser(prog="image_text_sim_clip.py", description=(__doc__ or "").split("\n")[0],
+                     epilog="exit codes: 0 done, 2 config, 3 input, 4 too many failures, 5 output disk, 6 model, "
+                            "7 results do not verify, 130/143 interrupted (run again to resume)")
+    parser.add_argument("--config", required=True, help="the YAML file with every key, such as config.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the config")
+    parser.add_argument("--fresh", action="store_true", help="discard what output_path holds of an earlier run")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser.parse_args(arguments)
+
+
+@profile
+def main(arguments: list[str] | None = None) -> int:
+    """Config -> plan -> parts -> results. Returns the exit code; the last line on stdout is one JSON object."""
+    options = parse_arguments(arguments)
+    config = load_config(options.config, options.set)
+    curve = start_memory_curve()
+    try:
+        plan_ = plan(config, options.fresh)
+        stopped = None
+        try:
+            ENGINES[config.engine](config, plan_)
+        except Trouble as trouble:
+            if trouble.exit_code != EXIT_FAILURES:
+                raise
+            stopped = trouble  # the rows that were done are worth having: write them, then say why it stopped
+    finally:
+        if curve:
+            curve.stop()
+    result = finalize(config, plan_, curve)
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+    if stopped:
+        raise stopped
+    return 0
+
+
+def run() -> typing.NoReturn:
+    """`main` with its endings: one line for a user's mistake, 128 + n for a signal, a traceback for a bug."""
+    INTERRUPTION.install()
+    try:
+        code = main()
+    except Trouble as trouble:
+        say(f"error: {trouble}")
+        code = trouble.exit_code
+    except Interrupted as interrupted:
+        say("interrupted: finished partitions are kept, the same command resumes")
+        code = 128 + interrupted.signum
+        if not PROFILED:  # loader threads may sit in a fetch until its deadline; nobody waits for them
+            sys.stdout.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

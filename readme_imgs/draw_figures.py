@@ -1,0 +1,205 @@
+"""Draw the pictures of the README.
+
+    python readme_imgs/draw_figures.py clip2 q3            # the two diagrams
+    python readme_imgs/draw_figures.py memory TABLE.txt    # the line-by-line table that memory_profiler printed
+
+Each picture is written next to this script. Diagrams are laid out in pixels, with the origin at the lower left.
+"""
+import argparse
+import pathlib
+import re
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
+
+HERE = pathlib.Path(__file__).resolve().parent
+PHOTO = HERE.parent / "challenge_set" / "photos" / "chelsea.png"
+WIDTH, DPI = 1400, 100
+INK, QUIET, LOSS = "#263238", "#607d8b", "#c0392b"
+FILLS = {  # kind of box: (inside, border)
+    "data": ("#ffffff", "#90a4ae"), "image": ("#e3f0fb", "#4a86c5"), "text": ("#fdf0dc", "#d08a2a"),
+    "score": ("#e6f4e6", "#4c9a52"), "loss": ("#fbe6e3", LOSS), "panel": ("#f6f8f9", "#cfd8dc"),
+}
+Point = tuple[float, float]
+
+
+def canvas(height: int) -> Axes:
+    """A white sheet, `WIDTH` pixels by `height`, on which one unit is one pixel."""
+    figure = plt.figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH), ylim=(0, height))
+    axes.axis("off")
+    return axes
+
+
+def save(axes: Axes, out: pathlib.Path, colours: int | None = None) -> None:
+    """Write the sheet as a PNG of exactly its own size; a palette of a few colours keeps it small."""
+    sheet = axes.figure.canvas
+    sheet.draw()
+    picture = Image.frombuffer("RGBA", sheet.get_width_height(), sheet.buffer_rgba()).convert("RGB")
+    (picture.quantize(colours) if colours else picture).save(out, optimize=True)
+    plt.close(axes.figure)
+
+
+def write(axes: Axes, at: Point, text: str, size: float = 14, colour: str = INK, **style) -> None:
+    """Put one line of text about a point, centred unless told otherwise, with `$` taken as a plain letter."""
+    style = {"ha": "center", "va": "baseline", "parse_math": False} | style
+    x_height = size * DPI / 72 * 0.547  # of the font DejaVu; one baseline for all lines, whatever letters they have
+    axes.text(at[0], at[1] - x_height / 2, text, fontsize=size, color=colour, **style)
+
+
+def box(axes: Axes, middle: Point, size: Point, text: str, kind: str = "data", small: str = "") -> None:
+    """A rounded box with its text in the middle and, beneath it, a smaller explanation."""
+    (x, y), (wide, high), (inside, border) = middle, size, FILLS[kind]
+    axes.add_patch(FancyBboxPatch((x - wide / 2, y - high / 2), wide, high, boxstyle="round,pad=0,rounding_size=10",
+                                  facecolor=inside, edgecolor=border, linewidth=1.6))
+    rows = [(line, 26, {}) for line in text.splitlines()]
+    rows += [(line, 21, {"size": 11, "colour": QUIET}) for line in small.splitlines()]
+    y += sum(pitch for _, pitch, _ in rows) / 2
+    for line, pitch, style in rows:
+        write(axes, (x, y - pitch / 2), line, **style)
+        y -= pitch
+
+
+def panel(axes: Axes, corner: Point, size: Point, title: str) -> None:
+    """A pale area that holds several boxes, with its title in the upper left corner."""
+    inside, border = FILLS["panel"]
+    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=14", facecolor=inside,
+                                  edgecolor=border, linewidth=1.2, zorder=0))
+    write(axes, (corner[0] + 16, corner[1] + size[1] - 24), title, size=13, colour=QUIET, ha="left", weight="bold")
+
+
+def arrow(axes: Axes, *points: Point, colour: str = INK, dashed: bool = False) -> None:
+    """A line through the points with a head at its end."""
+    dashes = (0, (5, 3)) if dashed else "solid"
+    if len(points) > 2:
+        axes.plot(*zip(*points[:-1], strict=True), color=colour, linewidth=1.8, linestyle=dashes, solid_capstyle="butt")
+    axes.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>", mutation_scale=16, shrinkA=0, shrinkB=0,
+                                   color=colour, linewidth=1.8, linestyle=dashes))
+
+
+def embedding(axes: Axes, middle: Point, kind: str, label: str) -> None:
+    """A row of cells in shades of one colour, standing for a vector, with its label beneath."""
+    shades, side = (0.9, 0.35, 0.6, 0.15, 0.75, 0.45, 0.25), 20
+    left = middle[0] - side * len(shades) / 2
+    for number, shade in enumerate(shades if kind == "image" else shades[::-1]):
+        axes.add_patch(Rectangle((left + number * side, middle[1] - side / 2), side, side, facecolor=FILLS[kind][1],
+                                 alpha=shade, edgecolor="none"))
+    axes.add_patch(Rectangle((left, middle[1] - side / 2), side * len(shades), side, fill=False,
+                             edgecolor=FILLS[kind][1], linewidth=1.4))
+    write(axes, (middle[0], middle[1] - 28), label, size=12)
+
+
+def draw_clip2(out: pathlib.Path) -> None:
+    """How CLIP scores one pair of an image and a caption."""
+    axes, top, bottom, middle = canvas(560), 430, 170, 300
+    picture = plt.imread(PHOTO)
+    high = 200 * picture.shape[0] / picture.shape[1]
+    axes.imshow(picture, extent=(30, 230, top - high / 2, top + high / 2), aspect="auto", interpolation="lanczos")
+    axes.set(xlim=(0, WIDTH), ylim=(0, 560))
+    caption = "\u201ca close-up of the face of a tabby cat with green eyes\u201d"
+    box(axes, (130, bottom), (200, 130), textwrap.fill(caption, 16))
+    write(axes, (130, top + high / 2 + 22), "image", size=12, colour=QUIET)
+    write(axes, (130, bottom - 87), "caption", size=12, colour=QUIET)
+    for y, kind, first, small in ((top, "image", "image\nprocessor", "resize, scale"),
+                                  (bottom, "text", "tokenizer", "text to ids")):
+        box(axes, (350, y), (150, 100), first, kind, small)
+        box(axes, (550, y), (150, 100), f"{kind}\nencoder", kind)
+        embedding(axes, (750, y), kind, f"{kind} embedding")
+        box(axes, (950, y), (150, 100), "normalise", kind, "to length 1")
+        for start, end in ((232, 275), (425, 475), (625, 678), (822, 875)):
+            arrow(axes, (start, y), (end, y))
+    for y, edge in ((top, middle + 55), (bottom, middle - 55)):
+        arrow(axes, (1025, y), (1140, y), (1140, edge))
+    box(axes, (1230, middle), (280, 110), "dot product =\ncosine similarity", "score", "between \u22121 and 1")
+    arrow(axes, (1275, middle - 55), (1275, bottom + 30))
+    box(axes, (1275, bottom - 10), (190, 80), "dissimilarity", "loss", "1 \u2212 similarity")
+    write(axes, (WIDTH / 2, 36), "SigLIP:  probability = sigmoid(scale \u00d7 cos + bias)", size=13, colour=QUIET)
+    save(axes, out)
+
+
+def draw_q3(out: pathlib.Path) -> None:
+    """How the similarity trains a text-to-image model, and where its prompts come from."""
+    axes, top, middle, bottom = canvas(620), 370, 250, 130
+    panel(axes, (20, 30), (270, 560), "choosing the pairs")
+    panel(axes, (320, 30), (1060, 560), "training")
+    panel(axes, (770, 58), (230, 412), "CLIP, frozen")
+    column = (("image URLs\n+ captions", "data", ""), ("similarity\nof each pair", "score", "image_text_sim_clip"),
+              ("kept.csv", "score", "scored and curated pairs"), ("training set", "data", ""))
+    for number, (text, kind, small) in enumerate(column):
+        y = bottom + 120 * (3 - number)
+        box(axes, (155, y), (220, 84), text, kind, small)
+        if number:
+            arrow(axes, (155, y + 78), (155, y + 42))
+    box(axes, (430, bottom), (160, 84), "prompts", "text")
+    box(axes, (430, top), (160, 100), "text-to-image\nmodel", "loss", "being trained")
+    box(axes, (650, top), (150, 100), "generated\nimage", "image")
+    box(axes, (885, top), (170, 100), "image\nencoder", "image")
+    box(axes, (885, bottom), (170, 100), "text\nencoder", "text")
+    box(axes, (1120, middle), (140, 84), "similarity", "score", "of both\nembeddings")
+    box(axes, (1290, middle), (140, 84), "error", "loss", "dissimilarity =\n1 \u2212 similarity")
+    for points in (((265, bottom), (350, bottom)), ((430, bottom + 42), (430, top - 50)),
+                   ((510, bottom), (800, bottom)), ((510, top), (575, top)), ((725, top), (800, top)),
+                   ((970, top), (1120, top), (1120, middle + 42)), ((1190, middle), (1220, middle)),
+                   ((970, bottom), (1120, bottom), (1120, middle - 42))):
+        arrow(axes, *points)
+    arrow(axes, (1290, middle + 42), (1290, 505), (430, 505), (430, top + 50), colour=LOSS, dashed=True)
+    write(axes, (860, 525), "gradient, through the frozen CLIP, back to the text-to-image model", size=13, colour=LOSS)
+    save(axes, out, colours=128)
+
+
+def largest_increments(lines: list[str], count: int = 3) -> set[int]:
+    """Which lines of the table grew the memory most.
+
+    A function's first line is passed over: its 'Increment' is all that was in use before, equal to 'Mem usage'.
+    """
+    grown = []
+    for number, line in enumerate(lines):
+        found = re.match(r"\s*\d+\s+(-?[\d.]+) MiB\s+(-?[\d.]+) MiB\s", line)
+        if found and found[1] != found[2] and float(found[2]) > 0:
+            grown.append((float(found[2]), number))
+    return {number for _, number in sorted(grown, reverse=True)[:count]}
+
+
+def draw_memory_table(text: str, out: pathlib.Path) -> None:
+    """The plain text as a picture in monospace; the lines that grew the memory most are tinted."""
+    lines, margin = textwrap.dedent(text.expandtabs(4)).strip("\n").splitlines(), 30
+    tinted = largest_increments(lines)
+    letter = (WIDTH - 2 * margin) // max(100, *map(len, lines))  # whole pixels, as hinted letters are set
+    font = letter / 0.602  # pixels; 0.602 is the width of a letter of DejaVu Sans Mono
+    pitch = round(font * 1.32)
+    height = 2 * margin + pitch * len(lines)
+    axes = canvas(height)
+    for number, line in enumerate(lines):
+        y = height - margin - pitch * (number + 0.5)
+        if number in tinted:
+            axes.add_patch(Rectangle((margin / 2, y - pitch / 2), WIDTH - margin, pitch, facecolor="#fde3c4"))
+        colour = INK if re.match(r"\s*\d", line) else QUIET
+        write(axes, (margin, y), line, size=font * 72 / DPI, colour=colour, ha="left", family="monospace")
+    save(axes, out, colours=32)
+
+
+def main() -> None:
+    """Draw what the command line names."""
+    parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
+    parser.add_argument("what", nargs="+", help="clip2, q3, or: memory TABLE.txt")
+    what = parser.parse_args().what
+    if what[0] == "memory" and len(what) == 2:
+        draw_memory_table(pathlib.Path(what[1]).read_text(encoding="utf-8"), HERE / "memory.png")
+        return
+    diagrams = {"clip2": draw_clip2, "q3": draw_q3}
+    if unknown := [name for name in what if name not in diagrams]:
+        parser.error(f"no such figure: {', '.join(unknown)}; clip2, q3, or: memory TABLE.txt")
+    for name in what:
+        diagrams[name](HERE / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
