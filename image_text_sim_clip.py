@@ -41,7 +41,6 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 import signal
 import stat
 import struct
@@ -61,7 +60,8 @@ import yaml
 __version__ = "0.1.0"
 
 # memory_profiler (-m, mprof) and kernprof put `profile` among the builtins; without them it does nothing. Tracing two
-# profiled functions in two threads crashes the run, so PROFILED also turns the loader threads off.
+# profiled functions in two threads crashes the run, so PROFILED also turns the loader threads off; and where a profiled
+# function calls another, the caller's table shows wrong increments, so none of those marked here calls another.
 PROFILED = hasattr(builtins, "profile")
 profile: Callable[[Callable], Callable] = getattr(builtins, "profile", lambda function: function)
 
@@ -487,6 +487,7 @@ def _file_identity(path: pathlib.Path, known: dict | None = None) -> dict:
         return identity | {"input_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+@profile
 def plan(config: Config, fresh: bool = False) -> Plan:
     """Stage the input, or check that `output_path` holds this very run; cut the rows into partitions.
 
@@ -498,9 +499,14 @@ def plan(config: Config, fresh: bool = False) -> Plan:
     if fresh:
         discard_run(output)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}
-    if (manifest := _read_json(output / "manifest.json")) is not None:
-        _refuse_other_run(manifest, settings, pathlib.Path(config.csv_path), output)
-    else:
+    manifest = _read_json(output / "manifest.json")
+    if manifest is not None:
+        differences = _differences(manifest, settings, pathlib.Path(config.csv_path))
+        if differences and _has_parts(output):
+            raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): discard it with --fresh, "
+                                       "or write elsewhere with --set output_path=...")
+        manifest = None if differences else manifest  # nothing scored yet, so nothing is lost by planning anew
+    if manifest is None:
         if not pathlib.Path(config.csv_path).is_file():
             raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
         with output_disk(output):
@@ -517,27 +523,30 @@ def plan(config: Config, fresh: bool = False) -> Plan:
     return Plan(output, manifest, partitions)
 
 
-def _refuse_other_run(manifest: dict, settings: dict, csv_path: pathlib.Path, output: pathlib.Path) -> None:
-    """Raise Trouble that names what differs between the run in `output` and the one asked for now."""
+def _differences(manifest: dict, settings: dict, csv_path: pathlib.Path) -> list[str]:
+    """What differs between the run that `manifest` describes and the one asked for now, in words."""
     differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
                    for key, value in settings.items() if manifest["settings"].get(key) != value]
     if not csv_path.is_file():
         differences.append(f"the input {csv_path} is gone")
     elif _file_identity(csv_path, manifest)["input_sha256"] != manifest["input_sha256"]:
         differences.append(f"the content of {csv_path} has changed")
-    if differences:
-        raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): discard it with --fresh, "
-                                   "or write elsewhere with --set output_path=...")
+    return differences
+
+
+def _has_parts(output: pathlib.Path) -> bool:
+    return any((output / "parts").glob("part-*.parquet"))
 
 
 def settle(plan: Plan, resolved: dict) -> None:
     """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a resume that differs."""
-    recorded = plan.manifest.setdefault("resolved", resolved)
+    recorded = plan.manifest.get("resolved", resolved) if _has_parts(plan.output) else resolved
     differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
                    for key, value in resolved.items() if recorded.get(key) != value]
     if differences:
         raise Trouble(EXIT_CONFIG, f"{plan.output} was begun with another model or device ({'; '.join(differences)}): "
                                    "discard it with --fresh, or write elsewhere with --set output_path=...")
+    plan.manifest["resolved"] = resolved
     write_json(plan.output / "manifest.json", plan.manifest)
 
 
@@ -547,9 +556,8 @@ RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "pr
 def discard_run(output: pathlib.Path) -> None:
     """Remove this program's own files from `output`, the manifest last; anything else there stays."""
     with output_disk(output):
-        shutil.rmtree(output / "parts", ignore_errors=True)
-        for name in reversed(RUN_FILES):
-            (output / name).unlink(missing_ok=True)
+        for path in [*(output / "parts").glob("part-*"), *(output / name for name in reversed(RUN_FILES))]:
+            path.unlink(missing_ok=True)
 
 
 # ── Images: find, fetch, decode ───────────────────────────────────────────────────────────────────────────────────────
@@ -757,13 +765,11 @@ class ImageLoader:
         if config.image_path == "url":
             self.read = addon("fetch", "image_path: url").Fetcher(config, max(1, threads), RowFailure)
         else:
-            folder = pathlib.Path(config.image_path)
-            if not folder.is_dir():
-                raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
-            folder = folder.resolve()
+            folder = pathlib.Path(config.image_path).resolve()
             self.read = lambda source: read_file(folder, source, config.max_image_bytes)
 
     def __call__(self, source: str) -> Loaded:
+        """Read, decode and resize one source; never raises for what is wrong with it."""
         loaded = Loaded()
         clock = Clock(loaded.seconds)
         try:
@@ -909,7 +915,7 @@ def find_model(config: Config) -> ModelFiles:
             raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
         return ModelFiles(folder, _weights_fingerprint(folder), True)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder here nor a Hub id (owner/name); {BUNDLED_HINT}")
+        raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")
     return _find_on_hub(config)
 
 
@@ -1196,8 +1202,8 @@ class PartitionRun:
     def open(cls, plan: Plan, partition: Partition, config: Config) -> "PartitionRun":
         """Read the rows; equal URLs are loaded once, rows without a caption not at all."""
         rows = plan.read_rows(partition.start, partition.stop)
-        wanted = rows[config.url_column][rows[config.caption_column].str.strip() != ""]
-        return cls(partition, rows, list(dict.fromkeys(wanted)))
+        pairs = zip(rows[config.url_column], rows[config.caption_column], strict=True)
+        return cls(partition, rows, list(dict.fromkeys(url for url, caption in pairs if caption.strip())))
 
 
 def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, clock: Clock,
@@ -1239,7 +1245,6 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, c
     return places, torch.cat(parts)
 
 
-@profile
 def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, config: Config, clock: Clock,
                     on_loaded: Callable[[], None]) -> Any:
     """The partition's rows with RESULT_COLUMNS added: every row ends as a score or as a reason. No scorer: a dry run."""
@@ -1345,10 +1350,9 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float) -
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-    with clock.stage("write"):
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        data = buffer.getvalue().to_pybytes()
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    data = buffer.getvalue().to_pybytes()
     counts = {entry["values"]: entry["counts"] for entry in table["status"].value_counts().to_pylist()}
     summary = {
         "partition": partition.index, "rows": table.num_rows, "statuses": dict(sorted(counts.items())),
@@ -1378,7 +1382,7 @@ def part_is_done(partition: Partition) -> bool:
 
 def pending(plan: Plan) -> list[Partition]:
     """The partitions that are not done; leftovers of a killed run are removed."""
-    for leftover in itertools.chain((plan.output / "parts").glob(".*.tmp"), plan.output.glob(".*.tmp")):
+    for leftover in itertools.chain((plan.output / "parts").glob(".part-*.tmp"), plan.output.glob(".*.[0-9]*.tmp")):
         with contextlib.suppress(OSError):
             leftover.unlink()
     return [p for p in plan.partitions if not part_is_done(p)]
@@ -1391,18 +1395,19 @@ class Progress:
 
     def __init__(self, config: Config, plan: Plan, todo: list[Partition]) -> None:
         import tqdm
-        self.config, self.rows, self.failures = config, 0, collections.Counter[str]()
+        self.config, self.rows, self.failures, self._ahead = config, 0, collections.Counter[str](), 0
         self.bar = tqdm.tqdm(total=plan.rows, initial=plan.rows - sum(p.stop - p.start for p in todo), unit=" pairs",
                              smoothing=0.05, disable=not sys.stderr.isatty(), dynamic_ncols=True, mininterval=0.5)
 
-    def advance(self, rows: int) -> None:
-        """Move the bar by `rows` pairs whose image is loaded and, batch by batch, encoded."""
-        self.bar.update(rows)
+    def image_loaded(self) -> None:
+        """Move the bar by a picture; the rows that share it or need none follow with `partition_done`."""
+        self._ahead += 1
+        self.bar.update(1)
 
-    def partition_done(self, summary: dict, advanced: int) -> None:
+    def partition_done(self, summary: dict) -> None:
         """Count a partition's statuses; raises Trouble (exit 4) when too many rows of at least 1,000 have failed."""
-        self.bar.update(summary["rows"] - advanced)
-        self.rows += summary["rows"]
+        self.bar.update(summary["rows"] - self._ahead)
+        self.rows, self._ahead = self.rows + summary["rows"], 0
         self.failures.update({k: n for k, n in summary["statuses"].items() if k != "ok"})
         failed = self.failures.total()
         self.bar.set_postfix(failed=failed)
@@ -1422,28 +1427,28 @@ def run_partitions(config: Config, plan: Plan, todo: list[Partition]) -> None:
     """Score and commit each partition of `todo`, loading images ahead across their edges. This is the whole of a worker."""
     if not todo:
         return
+    if config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
+        raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
     threads = loader_threads(config)
-    scorer = Scorer(config) if config.pretrained_model != "none" else None
+    with Clock().stage("load_model"):
+        scorer = Scorer(config) if config.pretrained_model != "none" else None
     settle(plan, scorer.identity() if scorer else {})
     pool = LoaderPool(ImageLoader(config, scorer.settings if scorer else DRY_RUN_SETTINGS,
                                   scorer.resize if scorer else resize_pillow, threads), threads)
     progress = Progress(config, plan, todo)
     INTERRUPTION.deferred = True
     try:
+        clock, since = Clock(), time.perf_counter()
         run = PartitionRun.open(plan, todo[0], config)
         pool.add(run.sources)
         for following in [*todo[1:], None]:
             ahead = PartitionRun.open(plan, following, config) if following else None
             pool.add(ahead.sources if ahead else [])
-            advanced, clock, started = 0, Clock(), time.perf_counter()
-
-            def on_loaded() -> None:
-                nonlocal advanced
-                advanced += 1
-                progress.advance(1)
-            table = score_partition(scorer, run, pool, config, clock, on_loaded)
-            summary = commit_part(run.partition, table, clock, time.perf_counter() - started)
-            progress.partition_done(summary, advanced)
+            table = score_partition(scorer, run, pool, config, clock, progress.image_loaded)
+            now = time.perf_counter()
+            summary = commit_part(run.partition, table, clock, now - since)
+            clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next part's time
+            progress.partition_done(summary)
             if ahead:
                 run = ahead
     finally:
@@ -1632,14 +1637,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@profile
 def main(arguments: list[str] | None = None) -> int:
     """Config -> plan -> parts -> results. Returns the exit code; the last line on stdout is one JSON object."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.set)
     curve = start_memory_curve()
     try:
-        plan_ = plan(config, options.fresh)
+        with Clock().stage("plan"):
+            plan_ = plan(config, options.fresh)
         stopped = None
         try:
             ENGINES[config.engine](config, plan_)

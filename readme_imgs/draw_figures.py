@@ -1,13 +1,17 @@
 """Draw the pictures of the README.
 
-    python readme_imgs/draw_figures.py clip2 q3            # the two diagrams
-    python readme_imgs/draw_figures.py memory TABLE.txt    # the line-by-line table that memory_profiler printed
+    python readme_imgs/draw_figures.py             # all of them: `make pictures`
+    python readme_imgs/draw_figures.py clip2 q3    # the two diagrams only
 
-Each picture is written next to this script. Diagrams are laid out in pixels, with the origin at the lower left.
+Each picture is written next to this script; memory and memory-time come from real runs on the bundled drawings.
+Diagrams are laid out in pixels, with the origin at the lower left.
 """
 import argparse
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 
 import matplotlib
@@ -186,19 +190,41 @@ def draw_memory_table(text: str, out: pathlib.Path) -> None:
     save(axes, out, colours=32)
 
 
+def run_script(*arguments: str, under_profiler: bool = False) -> str:
+    """Run the script on the bundled drawings and return what it printed on stdout."""
+    profiler = ["-m", "memory_profiler"] if under_profiler else []
+    command = [sys.executable, *profiler, "image_text_sim_clip.py", "--config", "challenge_set/demo.yaml", *arguments]
+    return subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
+
+
+def tables_of(text: str, functions: tuple[str, ...]) -> str:
+    """Of the tables that memory_profiler printed, those of the named functions, in that order."""
+    tables = re.split(r"Filename: .*\n\n", text)[1:]
+    return "\n".join(table.rstrip() + "\n" for name in functions for table in tables if f" def {name}(" in table)
+
+
+def draw_memory(out: pathlib.Path) -> None:
+    """memory.png: the line-by-line table of a real run."""
+    printed = run_script("--set", "output_path=scores/memory", "--fresh", under_profiler=True)
+    draw_memory_table(tables_of(printed, ("plan", "__init__", "finalize")), out)
+
+
+def draw_memory_time(out: pathlib.Path) -> None:
+    """memory-time.png: the curve that a real run writes."""
+    run_script("--set", "output_path=scores/memory-time", "--fresh")
+    shutil.copyfile(HERE.parent / "scores" / "memory-time" / "memory-time.png", out)
+
+
 def main() -> None:
-    """Draw what the command line names."""
+    """Draw what the command line names, or everything."""
+    figures = {"clip2": draw_clip2, "q3": draw_q3, "memory": draw_memory, "memory-time": draw_memory_time}
     parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
-    parser.add_argument("what", nargs="+", help="clip2, q3, or: memory TABLE.txt")
-    what = parser.parse_args().what
-    if what[0] == "memory" and len(what) == 2:
-        draw_memory_table(pathlib.Path(what[1]).read_text(encoding="utf-8"), HERE / "memory.png")
-        return
-    diagrams = {"clip2": draw_clip2, "q3": draw_q3}
-    if unknown := [name for name in what if name not in diagrams]:
-        parser.error(f"no such figure: {', '.join(unknown)}; clip2, q3, or: memory TABLE.txt")
+    parser.add_argument("what", nargs="*", help=f"any of {', '.join(figures)}; nothing means all")
+    what = parser.parse_args().what or list(figures)
+    if unknown := [name for name in what if name not in figures]:
+        parser.error(f"no such figure: {', '.join(unknown)}")
     for name in what:
-        diagrams[name](HERE / f"{name}.png")
+        figures[name](HERE / f"{name}.png")
 
 
 if __name__ == "__main__":
