@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := image_text_sim_clip.py addons challenge_set readme_imgs tests
 
-.PHONY: help demo test quick lint pictures model clean
+.PHONY: help demo test quick fuzz lint bench bench-gpu pictures model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,9 +17,18 @@ test: .venv/ready-for-tests lint  ## run linter, type checker and all tests
 quick: .venv/ready-for-tests  ## run the tests that take no time
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
+fuzz: .venv/ready-for-tests  ## mutated pictures and tables, a minute each, from a new seed
+	FUZZ_S=60 FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
+
 lint: .venv/ready-for-tests  ## ruff and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+
+bench: .venv/ready  ## time this script beside a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
+	$(BIN)/python tests/bench.py --out scores/bench
+
+bench-gpu: .venv/ready  ## the same on CUDA, with more models
+	$(BIN)/python tests/bench.py --out scores/bench --gpu --pairs 20000
 
 pictures: .venv/ready  ## draw everything in readme_imgs again, from real runs
 	$(BIN)/python readme_imgs/draw_figures.py

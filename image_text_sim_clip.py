@@ -26,11 +26,16 @@ Heavy libraries are imported where they are used, so that a mistake in the confi
 """
 import argparse
 import builtins
+import codecs
 import collections
+import concurrent.futures
 import contextlib
+import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -39,6 +44,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import platform
 import re
 import signal
@@ -50,9 +56,9 @@ import time
 import types
 import typing
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Literal
 
 import yaml
@@ -173,23 +179,28 @@ class Config:
     safetensors_only: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # the table
-    url_column: str = "url"
-    caption_column: str = "caption"
+    url_column: str | int = _setting("url", 0)
+    caption_column: str | int = _setting("caption", 0)
     caption_template: str = "{}"
     separator: str = "auto"
     encoding: str = "utf-8"
     limit: int | None = _setting(None, 1)
+    escape_formulas: bool = False
     # images
     preprocess: Literal["fast", "exact"] = "fast"
     decode: Literal["exact", "scaled"] = "exact"
     transparent_over: str = "white"
     exif_orientation: bool = False
+    avif: bool = False
     max_image_bytes: int = _setting(50_000_000, 1)
     max_image_pixels: int = _setting(50_000_000, 1)
     # fetching (image_path: url)
     fetch_timeout_s: float = _setting(30.0, 0.01, 3600)
     fetch_retries: int = _setting(2, 0, 100)
     user_agent: str = "image_text_sim_clip/0.1 (image-caption similarity; respects X-Robots-Tag: noai)"
+    max_per_host: int = _setting(16, 1, 1024)
+    cache_path: str | None = None
+    use_environment_proxies: bool = False
     allow_private_hosts: bool = False
     # the run
     output_path: str = "scores"
@@ -202,13 +213,15 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_value(field, getattr(self, field.name))
+        if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
+            raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
-        if self.separator != "auto" and len(self.separator) != 1:
-            raise Trouble(EXIT_CONFIG, f"separator must be auto or one character, got {self.separator!r}")
+        if self.separator != "auto" and (len(self.separator) != 1 or self.separator in '"\r\n'):
+            raise Trouble(EXIT_CONFIG, f"separator must be auto or one character that can separate, got {self.separator!r}")
         try:
-            "".encode(self.encoding)
-        except LookupError:
+            "a".encode(self.encoding)
+        except (LookupError, ValueError):
             raise Trouble(EXIT_CONFIG, f"encoding: Python knows none called {self.encoding!r}") from None
         from PIL import ImageColor
         try:
@@ -221,7 +234,7 @@ class Config:
 # Keys that may differ between a run and its resumption, because no score and no status hangs on them. `use_cuda` is here
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "loader_threads", "engine", "max_failure_rate", "user_agent",
-                 "safetensors_only"}
+                 "safetensors_only", "max_per_host", "cache_path", "use_environment_proxies"}
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -265,6 +278,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# what its constructors raise for "2001-99-99", "{a: 1}: 2" and the like is not all YAMLError
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
 def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Config:
     """Read the YAML file at `path`, apply `overrides` ("key=value", value as YAML) and return the checked Config.
 
@@ -272,11 +289,12 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _UniqueKeys) or {}  # noqa: S506 - a SafeLoader
+        values = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _YAML_ERRORS as error:
         raise Trouble(EXIT_CONFIG, f"{path} is not valid YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise Trouble(EXIT_CONFIG, f"{path} must hold 'key: value' lines")
     for override in overrides:
@@ -285,7 +303,7 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
             raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
         try:
             values[key.strip()] = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
+        except _YAML_ERRORS:
             raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
     known = [field.name for field in dataclasses.fields(Config)]
     for key in values:
@@ -320,6 +338,11 @@ class Partition:
     def json(self) -> pathlib.Path:
         """Its sha256, counts and seconds; written first."""
         return self.folder / f"part-{self.index:05d}.json"
+
+    @property
+    def trying(self) -> pathlib.Path:
+        """Exists while a worker is at the partition; one left behind tells of a worker that was killed or hung."""
+        return self.folder / f"part-{self.index:05d}.trying"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,11 +379,16 @@ def csv_records(lines: Iterator[str], separator: str) -> Iterator[tuple[int, lis
     taken: list[str] = []
 
     def feed() -> Iterator[str]:
-        size = 0
-        while (line := again.popleft() if again else next(lines, None)) is not None:
-            size = size + len(line) if taken else len(line)
+        size, hasty = 0, False
+        while True:
+            if not taken:  # lines that an unbalanced quote had swallowed get a shorter limit, or many would take for ever
+                size, hasty = 0, bool(again)
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                return
             taken.append(line)
-            if size > MAX_RECORD_CHARS:
+            size += len(line)
+            if size > MAX_RECORD_CHARS or (hasty and (len(taken) > 100 or size > 1_000_000)):
                 raise csv.Error("record too long")
             yield line
 
@@ -401,19 +429,26 @@ def _open_table(path: pathlib.Path, encoding: str) -> io.TextIOWrapper:
         raw.seek(0)
     except OSError as error:
         raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) and encoding.lower().replace("-", "") == "utf8":
+    is_utf8 = codecs.lookup(encoding).name == "utf-8"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) and is_utf8:
         raise Trouble(EXIT_INPUT, f"{path} is UTF-16; set encoding: utf-16, or save it as UTF-8")
-    codec = "utf-8-sig" if encoding.lower().replace("-", "") == "utf8" else encoding
+    codec = "utf-8-sig" if is_utf8 else encoding
     return io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
 
 
-def _header(path: pathlib.Path, record: tuple[int, list[str] | None, str] | None, config: Config) -> list[str]:
-    """The column names, checked: both columns there, once each."""
-    if record is None or not record[1] or not _is_text(record[1]):
-        raise Trouble(EXIT_INPUT, f"{path} has no readable header line")
-    names = [name.strip() for name in record[1]]
+def _header(path: pathlib.Path, records: Iterator[tuple[int, list[str] | None, str]], config: Config) \
+        -> tuple[list[str], Iterator[tuple[int, list[str] | None, str]]]:
+    """The column names, checked: both columns there, once each; and the records that are rows."""
+    first = next(records, None)
+    if first is None or not first[1] or not _is_text(first[1]):
+        raise Trouble(EXIT_INPUT, f"{path} has no readable {'row' if isinstance(config.url_column, int) else 'header line'}")
+    if isinstance(config.url_column, int):
+        names = [f"column_{n}" for n in range(len(first[1]))]
+        records = itertools.chain([first], records)
+    else:
+        names = [name.strip() for name in first[1]]
     for key in ("url_column", "caption_column"):
-        wanted = getattr(config, key)
+        wanted = column_name(getattr(config, key))
         if names.count(wanted) != 1:
             problem = "has no column" if wanted not in names else "has more than one column"
             raise Trouble(EXIT_INPUT, f"{path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
@@ -421,7 +456,12 @@ def _header(path: pathlib.Path, record: tuple[int, list[str] | None, str] | None
     for name in names:
         copies = (f"{name}_{n}" for n in itertools.count(2))
         unique.append(name if name not in unique else next(c for c in copies if c not in unique + names))
-    return unique
+    return unique, records
+
+
+def column_name(column: str | int) -> str:
+    """A column's name in the staged table; a number means a table without a header, counted from 0."""
+    return column if isinstance(column, str) else f"column_{column}"
 
 
 def stage(config: Config, output: pathlib.Path) -> dict:
@@ -431,13 +471,12 @@ def stage(config: Config, output: pathlib.Path) -> dict:
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    path, rows, malformed = pathlib.Path(config.csv_path), 0, 0
+    path, rows, malformed, not_text = pathlib.Path(config.csv_path), 0, 0, 0
     separator = config.separator if config.separator != "auto" else "\t" if path.suffix == ".tsv" else ","
     with _open_table(path, config.encoding) as text, output_disk(output), \
             atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
         try:
-            records = csv_records(text, separator)
-            columns = _header(path, next(records, None), config)
+            columns, records = _header(path, csv_records(text, separator), config)
             schema = pa.schema([(name, pa.string()) for name in columns])
             bad_text = io.TextIOWrapper(bad_file, "utf-8", "backslashreplace", "", write_through=True)
             bad = csv.writer(bad_text, lineterminator="\n")
@@ -449,6 +488,7 @@ def stage(config: Config, output: pathlib.Path) -> dict:
                         chunk.append(fields)
                     else:
                         malformed += 1
+                        not_text += not _is_text([raw])
                         bad.writerow((line, _why_malformed(fields, len(columns)), raw.rstrip("\r\n")[:1000]))
                     if len(chunk) == STAGE_ROWS:
                         rows += _write_chunk(staged, schema, chunk)
@@ -457,7 +497,24 @@ def stage(config: Config, output: pathlib.Path) -> dict:
                 rows += _write_chunk(staged, schema, chunk)
         except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
             raise Trouble(EXIT_INPUT, f"{path} is not {config.encoding}: {error}") from None
+    if not_text:
+        say(f"{not_text} lines of {path} are not {config.encoding}; the first such byte is at offset "
+            f"{_first_bad_byte(path, config.encoding)} (if the file is latin-1, set encoding: latin-1)")
     return {"columns": columns, "rows": rows, "malformed": malformed, **_file_identity(path)}
+
+
+def _first_bad_byte(path: pathlib.Path, encoding: str) -> int:
+    """Where the file stops being text, in bytes from its start."""
+    decoder, offset = codecs.getincrementaldecoder(encoding)("strict"), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            kept = len(decoder.getstate()[0])  # bytes of a character that the last block began
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return offset - kept + error.start
+            offset += len(block)
+    return offset
 
 
 def _why_malformed(fields: list[str] | None, expected: int) -> str:
@@ -507,10 +564,14 @@ def plan(config: Config, fresh: bool = False) -> Plan:
                                        "or write elsewhere with --set output_path=...")
         manifest = None if differences else manifest  # nothing scored yet, so nothing is lost by planning anew
     if manifest is None:
+        if _has_parts(output):
+            raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: discard it with --fresh, "
+                                       "or write elsewhere with --set output_path=...")
         if not pathlib.Path(config.csv_path).is_file():
             raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
         with output_disk(output):
             (output / "parts").mkdir(parents=True, exist_ok=True)
+            (output / "profile.json").unlink(missing_ok=True)  # of a run whose table was empty
         manifest = {"version": __version__, "settings": settings, **stage(config, output)}
         size = config.partition_rows
         manifest["partition_rows"] = min(10_000, max(256, manifest["rows"] // 200)) if size == "auto" else size
@@ -564,16 +625,19 @@ def discard_run(output: pathlib.Path) -> None:
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGE_PIXELS = 16_000_000  # pictures above this are decoded one at a time: 50 megapixels are 150 MB as RGB
-MAX_ASPECT = 20  # a strip 1 x 100,000 px would be resized to gigabytes before its centre is cut out
+MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out
 
 
 def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
     """The bytes of the file that `source` (a relative path, or a URL whose last segment counts) names inside `folder`."""
-    last = urllib.parse.urlsplit(source).path.rsplit("/", 1)[-1] if "://" in source else source.rsplit("/", 1)[-1]
-    names = [last, urllib.parse.unquote(last)] if "://" in source else [source, last]
+    try:
+        is_url = "://" in source
+        last = (urllib.parse.urlsplit(source).path if is_url else source).rsplit("/", 1)[-1]
+    except ValueError:
+        raise RowFailure("missing", "not a URL") from None
     if not last:
         raise RowFailure("missing", "no file name")
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys((last, urllib.parse.unquote(last)) if is_url else (source, last)):
         try:
             path = (folder / name).resolve()
             if not path.is_relative_to(folder):
@@ -585,29 +649,43 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
             raise RowFailure("forbidden", "no permission to read the file") from None
         except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
             raise RowFailure("missing", "no usable file name") from None
-        with open(handle, "rb") as file:
+        try:
             info = os.fstat(handle)
             if not stat.S_ISREG(info.st_mode):
                 raise RowFailure("forbidden", "not a regular file")
             if info.st_size > max_bytes:
                 raise RowFailure("too_large", f"{info.st_size} bytes")
-            return file.read(max_bytes + 1)
+            with open(handle, "rb", closefd=False) as file:
+                return file.read(max_bytes + 1)
+        except OSError:
+            raise RowFailure("corrupt", "the disk cannot read the file") from None
+        finally:
+            os.close(handle)
     raise RowFailure("missing", "no such file in image_path")
 
 
-def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None) -> Any:
-    """Bytes to an 8-bit RGB PIL picture; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs."""
+def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
+                 holding: contextlib.ExitStack | None = None) -> Any:
+    """Bytes to an 8-bit RGB PIL picture; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
+
+    A caller that goes on to work with the picture gives `holding`, in which the turn of a large one is kept.
+    """
     from PIL import Image, UnidentifiedImageError
+    _prepare_pillow(config.max_image_pixels)
     try:
-        with Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS) as image:
+        formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
+        with contextlib.ExitStack() as mine, Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
-            with _LARGE_IMAGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
-                image.load()
-                return to_rgb(image, config)
+            if pixels > LARGE_PIXELS:
+                stack = holding or mine
+                stack.enter_context(_LARGE_IMAGE)
+                stack.callback(trim_memory)
+            image.load()
+            return to_rgb(image, config)
     except RowFailure:
         raise
     except UnidentifiedImageError:
@@ -622,6 +700,21 @@ def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = N
 
 
 _LARGE_IMAGE = threading.Lock()
+
+
+@functools.cache
+def _prepare_pillow(max_pixels: int) -> None:
+    """Keep Pillow's own pixel limit from lying below ours, and its warnings about strangers' pictures off stderr."""
+    from PIL import Image
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def trim_memory() -> None:
+    """Have the C library give freed memory back: without it, each thread keeps what its largest picture took."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc has it, others do not
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _why_unidentified(data: bytes) -> tuple[str, str]:
@@ -646,25 +739,43 @@ def to_rgb(image: Any, config: Config) -> Any:
     16-bit grey is scaled by 1/257, wider integers and floats by the range they fill ([0, 1], [0, 255] and [0, 65535] are
     kept as scales, anything else is stretched), transparency is laid over `transparent_over`.
     """
-    import numpy as np
     from PIL import Image, ImageOps
     if config.exif_orientation:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-        low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
-        if image.mode == "F" and low >= 0 and high <= 1:
-            values = values * 255
-        elif image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
-            values = values / 257
-        elif low < 0 or high > 255:
-            values = (values - low) * (255 / (high - low))
-        image = Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+        return _grey_from_numbers(image).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, config.transparent_over)
-        image = Image.alpha_composite(below, image)
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        below = Image.new("RGB", image.size, config.transparent_over)
+        below.paste(image, mask=image.getchannel("A"))
+        return below
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_from_numbers(image: Any) -> Any:
+    """A picture of wide integers or floats as 8-bit grey, a band at a time: as float64 the whole could be 400 MB."""
+    import numpy as np
+    from PIL import Image
+    step = max(1, 4_000_000 // image.width)
+
+    def bands() -> Iterator[tuple[int, Any]]:
+        for top in range(0, image.height, step):
+            yield top, np.asarray(image.crop((0, top, image.width, min(image.height, top + step))), dtype=np.float64)
+    low = min(float(band[np.isfinite(band)].min(initial=0.0)) for _, band in bands())
+    high = max(float(band[np.isfinite(band)].max(initial=0.0)) for _, band in bands())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        offset, scale = 0.0, 255.0
+    elif image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
+        offset, scale = 0.0, 1 / 257
+    elif low < 0 or high > 255:
+        offset, scale = low, 255 / (high - low) if high > low else 1.0
+    else:
+        offset, scale = 0.0, 1.0
+    grey = Image.new("L", image.size)
+    for top, band in bands():
+        values = (np.nan_to_num(band, posinf=high, neginf=low) - offset) * scale
+        grey.paste(Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)), (0, top))
+    return grey
 
 
 # ── Images: resize to what the model reads ────────────────────────────────────────────────────────────────────────────
@@ -707,6 +818,7 @@ def trim_strip(image: Any, settings: ImageSettings) -> Any:
     if not settings.shortest_edge or not settings.crop or max(width, height) <= MAX_ASPECT * min(width, height):
         return image
     long_edge = MAX_ASPECT * min(width, height)
+    long_edge += (max(width, height) - long_edge) % 2  # or the centre would move by half a pixel
     left, top = max(0, (width - long_edge) // 2), max(0, (height - long_edge) // 2)
     return image.crop((left, top, min(width, left + long_edge), min(height, top + long_edge)))
 
@@ -761,6 +873,7 @@ class ImageLoader:
     def __init__(self, config: Config, settings: ImageSettings, resize: Callable[[Any, ImageSettings], Any],
                  threads: int) -> None:
         self.config, self.settings, self.resize = config, settings, resize
+        self.decode_bytes: Callable[..., Any] = decode_image
         self.read: Callable[[str], bytes]
         if config.image_path == "url":
             self.read = addon("fetch", "image_path: url").Fetcher(config, max(1, threads), RowFailure)
@@ -778,52 +891,60 @@ class ImageLoader:
             with clock.stage("fetch"):
                 data = self.read(source.strip())
             loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
-            with clock.stage("decode", time.thread_time):
-                image = self.decode(data)
-            with clock.stage("resize", time.thread_time):
-                loaded.pixels = self.resize(image, self.settings)
+            with contextlib.ExitStack() as holding:
+                with clock.stage("decode", time.thread_time):
+                    image = self.decode(data, holding)
+                with clock.stage("resize", time.thread_time):
+                    loaded.pixels = self.resize(image, self.settings)
+                del image  # before another thread's large picture gets its turn
         except RowFailure as failure:
             loaded.failure = failure.with_traceback(None)
         return loaded
 
+    def isolated(self) -> "ImageLoader":
+        """A copy that decodes in a child process, for a partition at which an earlier run died or hung."""
+        loader = copy.copy(self)
+        loader.decode_bytes = addon("isolate", "a partition left behind").IsolatedDecoder(
+            dataclasses.asdict(self.config), RowFailure)
+        return loader
+
     @profile
-    def decode(self, data: bytes) -> Any:
+    def decode(self, data: bytes, holding: contextlib.ExitStack | None = None) -> Any:
         """Bytes -> RGB picture, ready to be resized."""
         edge = self.settings.shortest_edge
-        image = decode_image(data, self.config, (edge, edge) if edge else self.settings.size)
+        image = self.decode_bytes(data, self.config, (edge, edge) if edge else self.settings.size, holding)
         return trim_strip(image, self.settings)
 
 
 class LoaderPool:
     """Loads sources ahead of their use: `add` them, `take` them in the same order; a bounded number is in flight."""
 
-    def __init__(self, load: Callable[[str], Loaded], threads: int) -> None:
-        self._load, self._window = load, 4 * threads + 8
-        self._waiting: collections.deque[str] = collections.deque()
+    def __init__(self, threads: int) -> None:
+        self._window = 4 * threads + 8
+        self._waiting: collections.deque[tuple[Callable[[str], Loaded], str]] = collections.deque()
         self._flying: collections.deque[Future[Loaded]] = collections.deque()
         self._pool = ThreadPoolExecutor(threads, "loader") if threads else None
 
-    def add(self, sources: Iterable[str]) -> None:
-        """Queue names (not pictures: those stay within the window)."""
-        self._waiting.extend(sources)
+    def add(self, load: Callable[[str], Loaded], sources: Iterable[str]) -> None:
+        """Queue names (not pictures: those stay within the window) to be loaded by `load`."""
+        self._waiting.extend((load, source) for source in sources)
         self._launch()
 
     def _launch(self) -> None:
         while self._pool and self._waiting and len(self._flying) < self._window:
-            self._flying.append(self._pool.submit(self._load, self._waiting.popleft()))
+            load, source = self._waiting.popleft()
+            self._flying.append(self._pool.submit(load, source))
 
     def take(self) -> Loaded:
         """The oldest source's result; waits for it, but not through an interruption."""
         if not self._pool:
-            return self._load(self._waiting.popleft())
+            load, source = self._waiting.popleft()
+            return load(source)
         future = self._flying.popleft()
-        while True:
-            try:
-                loaded = future.result(timeout=0.2)
-                self._launch()
-                return loaded
-            except FutureTimeout:
-                INTERRUPTION.check()
+        while not concurrent.futures.wait([future], timeout=0.2).done:
+            INTERRUPTION.check()
+        self._launch()
+        return future.result()
 
     def close(self) -> None:
         """Drop what is queued; a fetch under way ends by its own deadline."""
@@ -938,17 +1059,25 @@ def _find_on_hub(config: Config) -> ModelFiles:
     name, tried = config.pretrained_model, f"tried the folder {config.pretrained_model!r} (none here)"
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=config.revision, timeout=15)
-        commit, files = info.sha, {sibling.rfilename for sibling in info.siblings or ()}
+        files = {sibling.rfilename for sibling in info.siblings or ()}
     except Exception as error:  # the Hub's client raises its own, its HTTP library's and the system's errors
-        commit, files = config.revision, set()
+        files = set()
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         tried += f", the Hub ({'HF_HUB_OFFLINE is set' if offline else f'{type(error).__name__}: {str(error)[:120]}'})"
-    weights = "model*.safetensors" if files & set(SAFETENSORS) else "pytorch_model*.bin"
+    has_safetensors = bool(files & set(SAFETENSORS))
+    if files and config.safetensors_only and not has_safetensors:
+        raise Trouble(EXIT_MODEL, f"{name} has no safetensors at revision {config.revision}, and safetensors_only is set")
+    # offline the client holds the cache against the repository's whole list: no pattern for a format never asked for
+    weights = ["model*.safetensors" if has_safetensors else "pytorch_model*.bin"] if files else []
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     try:
-        folder = pathlib.Path(huggingface_hub.snapshot_download(
-            name, revision=commit, allow_patterns=["*.json", "*.txt", "*.model", weights], local_files_only=not files))
+        folder = pathlib.Path(huggingface_hub.snapshot_download(  # by branch or tag, or the cache would not know it offline
+            name, revision=config.revision, allow_patterns=["*.json", "*.txt", "*.model", *weights],
+            local_files_only=not files))
     except Exception as error:
-        tried += ", the local cache (not there)" if not files else f", the Hub ({type(error).__name__}: {str(error)[:120]})"
+        reason = error.__cause__ or error  # the client's own error says only that it is not in the cache either
+        tried += ", the local cache (not there)" if not files else f", the Hub ({type(reason).__name__}: {str(reason)[:120]})"
         raise Trouble(EXIT_MODEL, f"cannot get {name} ({config.revision}): {tried}; {BUNDLED_HINT}") from None
     safetensors = any((folder / f).exists() for f in SAFETENSORS)
     if not safetensors and not any((folder / f).exists() for f in PICKLES):
@@ -980,8 +1109,11 @@ def choose_dtype(config: Config, device: str) -> str:
     return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
 
 
-def load_model(files: ModelFiles, name: str, dtype: str) -> tuple[Any, Any, Any]:
-    """Model (eval mode, on the CPU), tokenizer and Pillow image processor; raises Trouble (exit 6), never runs remote code."""
+def load_model(files: ModelFiles, name: str) -> tuple[Any, Any, Any]:
+    """Model (eval mode, float32, on the CPU), tokenizer and Pillow image processor; raises Trouble (exit 6).
+
+    Remote code never runs.
+    """
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask an outside service to convert
     import torch
     import transformers
@@ -997,13 +1129,15 @@ def load_model(files: ModelFiles, name: str, dtype: str) -> tuple[Any, Any, Any]
             raise Trouble(EXIT_MODEL, f"{name} is a {kind!r} model; this program scores with CLIP and SigLIP models")
         architecture: Any = transformers.CLIPModel if kind == "clip" else transformers.SiglipModel
         model, loading = architecture.from_pretrained(
-            files.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=files.safetensors,
+            files.folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=files.safetensors,
             output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
         # explicit, because the default backend depends on what is installed, and the two differ slightly
         processor = transformers.AutoImageProcessor.from_pretrained(files.folder, backend="pil", trust_remote_code=False)
     except Trouble:
         raise
+    except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
+        raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
     except Exception as error:  # a broken folder makes transformers raise nearly anything
         raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
     if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
@@ -1030,25 +1164,31 @@ class Scorer:
         self.dtype = choose_dtype(config, self.device)
         self.batch_size = DEFAULT_BATCH[self.device] if config.batch_size == "auto" else config.batch_size
         self.files = find_model(config)
-        self.model, self.tokenizer, self.processor = load_model(self.files, config.pretrained_model, self.dtype)
-        self.model.to(self.device)
+        self.model, self.tokenizer, self.processor = load_model(self.files, config.pretrained_model)
+        # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
+        self.scale = self.model.logit_scale.exp().item()
+        self.bias = self.model.logit_bias.item() if self.model.config.model_type == "siglip" else 0.0
+        self.model.to(self.device, getattr(torch, self.dtype))
         self.kind = self.model.config.model_type
         self.settings = ImageSettings.of(self.processor)
         self.context_length = self.model.config.text_config.max_position_embeddings
         self._check_tokenizer()
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
-        self.scale = self.model.logit_scale.float().exp().item()
-        self.bias = self.model.logit_bias.float().item() if self.kind == "siglip" else 0.0
 
     def identity(self) -> dict:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
-        return {"model_type": self.kind, "weights": self.files.identity, "device": self.device, "dtype": self.dtype,
-                "batch_size": self.batch_size}
+        return {"model_type": self.kind, "weights": self.files.identity, "safetensors": self.files.safetensors,
+                "device": self.device, "dtype": self.dtype, "batch_size": self.batch_size}
 
     def _check_tokenizer(self) -> None:
         """Refuse a tokenizer whose end-of-text the model would not pool at; find out whether it lower-cases."""
+        known, embedded = set(self.tokenizer.get_vocab().values()), self.model.config.text_config.vocab_size
         probe = self._encode(["Ab"])[0]
+        never = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special} - set(probe)
+        if max(known - never) >= embedded or len(known) < embedded / 2:  # transformers makes one up where files are missing
+            raise Trouble(EXIT_MODEL, f"{self.config.pretrained_model}: its tokenizer has {len(known)} tokens and its model "
+                                      f"{embedded}: they do not belong together")
         if self.kind == "siglip":
             # SigLIP was trained on lower case; SigLIP 2's published tokenizer leaves that to its user
             self._lower_case = probe != self._encode(["ab"])[0]
@@ -1151,7 +1291,6 @@ class Scorer:
     def _in_float32(self) -> Any:
         """A float32 copy of the model, made when half precision first overflows."""
         if self._float32_model is None:
-            import copy
             self._float32_model = copy.deepcopy(self.model).float()
         return self._float32_model
 
@@ -1202,7 +1341,7 @@ class PartitionRun:
     def open(cls, plan: Plan, partition: Partition, config: Config) -> "PartitionRun":
         """Read the rows; equal URLs are loaded once, rows without a caption not at all."""
         rows = plan.read_rows(partition.start, partition.stop)
-        pairs = zip(rows[config.url_column], rows[config.caption_column], strict=True)
+        pairs = zip(rows[column_name(config.url_column)], rows[column_name(config.caption_column)], strict=True)
         return cls(partition, rows, list(dict.fromkeys(url for url, caption in pairs if caption.strip())))
 
 
@@ -1250,8 +1389,8 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, 
     """The partition's rows with RESULT_COLUMNS added: every row ends as a score or as a reason. No scorer: a dry run."""
     import numpy as np
     places, image_embeddings = embed_sources(scorer, run.sources, pool, clock, on_loaded)
-    rows, captions = run.rows, run.rows[config.caption_column].tolist()
-    sources, count = rows[config.url_column].tolist(), len(rows)
+    rows, captions = run.rows, run.rows[column_name(config.caption_column)].tolist()
+    sources, count = rows[column_name(config.url_column)].tolist(), len(rows)
     status, detail = ["ok"] * count, [""] * count
     cosine, truncated = np.full(count, np.nan, np.float32), [False] * count
     scored: list[int] = []
@@ -1433,20 +1572,26 @@ def run_partitions(config: Config, plan: Plan, todo: list[Partition]) -> None:
     with Clock().stage("load_model"):
         scorer = Scorer(config) if config.pretrained_model != "none" else None
     settle(plan, scorer.identity() if scorer else {})
-    pool = LoaderPool(ImageLoader(config, scorer.settings if scorer else DRY_RUN_SETTINGS,
-                                  scorer.resize if scorer else resize_pillow, threads), threads)
-    progress = Progress(config, plan, todo)
+    loader = ImageLoader(config, scorer.settings if scorer else DRY_RUN_SETTINGS,
+                         scorer.resize if scorer else resize_pillow, threads)
+    pool, progress = LoaderPool(threads), Progress(config, plan, todo)
+
+    def begin(partition: Partition) -> PartitionRun:
+        run = PartitionRun.open(plan, partition, config)
+        pool.add(loader.isolated() if partition.trying.exists() else loader, run.sources)
+        with output_disk(partition.trying):
+            partition.trying.touch()
+        return run
     INTERRUPTION.deferred = True
     try:
         clock, since = Clock(), time.perf_counter()
-        run = PartitionRun.open(plan, todo[0], config)
-        pool.add(run.sources)
+        run = begin(todo[0])
         for following in [*todo[1:], None]:
-            ahead = PartitionRun.open(plan, following, config) if following else None
-            pool.add(ahead.sources if ahead else [])
+            ahead = begin(following) if following else None
             table = score_partition(scorer, run, pool, config, clock, progress.image_loaded)
             now = time.perf_counter()
             summary = commit_part(run.partition, table, clock, now - since)
+            run.partition.trying.unlink(missing_ok=True)
             clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next part's time
             progress.partition_done(summary)
             if ahead:
@@ -1455,6 +1600,8 @@ def run_partitions(config: Config, plan: Plan, todo: list[Partition]) -> None:
         INTERRUPTION.deferred = False
         progress.bar.close()
         pool.close()
+        for partition in todo:  # only a process that is killed leaves one behind
+            partition.trying.unlink(missing_ok=True)
 
 
 def run_local(config: Config, plan: Plan) -> None:
@@ -1489,6 +1636,11 @@ def write_scores(config: Config, plan: Plan) -> None:
     with output_disk(plan.output / "scores.csv"), atomic_file(plan.output / "scores.csv") as file:
         text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
         plain, quoted = csv.writer(text, lineterminator="\n"), csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+        def write_row(row: Iterable[str]) -> None:
+            # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
+            (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+        write_row([*output_names(plan.manifest["columns"]), *RESULT_COLUMNS])
         written = 0
         for partition in plan.partitions:
             table = read_part(partition)
@@ -1496,17 +1648,24 @@ def write_scores(config: Config, plan: Plan) -> None:
                 rows = plan.read_rows(partition.start, partition.stop)
                 n = len(rows)
                 table = _with_results(rows, None, np.full(n, np.nan, np.float32), [False] * n, ["not_tried"] * n, [""] * n)
-            if partition.index == 0:
-                plain.writerow(table.column_names)
-            for row in zip(*(_csv_cells(column) for column in table.columns), strict=True):
-                # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
-                (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+            texts = (_csv_cells(column) for column in table.columns)
+            if config.escape_formulas:
+                inputs = table.num_columns - len(RESULT_COLUMNS)
+                texts = ([escape_formula(t) for t in column] if n < inputs else column for n, column in enumerate(texts))
+            for row in zip(*texts, strict=True):
+                write_row(row)
             written += table.num_rows
-        if not plan.partitions:
-            plain.writerow([*output_names(plan.manifest["columns"]), *RESULT_COLUMNS])
+        if written != plan.rows:
+            raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
         text.detach()
-    if written != plan.rows:
-        raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
+
+
+def escape_formula(cell: str) -> str:
+    """A cell that a spreadsheet would run as a formula, made plain text by a leading '.
+
+    To undo it, take one ' away from each cell that matches ^'+[=+\\-@\\t\\r].
+    """
+    return "'" + cell if re.match(r"'*[=+\-@\t\r]", cell) else cell
 
 
 def _csv_cells(column: Any) -> list[str]:

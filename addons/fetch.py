@@ -1,17 +1,33 @@
 """Fetch pictures from URLs that strangers wrote: public addresses only, capped bytes, a deadline for the whole fetch.
 
-Used by `image_path: url`.
+Used by `image_path: url`. Every hop of a redirect is resolved once, checked, and connected to at the checked address
+(requests-hardened pins it, so a second DNS answer cannot change it). Bodies are read by `read1`, because a timeout
+counts from byte to byte and a slow drip never trips it; a watchdog does the same for headers and handshakes.
 """
+import contextlib
+import email.utils
+import hashlib
+import http.cookiejar
+import ipaddress
 import itertools
+import logging
+import os
+import pathlib
 import re
 import socket
+import threading
 import time
+import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 import requests
 import requests_hardened
 import urllib3
 from requests_hardened.ip_filter import InvalidIPAddress
+from requests_hardened.ip_filter_adapter import IPFilterAdapter
+
+logging.getLogger("requests_hardened").setLevel(logging.CRITICAL)  # it warns of each refused address; the row says it
 
 REDIRECTS = 5
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 10.0  # of one attempt; the whole fetch has `fetch_timeout_s`
@@ -30,71 +46,90 @@ class PassingFailure(Exception):
 class Fetcher:
     """URL -> bytes through one pooled session, safe to call from many threads.
 
-    `config` gives fetch_timeout_s, fetch_retries, max_image_bytes, user_agent and allow_private_hosts; `failure` is the
-    exception class raised as failure(status, detail) for a row that gets no picture.
+    `config` gives fetch_timeout_s, fetch_retries, max_per_host, max_image_bytes, user_agent, cache_path,
+    use_environment_proxies and allow_private_hosts; `failure` is the exception class raised as failure(status, detail)
+    for a row that gets no picture.
     """
 
     def __init__(self, config: Any, threads: int, failure: type[Exception]) -> None:
         self.config, self.failure = config, failure
-        self.session: requests.Session
-        if config.allow_private_hosts:
-            self.session = requests.Session()
-            for scheme in ("http://", "https://"):
-                self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_connections=256, pool_maxsize=threads))
-        else:  # resolves once, refuses addresses that are not public, connects to the one it checked; redirects included
-            self.session = requests_hardened.HTTPSession(requests_hardened.Config(
-                ip_filter_enable=True, ip_filter_allow_loopback_ips=False, never_redirect=False,
-                default_timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)))
-            for adapter in self.session.adapters.values():
-                adapter.init_poolmanager(256, threads)  # type: ignore[attr-defined]  # its constructor takes no pool size
-        self.session.trust_env = False  # neither proxies nor .netrc of the environment
-        self.session.max_redirects = REDIRECTS
-        # identity: a compressed body could be a bomb, and pictures are compressed already
-        self.session.headers.update({"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.1",
-                                     "Accept-Encoding": "identity"})
+        self.session = _open_session(config, threads)
+        self._hosts: dict[str, threading.Semaphore] = {}
+        self._lock = threading.Lock()
+        self._cache = pathlib.Path(config.cache_path) if config.cache_path else None
 
     def __call__(self, url: str) -> bytes:
-        """The body that `url` serves; tries again after passing troubles; raises `failure`."""
+        """The body that `url` serves, or served an earlier run; tries again after passing troubles; raises `failure`."""
+        stored = self._cache_file(url)
+        if stored and stored.is_file() and stored.stat().st_size <= self.config.max_image_bytes:
+            return stored.read_bytes()
         deadline = time.monotonic() + self.config.fetch_timeout_s
         for attempt in itertools.count():
             try:
-                return self._fetch_once(url, deadline)
+                body = self._fetch_once(url, deadline)
+                break
             except PassingFailure as passing:
                 pause = max(passing.retry_after_s, FIRST_PAUSE_S * 2 ** attempt)
                 if attempt >= self.config.fetch_retries or time.monotonic() + pause >= deadline:
                     raise self.failure(passing.status, passing.detail) from None
                 time.sleep(pause)
-        raise AssertionError("unreachable")
+        if stored:
+            _store(stored, body)
+        return body
+
+    def _cache_file(self, url: str) -> pathlib.Path | None:
+        name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+        return self._cache / name[:2] / name if self._cache else None
 
     def _fetch_once(self, url: str, deadline: float) -> bytes:
-        left = max(0.05, deadline - time.monotonic())
-        timeouts = min(CONNECT_TIMEOUT_S, left), min(READ_TIMEOUT_S, left)
+        """One attempt, redirects included."""
         try:
-            with self.session.get(url, stream=True, timeout=timeouts) as response:
-                self._check_response(response)
-                return self._read_body(response, deadline)
+            for _ in range(REDIRECTS + 1):
+                if not _can_be_split(url):
+                    raise self.failure("missing", "not a URL")
+                with self._place_at_host(url, deadline), _WATCHDOG.until(deadline):
+                    left = max(0.05, deadline - time.monotonic())
+                    with self.session.get(url, stream=True, allow_redirects=False,
+                                          timeout=(min(CONNECT_TIMEOUT_S, left), min(READ_TIMEOUT_S, left))) as response:
+                        target = requests.Session.get_redirect_target(self.session, response)
+                        if target is None:
+                            self._check_response(response)
+                            with _WATCHDOG.watch():
+                                return self._read_body(response, deadline)
+                        url = requests.compat.urljoin(url, target) if _can_be_split(target) else target
         except InvalidIPAddress:
             raise self.failure("forbidden", "address is not public") from None
         except requests.exceptions.InvalidSchema:
             raise self.failure("forbidden", "only http and https") from None
-        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, UnicodeError):
+        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, UnicodeError,
+                urllib3.exceptions.LocationValueError):
             raise self.failure("missing", "not a URL") from None
-        except requests.exceptions.TooManyRedirects:
-            raise self.failure("connect", f"more than {REDIRECTS} redirects") from None
-        except (requests.exceptions.Timeout, TimeoutError):
-            raise PassingFailure("timeout", "no answer in time") from None
         except requests.exceptions.SSLError:
             raise self.failure("connect", "TLS certificate or handshake refused") from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            if caused_by(error, socket.gaierror) or caused_by(error, urllib3.exceptions.NameResolutionError):
-                raise PassingFailure("dns", "host name does not resolve") from None
-            raise PassingFailure("connect", "connection failed or broke off") from None
+            raise _as_passing(error, deadline) from None
+        except ValueError:  # what http.client raises for a chunk of negative size
+            raise PassingFailure("connect", "answer cannot be read") from None
+        raise self.failure("connect", f"more than {REDIRECTS} redirects")
+
+    @contextlib.contextmanager
+    def _place_at_host(self, url: str, deadline: float) -> Iterator[None]:
+        """At most `max_per_host` fetches at one host at a time."""
+        host = re.sub(r"^\w+://(?:[^/@]*@)?", "", url.lower()).split("/", 1)[0]
+        with self._lock:
+            places = self._hosts.setdefault(host, threading.Semaphore(self.config.max_per_host))
+        if not places.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise PassingFailure("timeout", "host too busy with this run's other fetches")
+        try:
+            yield
+        finally:
+            places.release()
 
     def _check_response(self, response: requests.Response) -> None:
         """Raise for an error status, an opted-out picture or an encoded body."""
-        code, after = response.status_code, response.headers.get("Retry-After", "")
+        code = response.status_code
         if code == 429 or code >= 500:
-            wait, status = float(after) if re.fullmatch(r"\d{1,6}", after) else 0.0, "http_4xx" if code == 429 else "http_5xx"
+            wait, status = _retry_after_s(response.headers.get("Retry-After", "")), "http_4xx" if code == 429 else "http_5xx"
             if wait > RETRY_AFTER_CAP_S:
                 raise self.failure(status, f"{code}, asks to come back later")
             raise PassingFailure(status, str(code), wait)
@@ -106,33 +141,182 @@ class Fetcher:
             raise self.failure("unsupported", "encoded body")
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:
-        """At most `max_image_bytes`, by `read1`: a timeout counts from byte to byte and a slow drip never trips it."""
+        """At most `max_image_bytes`, no byte after the deadline."""
         body, limit = bytearray(), self.config.max_image_bytes
+        header = response.headers.get("Content-Length", "")
+        promised = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
+        if promised > limit:
+            raise self.failure("too_large", f"more than {limit} bytes")
         while True:
             if time.monotonic() > deadline:
-                raise self.failure("timeout", "body did not end in time")
-            try:
-                chunk = response.raw.read1(65536, decode_content=False)
-            except urllib3.exceptions.ReadTimeoutError:
-                raise PassingFailure("timeout", "body stalled") from None
-            except urllib3.exceptions.HTTPError:
-                raise PassingFailure("connect", "body broke off") from None
+                raise PassingFailure("timeout", "body did not end in time")
+            chunk = response.raw.read1(65536, decode_content=False)
             if not chunk:
                 break
             body += chunk
             if len(body) > limit:
                 raise self.failure("too_large", f"more than {limit} bytes")
-        promised = response.headers.get("Content-Length", "")
-        if promised.isdigit() and len(body) < int(promised):
+        if time.monotonic() > deadline:  # cut by the watchdog, which looks like an end
+            raise PassingFailure("timeout", "body did not end in time")
+        if len(body) < promised:
             raise PassingFailure("connect", "body shorter than promised")
         return bytes(body)
 
 
-def caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether a `kind` is anywhere in the chain of causes, which urllib3 hides in `reason` or among the arguments."""
+def _can_be_split(url: str) -> bool:
+    """Whether urllib can take the URL apart; it raises ValueError for "http://[bad/"."""
+    try:
+        urllib.parse.urlsplit(url)
+        return True
+    except ValueError:
+        return False
+
+
+def _as_passing(error: Exception, deadline: float) -> PassingFailure:
+    """A network error of requests, urllib3 or the system as the status it means."""
+    if time.monotonic() >= deadline:  # the watchdog cuts the connection, which looks like a reset
+        return PassingFailure("timeout", "no answer in time")
+    if isinstance(error, (requests.exceptions.Timeout, TimeoutError, urllib3.exceptions.TimeoutError)):
+        return PassingFailure("timeout", "no answer in time")
+    if caused_by(error, (socket.gaierror, urllib3.exceptions.NameResolutionError)):
+        return PassingFailure("dns", "host name does not resolve")
+    return PassingFailure("connect", "connection failed or broke off")
+
+
+def _retry_after_s(header: str) -> float:
+    """The seconds that a Retry-After header asks for, given as a number or as a date; 0 if it cannot be read."""
+    if re.fullmatch(r"\d{1,9}", header):
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def _store(path: pathlib.Path, body: bytes) -> None:
+    """Keep `body` for the next run; a cache that cannot be written is no reason to lose the picture."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(body)
+        beside.replace(path)
+
+
+def caused_by(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Whether one of `kinds` is in the chain of causes, which urllib3 hides in `reason` or among the arguments."""
     for _ in range(10):
-        if error is None or isinstance(error, kind):
+        if error is None or isinstance(error, kinds):
             break
         hidden = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
         error = hidden if isinstance(hidden, BaseException) else error.__cause__ or error.__context__
-    return isinstance(error, kind)
+    return isinstance(error, kinds)
+
+
+# ── The session: addresses checked, connections under the watchdog ────────────────────────────────────────────────────
+
+class _Watchdog:
+    """Cuts the connection of a thread whose fetch is overdue while it connects, shakes hands or waits for headers."""
+
+    def __init__(self) -> None:
+        self._thread_local = threading.local()
+        self._lock = threading.Lock()
+        self._watched: dict[int, tuple[float, Any, Any]] = {}
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Set the calling thread's deadline (of time.monotonic) for the connections it uses meanwhile."""
+        self._thread_local.__dict__.update(deadline=deadline, connection=None, socket=None)
+        yield
+
+    @contextlib.contextmanager
+    def watch(self, connection: Any = None) -> Iterator[None]:
+        """Cut `connection`, or the one last watched by this thread, if what happens inside lasts beyond the deadline."""
+        here = self._thread_local
+        here.connection = connection or here.connection
+        # the response of a connection that will close keeps the socket, and the connection forgets it
+        here.socket = getattr(here.connection, "sock", None) or getattr(here, "socket", None)
+        with self._lock:
+            self._watched[threading.get_ident()] = (here.deadline, here.connection, here.socket)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="fetch watchdog")
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched.pop(threading.get_ident(), None)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.1)
+            now = time.monotonic()
+            with self._lock:
+                overdue = [entry for entry in self._watched.values() if now > entry[0]]
+                for _, connection, known in overdue:
+                    with contextlib.suppress(OSError, TypeError):  # no socket yet, or closed meanwhile
+                        socket.socket.shutdown(connection.sock or known, socket.SHUT_RDWR)
+
+
+_WATCHDOG = _Watchdog()
+
+
+class _HTTPConnection(urllib3.connection.HTTPConnection):
+    def connect(self) -> None:
+        with _WATCHDOG.watch(self):
+            super().connect()
+
+    def getresponse(self) -> Any:
+        with _WATCHDOG.watch(self):
+            return super().getresponse()
+
+
+class _HTTPSConnection(urllib3.connection.HTTPSConnection):
+    def connect(self) -> None:
+        with _WATCHDOG.watch(self):
+            super().connect()
+
+    def getresponse(self) -> Any:
+        with _WATCHDOG.watch(self):
+            return super().getresponse()
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class _PublicOnly(IPFilterAdapter):
+    """requests-hardened's adapter, which pins the address it has checked; and nothing that is not globally routed."""
+
+    def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
+        host, pool = super().build_connection_pool_key_attributes(*args, **kwargs)
+        address = ipaddress.ip_address(host["host"].strip("[]"))
+        if not address.is_global or address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False):
+            raise InvalidIPAddress(address)
+        return host, pool
+
+
+class _Session(requests_hardened.HTTPSession):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """No redirect for requests to see: it would read the redirect's whole body, which may never end."""
+
+
+def _open_session(config: Any, threads: int) -> requests.Session:
+    """A session without cookies, without the environment's proxies and passwords unless asked, under the watchdog."""
+    session = _Session(requests_hardened.Config(
+        ip_filter_enable=False, ip_filter_allow_loopback_ips=False, never_redirect=True,
+        default_timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)))
+    for scheme in ("http://", "https://"):
+        adapter = requests.adapters.HTTPAdapter() if config.allow_private_hosts else _PublicOnly(scheme == "https://")
+        adapter.init_poolmanager(256, threads)
+        adapter.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        session.mount(scheme, adapter)
+    session.trust_env = config.use_environment_proxies
+    session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+    # identity: a compressed body could be a bomb, and pictures are compressed already
+    session.headers.update({"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.1", "Accept-Encoding": "identity"})
+    return session
