@@ -78,7 +78,7 @@ def test_python_blocks_run(clone):
 def test_make_targets_exist():
     """Every `make` target that the README names is in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?(?<![\w-])make ([a-z-]+)", README)) <= targets
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)) <= targets
 
 
 def test_key_table_is_complete():
@@ -108,3 +108,13 @@ def test_links_and_pictures_exist():
     """Every relative link leads to a file."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_promises_are_kept_by_tests_that_exist():
+    """Each promise names tests, and each test named is there."""
+    table = README.split("### What we promise")[1].split("\n\n")[2]
+    for line in table.splitlines()[2:]:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
+        assert named, line
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test

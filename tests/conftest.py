@@ -1,0 +1,208 @@
+"""What the tests share: the script as a command and as a module, configs, tables, pictures, and no network."""
+import csv
+import dataclasses
+import io
+import ipaddress
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub, which reads it once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and torch's threads would wait for each other's cores
+
+import image_text_sim_clip as script  # noqa: E402
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run ended: exit code, what it said, and the JSON object on the last line of stdout (None without one)."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self):
+        lines = self.stdout.strip().splitlines()
+        return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+
+
+def _is_near(address):
+    """Whether a socket address stays on this machine."""
+    if not isinstance(address, tuple):
+        return True  # a Unix socket
+    host = address[0]
+    if host in ("localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_network(request, monkeypatch):
+    """Fail every test that connects beyond loopback, even where the code under test swallows the error."""
+    if request.node.get_closest_marker("hub"):
+        yield
+        return
+    tried = []
+    for name in ("connect", "connect_ex"):
+        original = getattr(socket.socket, name)
+
+        def guarded(self, address, original=original):
+            if not _is_near(address):
+                tried.append(address)
+                raise AssertionError(f"a test tried to connect to {address}")
+            return original(self, address)
+        monkeypatch.setattr(socket.socket, name, guarded)
+    yield
+    assert not tried, f"a test tried to connect to {tried}"
+
+
+def _environment(changes):
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {k: v for k, v in {**os.environ, **quiet, **(changes or {})}.items() if v is not None}
+
+
+@pytest.fixture
+def start_cli(tmp_path):
+    """Start the script with the arguments given and return the Popen; what still runs at the test's end is killed."""
+    started = []
+
+    def start(*arguments, cwd=None, env=None, interpreter=(), script_path=ROOT / "image_text_sim_clip.py", **options):
+        command = [sys.executable, *interpreter, str(script_path), *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=cwd or tmp_path, env=_environment(env), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **options)
+        started.append(process)
+        return process
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def run_cli(start_cli):
+    """Run the script as a command in tmp_path and return its Outcome."""
+    def run(*arguments, timeout=60, **options):
+        process = start_cli(*arguments, **options)
+        stdout, stderr = process.communicate(timeout=timeout)
+        return Outcome(process.returncode, stdout, stderr)
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd):
+    """Run `main` in this process, without the memory curve and its slow picture; Trouble becomes line and exit code."""
+    def run(*arguments):
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "start_memory_curve", lambda: None)
+            try:
+                code = script.main([str(a) for a in arguments])
+            except script.Trouble as trouble:
+                script.say(f"error: {trouble}")
+                code = trouble.exit_code
+        return Outcome(code, *capfd.readouterr())
+    return run
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Write config.yaml: a dry run of table.csv over the folder pictures/ into out/, all in tmp_path, unless told otherwise."""
+    def write(name="config.yaml", **keys):
+        values = {"csv_path": str(tmp_path / "table.csv"), "image_path": str(tmp_path / "pictures"), "use_cuda": False,
+                  "pretrained_model": "none", "output_path": str(tmp_path / "out"), **keys}
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+    return write
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    """Write table.csv in tmp_path, from bytes, from text, or from rows that Python's csv module quotes."""
+    def write(content, name="table.csv"):
+        if not isinstance(content, (str, bytes)):
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(content)
+            content = text.getvalue()
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+    return write
+
+
+@pytest.fixture
+def read_table():
+    """Read a CSV back with Python's csv module as a list of dicts; a row of another length fails."""
+    def read(path):
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file, strict=True)
+        assert len(set(header)) == len(header)
+        return [dict(zip(header, row, strict=True)) for row in rows]
+    return read
+
+
+@pytest.fixture
+def picture_bytes():
+    """Bytes of a picture in one colour, or of the Pillow picture given: picture_bytes("PNG", mode="L", colour=7)."""
+    from PIL import Image
+
+    def make(format_="PNG", mode="RGB", size=(40, 30), colour=0, image=None, **options):
+        data = io.BytesIO()
+        (image or Image.new(mode, size, colour)).save(data, format_, **options)
+        return data.getvalue()
+    return make
+
+
+@pytest.fixture
+def noise():
+    """A smooth picture with detail in it, the same for the same seed: noise(width, height)."""
+    import numpy as np
+    from PIL import Image
+
+    def make(width, height, seed=0, mode="RGB"):
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        fine = rng.integers(-12, 13, (height, width, 3))
+        return Image.fromarray((np.asarray(image) + fine).clip(0, 255).astype(np.uint8)).convert(mode)
+    return make
+
+
+@pytest.fixture
+def shapes(tmp_path, write_config):
+    """Config keys for the bundled drawings: shapes(times, **keys) repeats shapes.csv `times` times into table.csv."""
+    def make(times=1, rows=None, **keys):
+        header, *lines = (ROOT / "challenge_set/shapes.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "table.csv").write_text("".join([header, *(lines * times)[:rows]]), encoding="utf-8")
+        return write_config(image_path=str(ROOT / "challenge_set/shapes"), **keys)
+    return make
+
+
+BUNDLED_MODEL = str(ROOT / "challenge_set/shapes_clip")
+
+
+@pytest.fixture
+def bundled_model():
+    """The path of the small model in challenge_set/."""
+    return BUNDLED_MODEL
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """Model folders by the name of a published architecture, each built on first use: shelf("siglip-base"), see models.py."""
+    from models import ModelShelf
+    return ModelShelf(tmp_path_factory.mktemp("models"))
