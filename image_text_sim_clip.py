@@ -689,7 +689,7 @@ def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = N
     except RowFailure:
         raise
     except UnidentifiedImageError:
-        raise RowFailure(*_why_unidentified(data)) from None
+        raise RowFailure(*_odd_pictures().why_unidentified(data)) from None
     except Image.DecompressionBombError:
         raise RowFailure("bomb", "too many pixels") from None
     except MemoryError:
@@ -717,20 +717,12 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _why_unidentified(data: bytes) -> tuple[str, str]:
-    """Status and detail for bytes that no allowed format claims: an image of another kind, or no image at all."""
-    from PIL import Image
-    start = data[:512].lstrip().lower()
-    if not data:
-        return "not_image", "empty file"
-    if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1") or start.startswith((b"<svg", b"%pdf", b"8bps")):
-        return "unsupported", "format not allowed"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"{")):
-        return "not_image", "text, not a picture"
-    if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or data[8:12] == b"WEBP":
-        return "corrupt", "header cannot be read"
-    Image.preinit()
-    return "not_image", "no picture format known here"
+def _odd_pictures() -> Any:
+    """The addon for pictures that are rarely met; without it beside the script, such a picture is `unsupported`."""
+    try:
+        return importlib.import_module("addons.odd_pictures")
+    except ImportError:
+        raise RowFailure("unsupported", "needs addons/odd_pictures.py beside the script") from None
 
 
 def to_rgb(image: Any, config: Config) -> Any:
@@ -743,39 +735,13 @@ def to_rgb(image: Any, config: Config) -> Any:
     if config.exif_orientation:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _grey_from_numbers(image).convert("RGB")
+        return _odd_pictures().grey_from_numbers(image).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         below = Image.new("RGB", image.size, config.transparent_over)
         below.paste(image, mask=image.getchannel("A"))
         return below
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _grey_from_numbers(image: Any) -> Any:
-    """A picture of wide integers or floats as 8-bit grey, a band at a time: as float64 the whole could be 400 MB."""
-    import numpy as np
-    from PIL import Image
-    step = max(1, 4_000_000 // image.width)
-
-    def bands() -> Iterator[tuple[int, Any]]:
-        for top in range(0, image.height, step):
-            yield top, np.asarray(image.crop((0, top, image.width, min(image.height, top + step))), dtype=np.float64)
-    low = min(float(band[np.isfinite(band)].min(initial=0.0)) for _, band in bands())
-    high = max(float(band[np.isfinite(band)].max(initial=0.0)) for _, band in bands())
-    if image.mode == "F" and low >= 0 and high <= 1:
-        offset, scale = 0.0, 255.0
-    elif image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
-        offset, scale = 0.0, 1 / 257
-    elif low < 0 or high > 255:
-        offset, scale = low, 255 / (high - low) if high > low else 1.0
-    else:
-        offset, scale = 0.0, 1.0
-    grey = Image.new("L", image.size)
-    for top, band in bands():
-        values = (np.nan_to_num(band, posinf=high, neginf=low) - offset) * scale
-        grey.paste(Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)), (0, top))
-    return grey
 
 
 # ── Images: resize to what the model reads ────────────────────────────────────────────────────────────────────────────
@@ -1014,7 +980,6 @@ def peak_memory_mib() -> float:
 
 BUNDLED_HINT = "without the Hub, run the bundled model: python image_text_sim_clip.py --config challenge_set/demo.yaml"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1037,7 +1002,14 @@ def find_model(config: Config) -> ModelFiles:
         return ModelFiles(folder, _weights_fingerprint(folder), True)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")
-    return _find_on_hub(config)
+    hub = addon("hub", f"pretrained_model {name!r}")
+    try:
+        snapshot, safetensors = hub.find_on_hub(name, config.revision, config.safetensors_only)
+    except hub.NotFound as error:
+        raise Trouble(EXIT_MODEL, f"{error}; {BUNDLED_HINT}") from None
+    if not safetensors:
+        say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
+    return ModelFiles(snapshot, snapshot.resolve().name, safetensors)
 
 
 def _weights_fingerprint(folder: pathlib.Path) -> str:
@@ -1051,42 +1023,6 @@ def _weights_fingerprint(folder: pathlib.Path) -> str:
                 file.seek(i * size // 17)
                 digest.update(file.read(65536))
     return digest.hexdigest()[:16]
-
-
-def _find_on_hub(config: Config) -> ModelFiles:
-    """Resolve the revision to a commit, choose the weights' format, download what is missing; offline, take the cache."""
-    import huggingface_hub
-    name, tried = config.pretrained_model, f"tried the folder {config.pretrained_model!r} (none here)"
-    try:
-        info = huggingface_hub.HfApi().model_info(name, revision=config.revision, timeout=15)
-        files = {sibling.rfilename for sibling in info.siblings or ()}
-    except Exception as error:  # the Hub's client raises its own, its HTTP library's and the system's errors
-        files = set()
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        tried += f", the Hub ({'HF_HUB_OFFLINE is set' if offline else f'{type(error).__name__}: {str(error)[:120]}'})"
-    has_safetensors = bool(files & set(SAFETENSORS))
-    if files and config.safetensors_only and not has_safetensors:
-        raise Trouble(EXIT_MODEL, f"{name} has no safetensors at revision {config.revision}, and safetensors_only is set")
-    # offline the client holds the cache against the repository's whole list: no pattern for a format never asked for
-    weights = ["model*.safetensors" if has_safetensors else "pytorch_model*.bin"] if files else []
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    try:
-        folder = pathlib.Path(huggingface_hub.snapshot_download(  # by branch or tag, or the cache would not know it offline
-            name, revision=config.revision, allow_patterns=["*.json", "*.txt", "*.model", *weights],
-            local_files_only=not files))
-    except Exception as error:
-        reason = error.__cause__ or error  # the client's own error says only that it is not in the cache either
-        tried += ", the local cache (not there)" if not files else f", the Hub ({type(reason).__name__}: {str(reason)[:120]})"
-        raise Trouble(EXIT_MODEL, f"cannot get {name} ({config.revision}): {tried}; {BUNDLED_HINT}") from None
-    safetensors = any((folder / f).exists() for f in SAFETENSORS)
-    if not safetensors and not any((folder / f).exists() for f in PICKLES):
-        raise Trouble(EXIT_MODEL, f"{name} ({config.revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
-    if not safetensors and config.safetensors_only:
-        raise Trouble(EXIT_MODEL, f"{name} has no safetensors at revision {config.revision}, and safetensors_only is set")
-    if not safetensors:
-        say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
-    return ModelFiles(folder, folder.resolve().name, safetensors)
 
 
 def choose_device(config: Config) -> str:
@@ -1824,15 +1760,16 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> typing.NoReturn:
     """`main` with its endings: one line for a user's mistake, 128 + n for a signal, a traceback for a bug."""
     INTERRUPTION.install()
+    code = 0
     try:
-        code = main()
+        main()
     except Trouble as trouble:
         say(f"error: {trouble}")
         code = trouble.exit_code
     except Interrupted as interrupted:
         say("interrupted: finished partitions are kept, the same command resumes")
         code = 128 + interrupted.signum
-        if not PROFILED:  # loader threads may sit in a fetch until its deadline; nobody waits for them
+        if not PROFILED:  # loader threads may sit in a fetch until its deadline; who pressed Ctrl-C does not wait for them
             sys.stdout.flush()
             os._exit(code)
     sys.exit(code)
