@@ -198,6 +198,7 @@ class Config:
     fetch_timeout_s: float = _setting(30.0, 0.01, 3600)
     fetch_retries: int = _setting(2, 0, 100)
     user_agent: str = "image_text_sim_clip/0.1 (image-caption similarity; respects X-Robots-Tag: noai)"
+    respect_opt_out: bool = True
     max_per_host: int = _setting(16, 1, 1024)
     cache_path: str | None = None
     use_environment_proxies: bool = False

@@ -46,7 +46,7 @@ class PassingFailure(Exception):
 class Fetcher:
     """URL -> bytes through one pooled session, safe to call from many threads.
 
-    `config` gives fetch_timeout_s, fetch_retries, max_per_host, max_image_bytes, user_agent, cache_path,
+    `config` gives fetch_timeout_s, fetch_retries, max_per_host, max_image_bytes, user_agent, respect_opt_out, cache_path,
     use_environment_proxies and allow_private_hosts; `failure` is the exception class raised as failure(status, detail)
     for a row that gets no picture.
     """
@@ -135,7 +135,7 @@ class Fetcher:
             raise PassingFailure(status, str(code), wait)
         if not 200 <= code < 300:
             raise self.failure("http_4xx", str(code))
-        if re.search(r"\bno(image)?ai\b", response.headers.get("X-Robots-Tag", "").lower()):
+        if self.config.respect_opt_out and re.search(r"\bno(image)?ai\b", response.headers.get("X-Robots-Tag", "").lower()):
             raise self.failure("opted_out", "X-Robots-Tag")
         if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
             raise self.failure("unsupported", "encoded body")

@@ -256,6 +256,11 @@ def test_no_cookies_and_an_agent_of_its_own(server):
     assert get(f"{server.url}/agent") == b"image_text_sim_clip/test"
 
 
+def test_opting_out_is_respected_unless_told_otherwise(server):
+    """`respect_opt_out: false` scores what is served with noai as well."""
+    assert outcome(fetcher(respect_opt_out=False), f"{server.url}/noai")[0] == "ok"
+
+
 def test_max_per_host_is_kept(server):
     """No more than `max_per_host` fetches are at one host at a time."""
     server.most = 0
