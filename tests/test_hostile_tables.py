@@ -51,6 +51,7 @@ def test_columns_by_number_must_exist_and_go_together(write_config, write_table,
     assert run_main("--config", write_config(url_column=1, caption_column="caption")).code == 2
 
 
+@pytest.mark.slow
 def test_latin_1_is_told_with_its_byte_offset(tmp_path, write_config, write_table, run_main):
     """The first byte that is not UTF-8 is named by its offset, beyond a megabyte and after multi-byte characters too."""
     start = b"url,caption\n" + "a.jpg,ünï ☃\n".encode() * 90_000

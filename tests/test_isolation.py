@@ -112,6 +112,7 @@ def test_killed_child_is_replaced(noise, picture_bytes):
     decoder.close()
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_changes_no_result(shapes, start_cli, run_cli, tmp_path):
     """A partition left behind by a killed run is decoded in isolation, to the same bytes."""
     config = shapes(times=4, partition_rows=256)

@@ -25,6 +25,7 @@ BUNDLED = ROOT / "challenge_set/shapes_clip"
 SCORED = [name for name, (_, family) in ARCHITECTURES.items() if family != "naflex"]
 # One of each way to take captions apart and to pool them: these are also scored in batches of 1 and of 64.
 FOUR_KINDS = ["clip-new-eos", "clip-base-patch32", "siglip-base", "siglip2-base"]
+pytestmark = pytest.mark.slow  # the models are built first
 
 WORDS = " ".join(CORPUS).split()
 CAPTIONS = [

@@ -42,6 +42,7 @@ def shell(command, folder):
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
 
 
+@pytest.mark.slow
 def test_console_blocks_print_what_they_show(clone):
     """A command after `$` runs and prints the lines shown beneath it, numbers aside."""
     for block in blocks("console"):
@@ -66,6 +67,7 @@ def test_shell_blocks_run(clone):
             assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
+@pytest.mark.slow
 def test_python_blocks_run(clone):
     """The Python examples run as they stand, after the demo."""
     assert shell("python image_text_sim_clip.py --config challenge_set/demo.yaml", clone).returncode == 0

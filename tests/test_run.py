@@ -641,6 +641,7 @@ def test_every_disk_error_is_survived(small, run_main, monkeypatch, tmp_path, ca
     assert failures >= {"replace": written, "fsync": 2 * written}[call]  # the file, and the folder it is in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 2_000, 20_000])
 def test_full_disk(small, run_cli, run_main, write_table, tmp_path, limit):
     """A disk that takes no more bytes is exit 5 and leaves nothing half-written."""
@@ -656,6 +657,7 @@ def test_full_disk(small, run_cli, run_main, write_table, tmp_path, limit):
     assert run_main("--config", config).result["scored"] == 1000
 
 
+@pytest.mark.slow
 def test_disk_full_while_drawing(small, run_cli, tmp_path):
     """memory-time.png is the least: where it alone does not fit, the scores are there and correct."""
     config = small(rows=60)

@@ -433,6 +433,7 @@ def quick_folder():
         yield pathlib.Path(folder)
 
 
+@pytest.mark.slow
 @given(table=tables(), end=st.sampled_from(["\n", "\r\n", "\r"]), partition_rows=st.integers(1, 10),
        chunk=st.integers(1, 5), threads=st.sampled_from([0, 0, 0, 2]))
 @settings(max_examples=120, deadline=None)
@@ -457,6 +458,7 @@ BAD_LINE = st.sampled_from([b"a", b"a,b,c", b'x,"oops', b'"oops', b"a,\xff", b"\
 BLANK_LINE = st.just(b"")
 
 
+@pytest.mark.slow
 @given(lines=st.lists(st.one_of(GOOD_LINE, GOOD_LINE, BAD_LINE, BLANK_LINE), max_size=25),
        end=st.sampled_from([b"\n", b"\r\n", b"\r"]), partition_rows=st.integers(1, 12))
 @settings(max_examples=120, deadline=None)
