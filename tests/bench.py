@@ -80,6 +80,7 @@ def write_siglip(folder):
                              vision_config=tower | {"patch_size": 16, "image_size": 224})).save_pretrained(folder)
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     symbols = specials + [f"<0x{b:02X}>" for b in range(256)] + sorted({c for word in WORDS for c in word} | {"▁"})
+    symbols += [f"<unused{i}>" for i in range(32000 - len(symbols))]
     GemmaTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], model_max_length=64).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({
         "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224},
