@@ -1079,6 +1079,8 @@ def load_model(files: ModelFiles, name: str) -> tuple[Any, Any, Any]:
         raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
     if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
         raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
+    for weight in (*model.parameters(), *model.buffers()):  # a mapped file's alignment would choose other CPU kernels, and
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)  # the same weights score an ulp apart
     return model.eval().requires_grad_(False), tokenizer, processor
 
 
