@@ -158,6 +158,14 @@ def addon(name: str, key: str) -> Any:
         raise Trouble(EXIT_CONFIG, f"{key} needs {missing}") from error
 
 
+def optional_addon(name: str, otherwise: str) -> Any:
+    """addons/<name>.py, or None and one line that says what the run goes without."""
+    try:
+        return importlib.import_module(f"addons.{name}")
+    except ImportError as error:
+        return say(f"{otherwise}: {error}")
+
+
 # ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def _setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
@@ -208,7 +216,11 @@ class Config:
     batch_size: int | Literal["auto"] = _setting("auto", 1, 65536)
     partition_rows: int | Literal["auto"] = _setting("auto", 1, 10_000_000)
     loader_threads: int | Literal["auto"] = _setting("auto", 0, 1024)
-    engine: Literal["auto", "local"] = "auto"
+    engine: Literal["auto", "local", "accelerate", "slurm", "ray"] = "auto"
+    ray_address: str | None = None
+    ray_workers: str | int = _setting(1, 1)
+    ray_gpus: float = _setting(0.0, 0.0, 64)
+    output_format: Literal["csv", "parquet"] = "csv"
     max_failure_rate: float = _setting(0.9, 0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -234,8 +246,9 @@ class Config:
 
 # Keys that may differ between a run and its resumption, because no score and no status hangs on them. `use_cuda` is here
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
-HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "loader_threads", "engine", "max_failure_rate", "user_agent",
-                 "safetensors_only", "max_per_host", "cache_path", "use_environment_proxies"}
+HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
+                 "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
+                 "use_environment_proxies"}
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -541,21 +554,35 @@ def _file_identity(path: pathlib.Path, known: dict | None = None) -> dict:
     identity = {"input_bytes": info.st_size, "input_mtime_ns": info.st_mtime_ns}
     if known and all(known.get(key) == value for key, value in identity.items()):
         return identity | {"input_sha256": known["input_sha256"]}
-    with path.open("rb") as file:
-        return identity | {"input_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return identity | {"input_sha256": file_sha256(path)}
 
 
 @profile
-def plan(config: Config, fresh: bool = False) -> Plan:
+def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     """Stage the input, or check that `output_path` holds this very run; cut the rows into partitions.
 
     The manifest holds the input's identity, the settings that decide a score (`settings`) and what only the loaded
     model can tell (`resolved`, added by `settle`). Raises Trouble: exit 2 if the folder holds another run, 3 for the
-    input, 5 for the output disk.
+    input, 5 for the output disk. One that `joins` others at work on the run leaves what they have settled.
     """
     output = pathlib.Path(config.output_path)
-    if fresh:
-        discard_run(output)
+    if not (output / "manifest.json").exists() and not pathlib.Path(config.csv_path).is_file():
+        raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
+    with locked(output):
+        remove_leftovers(output)
+        if fresh:
+            discard_run(output)
+        manifest = _find_or_make_manifest(config, output)
+        if not joins and not _has_parts(output) and manifest.pop("resolved", None):
+            write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
+    step, rows = manifest["partition_rows"], manifest["rows"]
+    starts = range(0, rows, step)
+    partitions = [Partition(i, a, min(a + step, rows), output / "parts") for i, a in enumerate(starts)]
+    return Plan(output, manifest, partitions)
+
+
+def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
+    """The manifest of the run that `output` holds, if it is this one; a new one where nothing is scored yet."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}
     manifest = _read_json(output / "manifest.json")
     if manifest is not None:
@@ -568,8 +595,6 @@ def plan(config: Config, fresh: bool = False) -> Plan:
         if _has_parts(output):
             raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: discard it with --fresh, "
                                        "or write elsewhere with --set output_path=...")
-        if not pathlib.Path(config.csv_path).is_file():
-            raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
         with output_disk(output):
             (output / "parts").mkdir(parents=True, exist_ok=True)
             (output / "profile.json").unlink(missing_ok=True)  # of a run whose table was empty
@@ -579,10 +604,7 @@ def plan(config: Config, fresh: bool = False) -> Plan:
         write_json(output / "manifest.json", manifest)
         if manifest["malformed"]:
             say(f"{manifest['malformed']} lines of {config.csv_path} are no rows: see {output / 'bad_rows.csv'}")
-    step, rows = manifest["partition_rows"], manifest["rows"]
-    starts = range(0, rows, step)
-    partitions = [Partition(i, a, min(a + step, rows), output / "parts") for i, a in enumerate(starts)]
-    return Plan(output, manifest, partitions)
+    return manifest
 
 
 def _differences(manifest: dict, settings: dict, csv_path: pathlib.Path) -> list[str]:
@@ -601,18 +623,20 @@ def _has_parts(output: pathlib.Path) -> bool:
 
 
 def settle(plan: Plan, resolved: dict) -> None:
-    """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a resume that differs."""
-    recorded = plan.manifest.get("resolved", resolved) if _has_parts(plan.output) else resolved
-    differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
-                   for key, value in resolved.items() if recorded.get(key) != value]
-    if differences:
-        raise Trouble(EXIT_CONFIG, f"{plan.output} was begun with another model or device ({'; '.join(differences)}): "
-                                   "discard it with --fresh, or write elsewhere with --set output_path=...")
-    plan.manifest["resolved"] = resolved
-    write_json(plan.output / "manifest.json", plan.manifest)
+    """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a worker that differs."""
+    with locked(plan.output):
+        recorded = (_read_json(plan.output / "manifest.json") or {}).get("resolved", resolved)
+        differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
+                       for key, value in resolved.items() if recorded.get(key) != value]
+        if differences:
+            raise Trouble(EXIT_CONFIG, f"{plan.output} was begun with another model or device ({'; '.join(differences)}): "
+                                       "discard it with --fresh, or write elsewhere with --set output_path=...")
+        plan.manifest["resolved"] = resolved
+        write_json(plan.output / "manifest.json", plan.manifest)
 
 
-RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "profile.json", "memory-time.png")
+RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
+             "memory-time.png")
 
 
 def discard_run(output: pathlib.Path) -> None:
@@ -626,7 +650,7 @@ def discard_run(output: pathlib.Path) -> None:
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGE_PIXELS = 16_000_000  # pictures above this are decoded one at a time: 50 megapixels are 150 MB as RGB
-MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out
+MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out; so that is cut first
 
 
 def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
@@ -775,19 +799,15 @@ class ImageSettings:
         return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
 
 
+    def without_ends(self, image: Any) -> Any:
+        """A strip longer than MAX_ASPECT cut to its centre, where the crop keeps the centre only; others as they are."""
+        if not self.shortest_edge or not self.crop or max(image.size) <= MAX_ASPECT * min(image.size):
+            return image
+        return _odd_pictures().trim_strip(image, MAX_ASPECT)
+
+
 # What the dry run (`pretrained_model: none`) resizes to: the shape most models read.
 DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 3)
-
-
-def trim_strip(image: Any, settings: ImageSettings) -> Any:
-    """Cut a picture longer than MAX_ASPECT to its centre, where the model's crop keeps the centre only."""
-    width, height = image.size
-    if not settings.shortest_edge or not settings.crop or max(width, height) <= MAX_ASPECT * min(width, height):
-        return image
-    long_edge = MAX_ASPECT * min(width, height)
-    long_edge += (max(width, height) - long_edge) % 2  # or the centre would move by half a pixel
-    left, top = max(0, (width - long_edge) // 2), max(0, (height - long_edge) // 2)
-    return image.crop((left, top, min(width, left + long_edge), min(height, top + long_edge)))
 
 
 def resize_fast(image: Any, settings: ImageSettings) -> Any:
@@ -880,7 +900,7 @@ class ImageLoader:
         """Bytes -> RGB picture, ready to be resized."""
         edge = self.settings.shortest_edge
         image = self.decode_bytes(data, self.config, (edge, edge) if edge else self.settings.size, holding)
-        return trim_strip(image, self.settings)
+        return self.settings.without_ends(image)
 
 
 class LoaderPool:
@@ -1258,7 +1278,7 @@ class Scorer:
             if isinstance(picture, (str, os.PathLike)):
                 rgb = loader.decode(pathlib.Path(picture).read_bytes())
             else:
-                rgb = trim_strip(to_rgb(picture, self.config), self.settings)
+                rgb = self.settings.without_ends(to_rgb(picture, self.config))
             batch.append(self.resize(rgb, self.settings))
             if len(batch) == self.batch_size or number == len(pictures) - 1:
                 parts.append(self.encode_images(torch.from_numpy(np.stack(batch))))
@@ -1270,18 +1290,24 @@ class Scorer:
 
 @dataclasses.dataclass
 class PartitionRun:
-    """One partition on its way: its rows (a DataFrame) and the distinct sources to load, in order of first use."""
+    """One partition on its way: the rows to score (a DataFrame) and the distinct sources to load, in order of first use.
+
+    `finish` makes the whole part of the scored rows, which with `--retry-failed` are only some of it.
+    """
 
     partition: Partition
     rows: Any
     sources: list[str]
+    finish: Callable[[Any], Any]
 
     @classmethod
-    def open(cls, plan: Plan, partition: Partition, config: Config) -> "PartitionRun":
+    def open(cls, plan: Plan, partition: Partition, config: Config, retry: bool) -> "PartitionRun":
         """Read the rows; equal URLs are loaded once, rows without a caption not at all."""
-        rows = plan.read_rows(partition.start, partition.stop)
+        rows, finish = plan.read_rows(partition.start, partition.stop), lambda table: table
+        if retry and (part := read_part(partition)) is not None:
+            rows, finish = addon("retry", "--retry-failed").failed_rows(rows, part)
         pairs = zip(rows[column_name(config.url_column)], rows[column_name(config.caption_column)], strict=True)
-        return cls(partition, rows, list(dict.fromkeys(url for url, caption in pairs if caption.strip())))
+        return cls(partition, rows, list(dict.fromkeys(url for url, caption in pairs if caption.strip())), finish)
 
 
 def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, clock: Clock,
@@ -1388,10 +1414,13 @@ def output_names(columns: Iterable[str]) -> list[str]:
 
 # ── Parts: exactly once ───────────────────────────────────────────────────────────────────────────────────────────────
 
+_HOST = platform.node().replace(".", "-")  # names whose half-written file it is
+
+
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
     """Write beside, fsync, rename: `path` is either what it was or complete, whatever happens in between."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file
@@ -1414,6 +1443,12 @@ def write_json(path: pathlib.Path, content: dict) -> None:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def file_sha256(path: pathlib.Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_json(path: pathlib.Path) -> dict | None:
     """The object in `path`, or None where there is none that can be read."""
     try:
@@ -1423,7 +1458,7 @@ def _read_json(path: pathlib.Path) -> dict | None:
         return None
 
 
-def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float) -> dict:
+def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str) -> dict:
     """Write the part: its JSON first, then its Parquet, whose existence is the mark of done. Returns the JSON's content."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -1438,7 +1473,7 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float) -
         "similarity_count": table.num_rows - table["similarity"].null_count,
         "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
         "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-        "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
+        "worker": worker, "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
         "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
     }
     write_json(partition.json, summary)
@@ -1458,12 +1493,28 @@ def part_is_done(partition: Partition) -> bool:
         return False
 
 
-def pending(plan: Plan) -> list[Partition]:
-    """The partitions that are not done; leftovers of a killed run are removed."""
-    for leftover in itertools.chain((plan.output / "parts").glob(".part-*.tmp"), plan.output.glob(".*.[0-9]*.tmp")):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
-    return [p for p in plan.partitions if not part_is_done(p)]
+def remove_leftovers(output: pathlib.Path) -> None:
+    """Remove what killed processes of this machine left half-written; another machine's may still be at work."""
+    import psutil
+    for leftover in itertools.chain((output / "parts").glob(".part-*.tmp"), output.glob(".*.tmp")):
+        *_, host, pid, _ = leftover.name.rsplit(".", 3)
+        with contextlib.suppress(OSError, ValueError):
+            if host == _HOST and not psutil.pid_exists(int(pid)):
+                leftover.unlink()
+
+
+@contextlib.contextmanager
+def locked(output: pathlib.Path) -> Iterator[None]:
+    """Only one process at a time plans, settles or finalises a run; the system frees the lock of one that died."""
+    import filelock
+    with output_disk(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(output / ".lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ── Engines: where a partition runs ───────────────────────────────────────────────────────────────────────────────────
@@ -1482,14 +1533,14 @@ class Progress:
         self._ahead += 1
         self.bar.update(1)
 
-    def partition_done(self, summary: dict) -> None:
-        """Count a partition's statuses; raises Trouble (exit 4) when too many rows of at least 1,000 have failed."""
+    def partition_done(self, summary: dict, judge: bool = True) -> None:
+        """Count a partition's statuses; with `judge`, Trouble (exit 4) when too many rows of at least 1,000 have failed."""
         self.bar.update(summary["rows"] - self._ahead)
         self.rows, self._ahead = self.rows + summary["rows"], 0
         self.failures.update({k: n for k, n in summary["statuses"].items() if k != "ok"})
         failed = self.failures.total()
         self.bar.set_postfix(failed=failed)
-        if self.rows >= 1000 and failed > self.config.max_failure_rate * self.rows:
+        if judge and self.rows >= 1000 and failed > self.config.max_failure_rate * self.rows:
             worst, count = self.failures.most_common(1)[0]
             raise Trouble(EXIT_FAILURES, f"{failed} of {self.rows} rows failed, more than max_failure_rate "
                                          f"({self.config.max_failure_rate}) allows; most often {worst} ({count}): "
@@ -1501,54 +1552,121 @@ LIKELY_CAUSE = {"missing": "is image_path the right folder?",
                 "timeout": "is the network slow, or fetch_timeout_s short?", "forbidden": "are these addresses private?"}
 
 
-def run_partitions(config: Config, plan: Plan, todo: list[Partition]) -> None:
-    """Score and commit each partition of `todo`, loading images ahead across their edges. This is the whole of a worker."""
-    if not todo:
-        return
-    if config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
-        raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
-    threads = loader_threads(config)
-    with Clock().stage("load_model"):
-        scorer = Scorer(config) if config.pretrained_model != "none" else None
-    settle(plan, scorer.identity() if scorer else {})
-    loader = ImageLoader(config, scorer.settings if scorer else DRY_RUN_SETTINGS,
-                         scorer.resize if scorer else resize_pillow, threads)
-    pool, progress = LoaderPool(threads), Progress(config, plan, todo)
+class Worker:
+    """A loaded model and its loader threads: scores and commits the partitions that an engine gives it."""
 
-    def begin(partition: Partition) -> PartitionRun:
-        run = PartitionRun.open(plan, partition, config)
-        pool.add(loader.isolated() if partition.trying.exists() else loader, run.sources)
-        with output_disk(partition.trying):
-            partition.trying.touch()
-        return run
-    INTERRUPTION.deferred = True
-    try:
-        clock, since = Clock(), time.perf_counter()
-        run = begin(todo[0])
-        for following in [*todo[1:], None]:
-            ahead = begin(following) if following else None
-            table = score_partition(scorer, run, pool, config, clock, progress.image_loaded)
-            now = time.perf_counter()
-            summary = commit_part(run.partition, table, clock, now - since)
-            run.partition.trying.unlink(missing_ok=True)
-            clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next part's time
-            progress.partition_done(summary)
-            if ahead:
-                run = ahead
-    finally:
-        INTERRUPTION.deferred = False
-        progress.bar.close()
-        pool.close()
-        for partition in todo:  # only a process that is killed leaves one behind
-            partition.trying.unlink(missing_ok=True)
+    def __init__(self, config: Config, plan: Plan, name: str) -> None:
+        if config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
+            raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
+        self.config, self.plan, self.name, self.threads = config, plan, name, loader_threads(config)
+        with Clock().stage("load_model"):
+            self.scorer = Scorer(config) if config.pretrained_model != "none" else None
+        settle(plan, self.scorer.identity() if self.scorer else {})
+        self.loader = ImageLoader(config, self.scorer.settings if self.scorer else DRY_RUN_SETTINGS,
+                                  self.scorer.resize if self.scorer else resize_pillow, self.threads)
 
+    def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
+        """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
+        pool = LoaderPool(self.threads)
 
-def run_local(config: Config, plan: Plan) -> None:
-    """This process does everything that is pending."""
-    run_partitions(config, plan, pending(plan))
+        def begin(partition: Partition) -> PartitionRun:
+            run = PartitionRun.open(self.plan, partition, self.config, retry)
+            pool.add(self.loader.isolated() if partition.trying.exists() else self.loader, run.sources)
+            with output_disk(partition.trying):
+                partition.trying.touch()
+            return run
+        INTERRUPTION.deferred = True
+        try:
+            clock, since = Clock(), time.perf_counter()
+            run = begin(todo[0])
+            for following in [*todo[1:], None]:
+                ahead = begin(following) if following else None
+                table = score_partition(self.scorer, run, pool, self.config, clock, on_loaded)
+                now = time.perf_counter()
+                summary = commit_part(run.partition, run.finish(table), clock, now - since, self.name)
+                run.partition.trying.unlink(missing_ok=True)
+                clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next's time
+                yield summary
+                if ahead:
+                    run = ahead
+        finally:
+            INTERRUPTION.deferred = False
+            pool.close()
+            for partition in todo:  # only a process that is killed leaves one behind
+                partition.trying.unlink(missing_ok=True)
 
 
-ENGINES: dict[str, Callable[[Config, Plan], None]] = {"auto": run_local, "local": run_local}
+class Job:
+    """One run of the script, as an engine sees it: plan it, list what is pending, do some of it.
+
+    With `once` a run that others have finalised already is not summed up again.
+    """
+
+    say, trouble, script = staticmethod(say), Trouble, pathlib.Path(__file__)
+
+    def __init__(self, config: Config, fresh: bool = False, retry: bool = False) -> None:
+        self.config, self.fresh, self.retry, self.once = config, fresh, retry, False
+        self.plan: Plan
+
+    def make_plan(self, joins: bool = False) -> None:
+        """Plan the run, or read the plan that another process has made; see `plan`."""
+        self.plan = plan(self.config, self.fresh and not joins, joins)
+
+    def pending(self) -> list[Partition]:
+        """What is left to do; a finished run's results no longer count once something is."""
+        may_pass = addon("retry", "--retry-failed").may_pass_in if self.retry else lambda partition: False
+        todo = [p for p in self.plan.partitions if not part_is_done(p) or may_pass(p.parquet)]
+        if todo:
+            with output_disk(self.plan.output):
+                (self.plan.output / "profile.json").unlink(missing_ok=True)
+        return todo
+
+    def results_file(self) -> pathlib.Path:
+        """Where `output_format` has the results go."""
+        return self.plan.output / f"scores.{self.config.output_format}"
+
+    def progress(self, todo: list[Partition]) -> Progress:
+        """The bar for `todo`."""
+        return Progress(self.config, self.plan, todo)
+
+    def is_finished(self) -> bool:
+        """Whether the results are there and complete."""
+        stored, scores = _read_json(self.plan.output / "profile.json") or {}, self.results_file()
+        return bool(stored.get("finished")) and scores.is_file() and scores.stat().st_size == stored.get("scores_bytes")
+
+    def work(self, todo: list[Partition], name: str = "local", judge: bool = True) -> None:
+        """Score and commit `todo` in this process; with `judge`, Trouble (exit 4) when too many rows fail."""
+        if todo:
+            worker, progress = Worker(self.config, self.plan, name), self.progress(todo)
+            self.follow(worker.run(todo, self.retry, progress.image_loaded), progress, judge)
+
+    def follow(self, summaries: Iterator[dict], progress: Progress, judge: bool = True) -> None:
+        """Show each finished partition's summary on the bar, and judge by them (see `work`)."""
+        with contextlib.closing(summaries), contextlib.closing(progress.bar):  # type: ignore[type-var]
+            for summary in summaries:
+                progress.partition_done(summary, judge)
+
+
+def run_local(job: Job) -> bool:
+    """This process does everything that is pending, and finalises."""
+    job.make_plan()
+    job.work(job.pending())
+    return True
+
+
+def choose_engine(config: Config) -> Callable[[Job], bool]:
+    """The engine that the config names, or the one that the launcher's environment tells of.
+
+    An engine plans the job, sees to it that every pending partition is done by somebody, and returns whether this
+    process finalises.
+    """
+    name: str = config.engine
+    if name == "auto":
+        name = "accelerate" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else \
+            "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
+    if name == "local":
+        return run_local
+    return addon(f"engine_{name}", f"engine: {name}").run
 
 
 # ── Results ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1569,151 +1687,113 @@ def read_part(partition: Partition) -> Any:
     return pq.read_table(pa.BufferReader(data))
 
 
-def write_scores(config: Config, plan: Plan) -> None:
-    """Stream all parts into scores.csv, in input order; rows of a partition that never ran are `not_tried`."""
-    import numpy as np
-    with output_disk(plan.output / "scores.csv"), atomic_file(plan.output / "scores.csv") as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-        plain, quoted = csv.writer(text, lineterminator="\n"), csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+def result_tables(plan: Plan) -> Iterator[Any]:
+    """Each partition's rows with their results, in input order; rows of one that never ran are `not_tried`.
 
-        def write_row(row: Iterable[str]) -> None:
-            # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
-            (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
-        write_row([*output_names(plan.manifest["columns"]), *RESULT_COLUMNS])
-        written = 0
-        for partition in plan.partitions:
-            table = read_part(partition)
-            if table is None:
-                rows = plan.read_rows(partition.start, partition.stop)
-                n = len(rows)
-                table = _with_results(rows, None, np.full(n, np.nan, np.float32), [False] * n, ["not_tried"] * n, [""] * n)
-            texts = (_csv_cells(column) for column in table.columns)
-            if config.escape_formulas:
-                inputs = table.num_columns - len(RESULT_COLUMNS)
-                texts = ([escape_formula(t) for t in column] if n < inputs else column for n, column in enumerate(texts))
-            for row in zip(*texts, strict=True):
-                write_row(row)
-            written += table.num_rows
-        if written != plan.rows:
-            raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
-        text.detach()
-
-
-def escape_formula(cell: str) -> str:
-    """A cell that a spreadsheet would run as a formula, made plain text by a leading '.
-
-    To undo it, take one ' away from each cell that matches ^'+[=+\\-@\\t\\r].
+    Raises Trouble (exit 7) for a flawed part, and where fewer or more rows go out than came in.
     """
-    return "'" + cell if re.match(r"'*[=+\-@\t\r]", cell) else cell
+    import numpy as np
+    written = 0
+    for partition in plan.partitions:
+        table = read_part(partition)
+        if table is None:
+            rows = plan.read_rows(partition.start, partition.stop)
+            n = len(rows)
+            table = _with_results(rows, None, np.full(n, np.nan, np.float32), [False] * n, ["not_tried"] * n, [""] * n)
+        yield table
+        written += table.num_rows
+    if written != plan.rows:
+        raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
 
 
-def _csv_cells(column: Any) -> list[str]:
-    """A column as text: the shortest digits that read back the same float32, true/false, '' for nothing."""
+def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
+    """Stream all results as CSV: floats in the shortest digits that read back the same float32, '' for nothing."""
     import pyarrow as pa
-    return ["" if value is None else value for value in column.cast(pa.string()).to_pylist()]
+    import pyarrow.compute as pc
+    text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+    plain, quoted = csv.writer(text, lineterminator="\n"), csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    header = [*output_names(plan.manifest["columns"]), *RESULT_COLUMNS]
+    (quoted if any("\r" in name for name in header) else plain).writerow(header)
+    for table in result_tables(plan):
+        columns = [column.cast(pa.string()).fill_null("") for column in table.columns]
+        # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
+        returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
+        cells = [column.to_pylist() for column in columns]
+        if config.escape_formulas:
+            escape = addon("outputs", "escape_formulas").escape_formula
+            cells[:-len(RESULT_COLUMNS)] = [[escape(cell) for cell in column] for column in cells[:-len(RESULT_COLUMNS)]]
+        rows = zip(*cells, strict=True)
+        if not returns:
+            plain.writerows(rows)
+        for row in rows if returns else ():
+            (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+    text.detach()
 
 
 def summarise(config: Config, plan: Plan) -> dict:
-    """Add up the parts' JSON files into profile.json's content."""
+    """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate of all workers together."""
     parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
     statuses, seconds = collections.Counter[str](), collections.Counter[str]()
+    rows_of, wall_s_of = collections.Counter[str](), collections.Counter[str]()
     for part in parts:
         statuses.update(part["statuses"])
         seconds.update(part["seconds"])
+        rows_of[part["worker"]] += part["rows"]
+        wall_s_of[part["worker"]] += part["wall_s"]
     done = sum(part["rows"] for part in parts)
     if plan.rows > done:
         statuses["not_tried"] = plan.rows - done
-    wall_s, scored = math.fsum(part["wall_s"] for part in parts), statuses.pop("ok", 0)
+    scored = statuses.pop("ok", 0)
     cosines = sum(part["similarity_count"] for part in parts)
-    rate = done / wall_s if wall_s else 0.0
-    per_pair = {stage: seconds[stage] / max(1, done) for stage in STAGES}
-    # what the main thread waits for is slow: a loader stage if it waited for the loaders more than it worked itself
-    waits = seconds["wait"] > sum(seconds[s] for s in METRIC_STAGES)
-    candidates = PREPARE_STAGES[:3] if waits or config.pretrained_model == "none" else ("tokenize", *METRIC_STAGES, "write")
     return {
         "rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())), "malformed": plan.manifest["malformed"],
         "truncated": sum(part["truncated"] for part in parts),
         "mean_similarity": math.fsum(part["similarity_sum"] for part in parts) / cosines if cosines else None,
-        "wall_s": wall_s, "pairs_per_s": rate, "days_for_100_million_pairs": 1e8 / rate / 86400 if rate else None,
-        "seconds_per_pair": {"pre-processing": sum(per_pair[s] for s in PREPARE_STAGES),
-                             "metric": sum(per_pair[s] for s in METRIC_STAGES), "stages": per_pair},
-        "bottleneck": max(candidates, key=lambda s: seconds[s]) if done else None,
+        "wall_s": math.fsum(wall_s_of.values()), "workers": len(rows_of),
+        "pairs_per_s": sum(rows_of[worker] / wall_s for worker, wall_s in wall_s_of.items() if wall_s),
+        "stage_seconds": {stage: seconds[stage] for stage in STAGES},
         "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
         "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
-        "partitions": len(plan.partitions),
+        "partitions": len(plan.partitions), "finished": done == plan.rows,
     }
 
 
-def describe_environment(config: Config, plan: Plan) -> dict:
-    """What a reader needs to run it again: model, settings and the versions of what the scores depend on."""
-    from importlib import metadata
-    versions = {}
-    for package in ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {"model": config.pretrained_model, "revision": config.revision, **plan.manifest.get("resolved", {}),
-            "preprocess": config.preprocess, "decode": config.decode, "image_backend": "pil",
-            "transparent_over": config.transparent_over, "exif_orientation": config.exif_orientation,
-            "python": platform.python_version(), "versions": versions, "script": __version__}
-
-
-def print_summary(profile_: dict) -> None:
-    """The table of time and memory on stderr, as the original work reports it."""
-    times, failed = profile_["seconds_per_pair"], profile_["failed"]
-
-    def of_stages(total: float, stages: tuple[str, ...]) -> str:
-        return f"{total:.6f} s a pair   (" + ", ".join(f"{s} {times['stages'][s]:.6f}" for s in stages) + ")"
-    pairs = f"{profile_['rows']:,}: {profile_['scored']:,} scored" + "".join(f", {n:,} {k}" for k, n in failed.items())
-    lines = [("pairs", pairs + (f"; {profile_['malformed']:,} malformed lines" if profile_["malformed"] else "")),
-             ("pre-processing", of_stages(times["pre-processing"], PREPARE_STAGES)),
-             ("metric", of_stages(times["metric"], METRIC_STAGES)),
-             ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
-             ("memory", f"{profile_['peak_rss_mib']:,.0f} MiB RAM, {profile_['peak_gpu_mib']:,.0f} MiB GPU (peaks)")]
-    if profile_["pairs_per_s"]:
-        lines += [("rate", f"{profile_['pairs_per_s']:,.1f} pairs/s; 100 million pairs would take "
-                           f"{profile_['days_for_100_million_pairs']:,.2f} days"), ("limited by", profile_["bottleneck"])]
-    if profile_["mean_similarity"] is not None:
-        lines.append(("mean similarity", f"{profile_['mean_similarity']:.4f}"))
-    for name, value in lines:
-        say(f"{name:>16}  {value}")
-
-
 @profile
-def finalize(config: Config, plan: Plan, curve: Any = None) -> dict:
-    """Write scores.csv, profile.json and memory-time.png from the parts; print and return the summary."""
-    scores, stored = plan.output / "scores.csv", _read_json(plan.output / "profile.json")
-    if not (stored and stored.get("finished") and scores.is_file() and scores.stat().st_size == stored.get("scores_bytes")):
-        write_scores(config, plan)
-        stored = summarise(config, plan)
-        stored |= {"scores_bytes": scores.stat().st_size, "finished": "not_tried" not in stored["failed"],
-                   **describe_environment(config, plan)}
-        write_json(plan.output / "profile.json", stored)
-        if curve and len(curve.samples) > 1:
-            draw_memory_curve(curve, plan.output / "memory-time.png")
-    print_summary(stored)
+def finalize(job: Job, curve: Any = None) -> dict | None:
+    """Write scores.csv (or .parquet), profile.json and memory-time.png from the parts; print and return the summary."""
+    config, plan = job.config, job.plan
+    scores, report = job.results_file(), optional_addon("report", "no table of time and memory")
+    with locked(plan.output):
+        if job.is_finished():
+            if job.once:
+                return None
+            stored = _read_json(plan.output / "profile.json") or {}
+        else:
+            with output_disk(scores), atomic_file(scores) as file:
+                if config.output_format == "parquet":
+                    addon("outputs", "output_format: parquet").write_parquet(result_tables(plan), file)
+                else:
+                    write_csv(config, plan, file)
+            stored = summarise(config, plan) | {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
+            keys = ("revision", "preprocess", "decode", "transparent_over", "exif_orientation")
+            stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in keys},
+                       **plan.manifest.get("resolved", {}), "script": __version__}
+            if report:
+                stored |= report.explain(stored, PREPARE_STAGES, METRIC_STAGES)
+            write_json(plan.output / "profile.json", stored)
+            if curve and (picture := curve.png(say)):
+                with output_disk(plan.output), atomic_file(plan.output / "memory-time.png") as file:
+                    file.write(picture)
+    if report:
+        report.print_summary(stored, PREPARE_STAGES, METRIC_STAGES, say)
     return {key: stored[key] for key in ("rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")} \
         | {"output": str(scores)}
 
 
 def start_memory_curve() -> Any:
     """Begin to sample memory for memory-time.png; None, and one line, where the addon is not beside the script."""
-    try:
-        from addons.plots import MemoryCurve
-    except ImportError as error:
-        return say(f"no memory-time.png: {error}")
-    curve = MemoryCurve(gpu_memory_mib, lambda: Clock.current)
-    curve.start()
-    return curve
-
-
-def draw_memory_curve(curve: Any, path: pathlib.Path) -> None:
-    """Write memory-time.png, or say in one line that matplotlib is missing."""
-    from addons.plots import draw_memory
-    try:
-        with output_disk(path), atomic_file(path) as file:
-            draw_memory(curve.samples, file)
-    except ImportError as error:
-        say(f"no {path.name}: {error}")
+    plots = optional_addon("plots", "no memory-time.png")
+    return plots and plots.MemoryCurve(gpu_memory_mib, lambda: Clock.current)
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1730,7 +1810,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                             "7 results do not verify, 130/143 interrupted (run again to resume)")
     parser.add_argument("--config", required=True, help="the YAML file with every key, such as config.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the config")
-    parser.add_argument("--fresh", action="store_true", help="discard what output_path holds of an earlier run")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fresh", action="store_true", help="discard what output_path holds of an earlier run")
+    how.add_argument("--retry-failed", action="store_true", help="score again the rows whose failure may have passed "
+                                                                 "(timeout, connect, dns, 429, 5xx)")
+    how.add_argument("--verify", action="store_true", help="check every part of output_path bit by bit; score nothing")
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
 
@@ -1739,22 +1823,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Config -> plan -> parts -> results. Returns the exit code; the last line on stdout is one JSON object."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.set)
+    job, stopped = Job(config, options.fresh, options.retry_failed), None
+    if options.verify:
+        return addon("verify", "--verify").verify(job, read_part)
     curve = start_memory_curve()
     try:
-        with Clock().stage("plan"):
-            plan_ = plan(config, options.fresh)
-        stopped = None
-        try:
-            ENGINES[config.engine](config, plan_)
-        except Trouble as trouble:
-            if trouble.exit_code != EXIT_FAILURES:
-                raise
-            stopped = trouble  # the rows that were done are worth having: write them, then say why it stopped
+        finalises = choose_engine(config)(job)
+    except Trouble as trouble:
+        if trouble.exit_code != EXIT_FAILURES:
+            raise
+        finalises, stopped = True, trouble  # the rows that were done are worth having: write them, then say why it stopped
     finally:
         if curve:
             curve.stop()
-    result = finalize(config, plan_, curve)
-    print(json.dumps(result, ensure_ascii=False), flush=True)
+    if finalises and (result := finalize(job, curve)):
+        print(json.dumps(result, ensure_ascii=False), flush=True)
     if stopped:
         raise stopped
     return 0

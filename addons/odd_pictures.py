@@ -1,4 +1,4 @@
-"""Pictures that are rarely met: wide integers, floats, and files that no allowed format claims."""
+"""Pictures that are rarely met: wide integers, floats, long strips, and files that no allowed format claims."""
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +29,15 @@ def grey_from_numbers(image: Any) -> Any:
         values = (np.nan_to_num(band, posinf=high, neginf=low) - offset) * scale
         grey.paste(Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)), (0, top))
     return grey
+
+
+def trim_strip(image: Any, max_aspect: int) -> Any:
+    """The centre of a picture longer than `max_aspect`, of which the model's crop would keep the centre only."""
+    width, height = image.size
+    long_edge = max_aspect * min(width, height)
+    long_edge += (max(width, height) - long_edge) % 2  # or the centre would move by half a pixel
+    left, top = max(0, (width - long_edge) // 2), max(0, (height - long_edge) // 2)
+    return image.crop((left, top, min(width, left + long_edge), min(height, top + long_edge)))
 
 
 def why_unidentified(data: bytes) -> tuple[str, str]:

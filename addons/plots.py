@@ -1,4 +1,5 @@
 """Memory over time: sampled by a thread while the run is at work, drawn as memory-time.png at its end."""
+import io
 import itertools
 import threading
 import time
@@ -11,13 +12,14 @@ MAX_SAMPLES = 2000
 
 
 class MemoryCurve(threading.Thread):
-    """Samples (seconds, RSS MiB, GPU MiB, stage); thins itself out, so that it stays small however long the run."""
+    """Samples (seconds, RSS MiB, GPU MiB, stage) from its making on; thins itself out, to stay small however long the run."""
 
     def __init__(self, gpu_mib: Callable[[], float], stage: Callable[[], str]) -> None:
         super().__init__(daemon=True)
         self.samples: list[tuple[float, float, float, str]] = []
         self._gpu_mib, self._stage = gpu_mib, stage
         self._stopped, self._every_s = threading.Event(), 0.05
+        self.start()
 
     def run(self) -> None:
         """Sample until `stop`."""
@@ -33,6 +35,16 @@ class MemoryCurve(threading.Thread):
         """End the thread and wait for it."""
         self._stopped.set()
         self.join()
+
+    def png(self, say: Callable[[str], None]) -> bytes:
+        """The samples drawn as a PNG; empty where there are too few, or where matplotlib is missing, which it says."""
+        picture = io.BytesIO()
+        try:
+            if len(self.samples) > 1:
+                draw_memory(self.samples, picture)
+        except ImportError as error:
+            say(f"no memory-time.png: {error}")
+        return picture.getvalue()
 
 
 def draw_memory(samples: list[tuple[float, float, float, str]], file: BinaryIO) -> None:

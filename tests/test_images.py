@@ -688,7 +688,7 @@ def test_strip_is_cut_to_its_centre(width, height):
     middle = (long - 300 * short) // 2, (long + 300 * short) // 2
     image.paste((255, 0, 0), (0, middle[0], width, middle[1]) if height > width else (middle[0], 0, middle[1], height))
     started = time.process_time()
-    trimmed = script.trim_strip(image, script.DRY_RUN_SETTINGS)
+    trimmed = script.DRY_RUN_SETTINGS.without_ends(image)
     pixels = script.resize_pillow(trimmed, script.DRY_RUN_SETTINGS)
     assert time.process_time() - started < 1
     assert min(trimmed.size) == short and max(trimmed.size) <= (script.MAX_ASPECT + 1) * short
@@ -700,13 +700,13 @@ def test_strip_is_cut_to_its_centre(width, height):
 def test_other_pictures_are_not_cut(size):
     """A picture up to MAX_ASPECT times as long as wide is left alone."""
     image = Image.new("RGB", size)
-    assert script.trim_strip(image, script.DRY_RUN_SETTINGS) is image
+    assert script.DRY_RUN_SETTINGS.without_ends(image) is image
 
 
 def test_strip_is_not_cut_for_a_model_without_crop():
     """A model that reads the whole picture, squeezed, gets the whole strip."""
     image = Image.new("RGB", (1, 2000))
-    assert script.trim_strip(image, script.ImageSettings(None, (224, 224), None, 3)) is image
+    assert script.ImageSettings(None, (224, 224), None, 3).without_ends(image) is image
 
 
 @pytest.mark.slow
@@ -716,7 +716,7 @@ def test_cut_strip_equals_the_processor(processors, noise, size):
     processor = processors("clip", **clip_keys(224, 224, 224))
     settings = script.ImageSettings.of(processor)
     image = noise(*size)
-    trimmed = script.trim_strip(image, settings)
+    trimmed = settings.without_ends(image)
     assert trimmed is not image
     difference = np.abs(script.resize_pillow(trimmed, settings).astype(int) - processed(processor, image))
     assert difference.max() <= 1

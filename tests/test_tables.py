@@ -395,8 +395,11 @@ def dry_run(folder, table, **keys):
     config = script.Config(csv_path=str(folder / "table.csv"), image_path=str(folder / "pictures"), pretrained_model="none",
                            output_path=str(folder / "out"), loader_threads=0, **keys)
     plan = script.plan(config, fresh=True)
-    script.run_local(config, plan)
-    script.write_scores(config, plan)
+    job = script.Job(config)
+    job.plan = plan
+    job.work(job.pending())
+    with (folder / "out/scores.csv").open("wb") as file:
+        script.write_csv(config, plan, file)
     with open(folder / "out/scores.csv", encoding="utf-8", newline="") as file:
         return plan, list(csv.reader(file, strict=True))
 

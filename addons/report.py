@@ -1,0 +1,66 @@
+"""The run in numbers: what profile.json tells beside the totals, and the table of time and memory on stderr."""
+import platform
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow")  # what the scores depend on
+LOADED = ("fetch", "decode", "resize")  # what loader threads do; all else is the main thread's work
+
+
+def explain(totals: dict[str, Any], prepare: Sequence[str], metric: Sequence[str]) -> dict[str, Any]:
+    """Times per pair, the stage that limits, each stage's own capacity, days for 100 million pairs, versions.
+
+    `totals` holds what the script adds up from the parts; `prepare` and `metric` name the stages of a pair's way.
+    """
+    done = totals["rows"] - totals["failed"].get("not_tried", 0)
+    rate, seconds = totals["pairs_per_s"], totals["stage_seconds"]
+    per_pair = {stage: seconds[stage] / max(1, done) for stage in seconds}
+    return {
+        "days_for_100_million_pairs": 1e8 / rate / 86400 if rate else None,
+        "seconds_per_pair": {"pre-processing": sum(per_pair[s] for s in prepare), "metric": sum(per_pair[s] for s in metric),
+                             "stages": per_pair},
+        "bottleneck": find_bottleneck(seconds, metric) if done else None,
+        "capacity_pairs_per_s": {stage: 1 / per_pair[stage] for stage in (*prepare, *metric) if per_pair[stage]},
+        "python": platform.python_version(), "versions": find_versions(), "image_backend": "pil",
+    }
+
+
+def find_bottleneck(seconds: dict[str, float], metric: Sequence[str]) -> str:
+    """The stage that the others wait for: one of the loaders' if the main thread waited for them more than it worked."""
+    loaders_limit = seconds["wait"] > sum(seconds[stage] for stage in metric)
+    candidates = LOADED if loaders_limit or not any(seconds[stage] for stage in metric) else ("tokenize", *metric, "write")
+    return max(candidates, key=lambda stage: seconds[stage])
+
+
+def find_versions() -> dict[str, str]:
+    """The installed versions of PACKAGES."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def print_summary(profile: dict[str, Any], prepare: Sequence[str], metric: Sequence[str], say: Callable[[str], None]) -> None:
+    """The table of time and memory, a line each through `say`, as the original work reports it."""
+    times, failed = profile["seconds_per_pair"], profile["failed"]
+
+    def of_stages(total: float, stages: Sequence[str]) -> str:
+        return f"{total:.6f} s a pair   (" + ", ".join(f"{s} {times['stages'][s]:.6f}" for s in stages) + ")"
+    pairs = f"{profile['rows']:,}: {profile['scored']:,} scored" + "".join(f", {n:,} {k}" for k, n in failed.items())
+    lines = [("pairs", pairs + (f"; {profile['malformed']:,} malformed lines" if profile["malformed"] else "")),
+             ("pre-processing", of_stages(times["pre-processing"], prepare)),
+             ("metric", of_stages(times["metric"], metric)),
+             ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
+             ("memory", f"{profile['peak_rss_mib']:,.0f} MiB RAM, {profile['peak_gpu_mib']:,.0f} MiB GPU (peaks)")]
+    if profile["pairs_per_s"]:
+        workers = f" with {profile['workers']} workers" if profile["workers"] > 1 else ""
+        lines += [("rate", f"{profile['pairs_per_s']:,.1f} pairs/s{workers}; 100 million pairs would take "
+                           f"{profile['days_for_100_million_pairs']:,.2f} days"), ("limited by", profile["bottleneck"])]
+    if profile["mean_similarity"] is not None:
+        lines.append(("mean similarity", f"{profile['mean_similarity']:.4f}"))
+    for name, value in lines:
+        say(f"{name:>16}  {value}")
