@@ -903,6 +903,12 @@ class ImageLoader:
         return self.settings.without_ends(image)
 
 
+def wait_for(future: "Future[Any]") -> None:
+    """Wait until the future has a result, but not through an interruption."""
+    while not concurrent.futures.wait([future], timeout=0.2).done:
+        INTERRUPTION.check()
+
+
 class LoaderPool:
     """Loads sources ahead of their use: `add` them, `take` them in the same order; a bounded number is in flight."""
 
@@ -928,8 +934,7 @@ class LoaderPool:
             load, source = self._waiting.popleft()
             return load(source)
         future = self._flying.popleft()
-        while not concurrent.futures.wait([future], timeout=0.2).done:
-            INTERRUPTION.check()
+        wait_for(future)
         self._launch()
         return future.result()
 
@@ -945,17 +950,23 @@ def loader_threads(config: Config) -> int:
         return 0
     if config.loader_threads != "auto":
         return config.loader_threads
+    return max(32, 4 * usable_cores()) if config.image_path == "url" else min(32, usable_cores())
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its share where a launcher started several here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(32, 4 * cores) if config.image_path == "url" else min(32, cores)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 # ── Clock ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The stages of one pair's way, in order. Decode and resize count CPU seconds of their thread; fetch waits, so it counts
-# wall seconds; `wait` is what the main thread waited for the loaders.
+# The stages of one pair's way, in order. Several threads share the work, so decode, resize and, on the CPU, the encoders
+# count CPU seconds of their thread; fetch and a GPU's encoders count wall seconds. The last two are what the main thread
+# waited for.
 PREPARE_STAGES = ("fetch", "decode", "resize", "tokenize")
 METRIC_STAGES = ("image_encoder", "text_encoder", "score")
-STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "wait", "write")
+STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "write", "wait_for_images", "wait_for_model")
 
 
 class Clock:
@@ -1134,6 +1145,29 @@ class Scorer:
         self._check_tokenizer()
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
+        self.lanes = 0 if PROFILED else usable_cores() if self.device == "cpu" else 1
+
+    @functools.cached_property
+    def _lane_pool(self) -> ThreadPoolExecutor:
+        """On the CPU a lane for each core, with one thread for its arithmetic: no core waits for another at the end of each
+        layer, and no score depends on how many there are. On a GPU one lane, so that the main thread need not wait."""
+        import torch
+        if self.device == "cpu":
+            return ThreadPoolExecutor(self.lanes, "lane", lambda: torch.set_num_threads(1))
+        return ThreadPoolExecutor(self.lanes, "lane")
+
+    def submit(self, stage: str, encode: Callable[[Any], Any], batch: Any) -> "Future[tuple[Any, dict[str, float]]]":
+        """Have a lane compute `encode(batch)`; the future gives the embeddings and the seconds they took in `stage`."""
+        def timed() -> tuple[Any, dict[str, float]]:
+            clock = Clock()
+            with clock.stage(stage, time.thread_time if self.device == "cpu" else time.perf_counter):
+                embeddings = encode(batch)
+            return embeddings, clock.seconds
+        if self.lanes:
+            return self._lane_pool.submit(timed)
+        future: Future[tuple[Any, dict[str, float]]] = Future()
+        future.set_result(timed())
+        return future
 
     def identity(self) -> dict:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
@@ -1204,11 +1238,11 @@ class Scorer:
         return self._embed(forward, pixels)
 
     @profile
-    def encode_texts(self, ids: list[list[int]]) -> Any:
+    def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> Any:
         """Token ids -> unit embeddings (n, d), float32, on the CPU; batches of like length, order kept."""
         import torch
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        parts = []
+        flying = []
         for start in range(0, len(ids), self.batch_size):
             rows = [ids[i] for i in order[start:start + self.batch_size]]
             # CLIP's text tower is causal and pooled at end-of-text, so nothing behind the longest caption counts;
@@ -1216,8 +1250,9 @@ class Scorer:
             length = max(map(len, rows)) if self.kind == "clip" else self.context_length
             pad = self.tokenizer.pad_token_id
             batch = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # (n, length)
-            parts.append(self._embed(lambda model, part: model.get_text_features(input_ids=part.to(self.device)), batch))
-            INTERRUPTION.check()
+            flying.append(self.submit("text_encoder", functools.partial(
+                self._embed, lambda model, part: model.get_text_features(input_ids=part.to(self.device))), batch))
+        parts = [collect(future, clock or Clock()) for future in flying]
         if not parts:
             return torch.empty(0, 0)
         inverse = torch.empty(len(ids), dtype=torch.long)
@@ -1270,7 +1305,7 @@ class Scorer:
         import numpy as np
         import torch
         loader = ImageLoader(dataclasses.replace(self.config, image_path="."), self.settings, self.resize, 0)
-        texts, parts, batch = [self.config.caption_template.replace("{}", c) for c in captions], [], []
+        texts, flying, batch = [self.config.caption_template.replace("{}", c) for c in captions], [], []
         pictures = list(images)
         if len(pictures) != len(texts):
             raise ValueError(f"{len(pictures)} images but {len(texts)} captions")
@@ -1281,9 +1316,21 @@ class Scorer:
                 rgb = self.settings.without_ends(to_rgb(picture, self.config))
             batch.append(self.resize(rgb, self.settings))
             if len(batch) == self.batch_size or number == len(pictures) - 1:
-                parts.append(self.encode_images(torch.from_numpy(np.stack(batch))))
+                flying.append(self.submit("image_encoder", self.encode_images, torch.from_numpy(np.stack(batch))))
                 batch = []
-        return self.cosines(torch.cat(parts), self.encode_texts(self.tokenize(texts)[0])) if parts else np.empty(0, np.float32)
+        if not flying:
+            return np.empty(0, np.float32)
+        return self.cosines(torch.cat([collect(future, Clock()) for future in flying]),
+                            self.encode_texts(self.tokenize(texts)[0]))
+
+
+def collect(future: "Future[tuple[Any, dict[str, float]]]", clock: Clock) -> Any:
+    """The embeddings that a lane computed, its seconds added to `clock`; waits, but not through an interruption."""
+    with clock.stage("wait_for_model"):
+        wait_for(future)
+    embeddings, seconds = future.result()
+    clock.add(seconds)
+    return embeddings
 
 
 # ── One partition ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1318,15 +1365,18 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, c
     known: dict[bytes, int] = {}
     batch: list[Any] = []
     parts: list[Any] = []
+    flying: collections.deque[Any] = collections.deque()
 
-    def encode_batch() -> None:
+    def encode_batch(most_in_flight: int) -> None:
         import torch
         assert scorer
-        with clock.stage("image_encoder"):
-            parts.append(scorer.encode_images(torch.from_numpy(np.stack(batch))))
-        batch.clear()
+        if batch:
+            flying.append(scorer.submit("image_encoder", scorer.encode_images, torch.from_numpy(np.stack(batch))))
+            batch.clear()
+        while len(flying) > most_in_flight:
+            parts.append(collect(flying.popleft(), clock))
     for source in sources:
-        with clock.stage("wait"):
+        with clock.stage("wait_for_images"):
             loaded = pool.take()
         clock.add(loaded.seconds)
         if loaded.failure:
@@ -1339,10 +1389,10 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, c
                 batch.append(loaded.pixels)
         on_loaded()
         if scorer and len(batch) == scorer.batch_size:
-            encode_batch()
+            encode_batch(scorer.lanes)
         INTERRUPTION.check()
-    if batch:
-        encode_batch()
+    if scorer:
+        encode_batch(0)
     if not parts:
         return places, None
     import torch
@@ -1369,8 +1419,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, 
         texts = list(dict.fromkeys(captions[i] for i in scored))
         with clock.stage("tokenize"):
             ids, cut = scorer.tokenize([config.caption_template.replace("{}", text) for text in texts])
-        with clock.stage("text_encoder"):
-            text_embeddings = scorer.encode_texts(ids)
+        text_embeddings = scorer.encode_texts(ids, clock)
         with clock.stage("score"):
             at = {text: n for n, text in enumerate(texts)}
             image_rows, text_rows = [places[sources[i]] for i in scored], [at[captions[i]] for i in scored]

@@ -27,9 +27,9 @@ def explain(totals: dict[str, Any], prepare: Sequence[str], metric: Sequence[str
 
 
 def find_bottleneck(seconds: dict[str, float], metric: Sequence[str]) -> str:
-    """The stage that the others wait for: one of the loaders' if the main thread waited for them more than it worked."""
-    loaders_limit = seconds["wait"] > sum(seconds[stage] for stage in metric)
-    candidates = LOADED if loaders_limit or not any(seconds[stage] for stage in metric) else ("tokenize", *metric, "write")
+    """The stage that the others wait for: one of the loaders' if the main thread waited for them more than for the model."""
+    loaders_limit = seconds["wait_for_images"] > seconds["wait_for_model"]
+    candidates = LOADED if loaders_limit else ("tokenize", *metric, "write")
     return max(candidates, key=lambda stage: seconds[stage])
 
 
