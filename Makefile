@@ -46,6 +46,6 @@ clean:  ## remove the virtual environment, caches and the demo's results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/ready-for-tests: .venv/ready tests/requirements.txt
+.venv/ready-for-tests: .venv/ready tests/requirements.txt requirements-scale.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@

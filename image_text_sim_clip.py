@@ -1830,6 +1830,8 @@ def finalize(job: Job, curve: Any = None) -> dict | None:
             if report:
                 stored |= report.explain(stored, PREPARE_STAGES, METRIC_STAGES)
             write_json(plan.output / "profile.json", stored)
+            for marker in (plan.output / "parts").glob("*.trying") if stored["finished"] else ():
+                marker.unlink(missing_ok=True)  # of a worker that was killed just after its part was written
             if curve and (picture := curve.png(say)):
                 with output_disk(plan.output), atomic_file(plan.output / "memory-time.png") as file:
                     file.write(picture)
