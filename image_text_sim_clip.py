@@ -6,8 +6,8 @@
 better match. It compares rows scored by one model; it is no percentage, and two models' numbers do not compare.
 For SigLIP, `probability` is sigmoid(scale * cosine + bias): the model's own chance that the two belong together.
 
-    pairs: CSV
-        | stage + plan    one streaming pass into Parquet, malformed lines aside; fixed row ranges; manifest.json
+    pairs: CSV, JSON Lines | Parquet, webdataset tars
+        | stage + plan    text: one streaming pass into Parquet, malformed lines aside; fixed row ranges; manifest.json
         v
     partition 00000 ... N      an engine only decides WHERE a partition runs
         |
@@ -38,6 +38,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -57,7 +58,7 @@ import types
 import typing
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -329,7 +330,6 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
 
 # ── Pairs: stage and plan ─────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_RECORD_CHARS = 16_000_000  # a record longer than this is an unbalanced quote, not a caption
 STAGE_ROWS = 8192  # rows of one Parquet row group of the staged table: what is held in memory at a time
 RESULT_COLUMNS = ("similarity", "dissimilarity", "probability", "truncated", "status", "detail")
 
@@ -366,6 +366,7 @@ class Plan:
     output: pathlib.Path
     manifest: dict
     partitions: list[Partition]
+    shards: Any = None  # reads an input that is not staged (addons/inputs.py)
 
     @property
     def rows(self) -> int:
@@ -373,8 +374,10 @@ class Plan:
         return self.manifest["rows"]
 
     def read_rows(self, start: int, stop: int) -> Any:
-        """Rows [start, stop) of the staged table as a pandas DataFrame of text columns."""
+        """Rows [start, stop) of the input as a pandas DataFrame of text columns."""
         import pyarrow.parquet as pq
+        if self.shards:
+            return self.shards.read(start, stop)
         with pq.ParquetFile(self.output / "pairs.parquet") as staged:
             first, last = start // STAGE_ROWS, (max(start, stop - 1)) // STAGE_ROWS
             groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
@@ -383,178 +386,133 @@ class Plan:
         return table.to_pandas()
 
 
-def csv_records(lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str] | None, str]]:
-    """Yield (line number, fields, raw text) for each record; fields is None where the text is no valid record.
-
-    A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines
-    after it are read again, so that one stray quote does not take a neighbour with it.
-    """
-    again: collections.deque[str] = collections.deque()
-    taken: list[str] = []
-
-    def feed() -> Iterator[str]:
-        size, hasty = 0, False
-        while True:
-            if not taken:  # lines that an unbalanced quote had swallowed get a shorter limit, or many would take for ever
-                size, hasty = 0, bool(again)
-            line = again.popleft() if again else next(lines, None)
-            if line is None:
-                return
-            taken.append(line)
-            size += len(line)
-            if size > MAX_RECORD_CHARS or (hasty and (len(taken) > 100 or size > 1_000_000)):
-                raise csv.Error("record too long")
-            yield line
-
-    csv.field_size_limit(MAX_RECORD_CHARS)
-    reader, number = csv.reader(feed(), delimiter=separator, strict=True), 1
-    while True:
-        fields: list[str] | None
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            fields = None
-            again.extendleft(reversed(taken[1:]))
-            del taken[1:]
-            reader = csv.reader(feed(), delimiter=separator, strict=True)
-        raw = "".join(taken)
-        if fields != [] and raw.strip("\r\n"):
-            yield number, fields, raw
-        number += len(taken)
-        taken.clear()
-
-
-def _is_text(fields: list[str]) -> bool:
-    """Whether the fields decoded cleanly: undecodable bytes arrive as lone surrogates."""
-    try:
-        "".join(fields).encode("utf-8")
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
-def _open_table(path: pathlib.Path, encoding: str) -> io.TextIOWrapper:
-    """Open the CSV as text with its line ends kept; UTF-16 and unreadable files are Trouble (exit 3)."""
-    try:
-        raw = path.open("rb")
-        start = raw.read(4)
-        raw.seek(0)
-    except OSError as error:
-        raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
-    is_utf8 = codecs.lookup(encoding).name == "utf-8"
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) and is_utf8:
-        raise Trouble(EXIT_INPUT, f"{path} is UTF-16; set encoding: utf-16, or save it as UTF-8")
-    codec = "utf-8-sig" if is_utf8 else encoding
-    return io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
-
-
-def _header(path: pathlib.Path, records: Iterator[tuple[int, list[str] | None, str]], config: Config) \
-        -> tuple[list[str], Iterator[tuple[int, list[str] | None, str]]]:
-    """The column names, checked: both columns there, once each; and the records that are rows."""
-    first = next(records, None)
-    if first is None or not first[1] or not _is_text(first[1]):
-        raise Trouble(EXIT_INPUT, f"{path} has no readable {'row' if isinstance(config.url_column, int) else 'header line'}")
-    if isinstance(config.url_column, int):
-        names = [f"column_{n}" for n in range(len(first[1]))]
-        records = itertools.chain([first], records)
-    else:
-        names = [name.strip() for name in first[1]]
-    for key in ("url_column", "caption_column"):
-        wanted = column_name(getattr(config, key))
-        if names.count(wanted) != 1:
-            problem = "has no column" if wanted not in names else "has more than one column"
-            raise Trouble(EXIT_INPUT, f"{path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
-    unique: list[str] = []
-    for name in names:
-        copies = (f"{name}_{n}" for n in itertools.count(2))
-        unique.append(name if name not in unique else next(c for c in copies if c not in unique + names))
-    return unique, records
-
-
 def column_name(column: str | int) -> str:
     """A column's name in the staged table; a number means a table without a header, counted from 0."""
     return column if isinstance(column, str) else f"column_{column}"
 
 
-def stage(config: Config, output: pathlib.Path) -> dict:
-    """One streaming pass over the CSV: valid rows to pairs.parquet, the others to bad_rows.csv.
+def name_columns(first: Sequence[str], config: Config) -> list[str]:
+    """The columns' names, all different, from a table's first record; Trouble (exit 3) unless both needed are there once."""
+    numbered = isinstance(config.url_column, int)
+    if not first:
+        raise Trouble(EXIT_INPUT, f"{config.csv_path} has no readable {'row' if numbered else 'header line'}")
+    names = [f"column_{n}" for n in range(len(first))] if numbered else [name.strip() for name in first]
+    for key in ("url_column", "caption_column"):
+        wanted = column_name(getattr(config, key))
+        if names.count(wanted) != 1:
+            problem = "has no column" if wanted not in names else "has more than one column"
+            raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
+    unique: list[str] = []
+    for name in names:
+        copies = (f"{name}_{n}" for n in itertools.count(2))
+        unique.append(name if name not in unique else next(c for c in copies if c not in unique + names))
+    return unique
 
-    Returns the part of the manifest that describes the input: columns, rows, malformed, bytes, sha256.
-    """
+
+def open_plain_table(config: Config) -> tuple[Callable[[], str], list[str], Iterator[tuple[Any, list]]]:
+    """What addons/text.py opens faster, and whatever is in it: a CSV without a flaw, for a script that stands alone."""
+    import pyarrow as pa
+    path, numbered = pathlib.Path(config.csv_path), isinstance(config.url_column, int)
+    remedy = "for tables with flaws the script needs addons/text.py and addons/tables.py beside it"
+    csv.field_size_limit(16_000_000)
+    codec = "utf-8-sig" if codecs.lookup(config.encoding).name == "utf-8" else config.encoding
+
+    def records() -> Iterator[list[str]]:
+        try:
+            with path.open(encoding=codec, newline="") as file:
+                yield from filter(None, csv.reader(file, delimiter=separator(config), strict=True))
+        except (csv.Error, UnicodeError, OSError) as error:
+            raise Trouble(EXIT_INPUT, f"{path}: {error}; {remedy}") from None
+    columns = name_columns(next(records(), []), config)
+
+    def batches() -> Iterator[tuple[Any, list]]:
+        rows = itertools.islice(records(), 0 if numbered else 1, None)
+        while batch := list(itertools.islice(rows, STAGE_ROWS)):
+            if any(len(fields) != len(columns) for fields in batch):
+                raise Trouble(EXIT_INPUT, f"{path}: not all rows have {len(columns)} fields; {remedy}")
+            yield pa.table([pa.array(column, pa.string()) for column in zip(*batch, strict=True)], columns), []
+    return functools.partial(file_sha256, path), columns, batches()
+
+
+def separator(config: Config) -> str:
+    """The character between two fields."""
+    is_tsv = config.csv_path.lower().removesuffix(".gz").endswith(".tsv")
+    return config.separator if config.separator != "auto" else "\t" if is_tsv else ","
+
+
+@contextlib.contextmanager
+def staged_table(file: typing.BinaryIO, columns: list[str]) -> Iterator[Callable[[Any], None]]:
+    """Give a function that appends tables of text to the Parquet `file`, in row groups of STAGE_ROWS, beside the parsing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    path, rows, malformed, not_text = pathlib.Path(config.csv_path), 0, 0, 0
-    separator = config.separator if config.separator != "auto" else "\t" if path.suffix == ".tsv" else ","
-    with _open_table(path, config.encoding) as text, output_disk(output), \
-            atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
-        try:
-            columns, records = _header(path, csv_records(text, separator), config)
-            schema = pa.schema([(name, pa.string()) for name in columns])
-            bad_text = io.TextIOWrapper(bad_file, "utf-8", "backslashreplace", "", write_through=True)
-            bad = csv.writer(bad_text, lineterminator="\n")
-            bad.writerow(("line", "reason", "text"))
-            with pq.ParquetWriter(staged_file, schema, compression="zstd") as staged:
-                chunk: list[list[str]] = []
-                for line, fields, raw in records:
-                    if fields is not None and len(fields) == len(columns) and _is_text(fields):
-                        chunk.append(fields)
-                    else:
-                        malformed += 1
-                        not_text += not _is_text([raw])
-                        bad.writerow((line, _why_malformed(fields, len(columns)), raw.rstrip("\r\n")[:1000]))
-                    if len(chunk) == STAGE_ROWS:
-                        rows += _write_chunk(staged, schema, chunk)
-                    if rows + len(chunk) == config.limit:
-                        break
-                rows += _write_chunk(staged, schema, chunk)
-        except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
-            raise Trouble(EXIT_INPUT, f"{path} is not {config.encoding}: {error}") from None
-    if not_text:
-        say(f"{not_text} lines of {path} are not {config.encoding}; the first such byte is at offset "
-            f"{_first_bad_byte(path, config.encoding)} (if the file is latin-1, set encoding: latin-1)")
-    return {"columns": columns, "rows": rows, "malformed": malformed, **_file_identity(path)}
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    held, writing = schema.empty_table(), None
+    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer, ThreadPoolExecutor(1) as pool:
+        def write(rows: Any, last: bool = False) -> None:
+            nonlocal held, writing
+            held = pa.concat_tables([held, rows])
+            whole = len(held) - (0 if last else len(held) % STAGE_ROWS)
+            if writing:
+                writing.result()  # no more than one block waits to be written
+            writing = pool.submit(writer.write_table, held.slice(0, whole), STAGE_ROWS) if whole else None
+            held = held.slice(whole)
+        yield write
+        write(schema.empty_table(), last=True)
+        if writing:
+            writing.result()
 
 
-def _first_bad_byte(path: pathlib.Path, encoding: str) -> int:
-    """Where the file stops being text, in bytes from its start."""
-    decoder, offset = codecs.getincrementaldecoder(encoding)("strict"), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            kept = len(decoder.getstate()[0])  # bytes of a character that the last block began
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                return offset - kept + error.start
-            offset += len(block)
-    return offset
+def kind_of_input(csv_path: str) -> str:
+    """Which reader `csv_path` asks for: csv or jsonl, which are staged, or shards (Parquet, tars), read where they lie."""
+    path, name = pathlib.Path(csv_path), csv_path.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".ndjson")):
+        return "jsonl"
+    is_shards = name.endswith((".parquet", ".tar", ".tgz")) or path.is_dir()
+    return "shards" if is_shards or (re.search(r"[*?{\[]", csv_path) and not path.is_file()) else "csv"
 
 
-def _why_malformed(fields: list[str] | None, expected: int) -> str:
-    if fields is None:
-        return "quotes do not balance"
-    return f"{len(fields)} fields instead of {expected}" if len(fields) != expected else "bytes that are not text"
+def stage(config: Config, output: pathlib.Path, known: Iterable[str] = ()) -> dict:
+    """One streaming pass over a text table: rows to pairs.parquet, malformed records to bad_rows.csv.
 
-
-def _write_chunk(staged: Any, schema: Any, chunk: list[list[str]]) -> int:
-    """Append the rows as one row group, empty `chunk`, and return how many there were."""
-    import pyarrow as pa
-    count = len(chunk)
-    if count:
-        arrays = [pa.array(column, pa.string()) for column in zip(*chunk, strict=True)]
-        staged.write_table(pa.table(arrays, schema=schema), row_group_size=STAGE_ROWS)
-        chunk.clear()
-    return count
-
-
-def _file_identity(path: pathlib.Path, known: dict | None = None) -> dict:
-    """Size, time and sha256 of the input; the hash is taken from `known` where size and time have not changed."""
+    Returns what the manifest says of the input: kind, columns, rows, malformed, files (name, rows, bytes, time, sha256).
+    """
+    path, kind, rows, malformed, undecodable = pathlib.Path(config.csv_path), kind_of_input(config.csv_path), 0, 0, 0
+    trouble = functools.partial(Trouble, EXIT_INPUT)
+    if kind == "shards":
+        return addon("inputs", f"csv_path: {path}").describe(config, trouble, say)
     info = path.stat()
-    identity = {"input_bytes": info.st_size, "input_mtime_ns": info.st_mtime_ns}
-    if known and all(known.get(key) == value for key, value in identity.items()):
-        return identity | {"input_sha256": known["input_sha256"]}
-    return identity | {"input_sha256": file_sha256(path)}
+    if kind == "csv" and not (importlib.util.find_spec("addons") and importlib.util.find_spec("addons.text")):
+        sha256, columns, batches = open_plain_table(config)
+    else:
+        sha256, columns, batches = addon("text", f"csv_path: {path}").open_table(
+            config, kind, known, separator(config), functools.partial(name_columns, config=config), trouble)
+    found = columns
+    with output_disk(output), atomic_file(output / "bad_rows.csv") as bad_file, \
+            atomic_file(output / "pairs.parquet") as staged_file:
+        bad = csv.writer(io.TextIOWrapper(bad_file, "utf-8", "backslashreplace", "", write_through=True), lineterminator="\n")
+        bad.writerow(("line", "reason", "text"))
+        with staged_table(staged_file, columns) as write:
+            for table, records in batches:
+                if (found := table.column_names) != columns:
+                    break
+                left = config.limit - rows if config.limit else len(table) + 1
+                write(table := table.slice(0, left))
+                rows += len(table)
+                for before, line, reason, raw in records:
+                    if before < left:  # what comes after the last row is not even judged
+                        malformed += 1
+                        undecodable += any("\ud800" <= character <= "\udfff" for character in raw)
+                        bad.writerow((line, reason, raw[:1000]))
+                if rows == config.limit:
+                    break
+    if found != columns:  # JSON Lines: late lines have keys that the first ones lack, and all are known now
+        return stage(config, output, found)
+    if undecodable:
+        offset = addon("tables", f"csv_path: {path}").find_first_bad_byte(path, config.encoding)
+        say(f"{undecodable} lines of {path} are not {config.encoding}; the first such byte is at offset {offset} "
+            "(if the file is latin-1, set encoding: latin-1)")
+    file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256()}
+    return {"kind": kind, "columns": columns, "rows": rows, "malformed": malformed, "files": [file]}
 
 
 @profile
@@ -566,8 +524,14 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     input, 5 for the output disk. One that `joins` others at work on the run leaves what they have settled.
     """
     output = pathlib.Path(config.output_path)
-    if not (output / "manifest.json").exists() and not pathlib.Path(config.csv_path).is_file():
-        raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
+    inputs, trouble = None, functools.partial(Trouble, EXIT_INPUT)
+    if kind_of_input(config.csv_path) == "shards":
+        inputs = addon("inputs", f"csv_path: {config.csv_path}")
+    if not (output / "manifest.json").exists():  # nothing is made for an input that is not there
+        if inputs:
+            inputs.find_files(config.csv_path, trouble)
+        elif not pathlib.Path(config.csv_path).is_file():
+            raise trouble(f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
     with locked(output):
         remove_leftovers(output)
         if fresh:
@@ -576,9 +540,11 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
         if not joins and not _has_parts(output) and manifest.pop("resolved", None):
             write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
     step, rows = manifest["partition_rows"], manifest["rows"]
-    starts = range(0, rows, step)
-    partitions = [Partition(i, a, min(a + step, rows), output / "parts") for i, a in enumerate(starts)]
-    return Plan(output, manifest, partitions)
+    edges = [*manifest.get("starts", [0][:rows]), rows]  # of tars, which no partition crosses
+    starts = [start for a, b in itertools.pairwise(edges) for start in range(a, b, step)]
+    partitions = [Partition(i, a, b, output / "parts") for i, (a, b) in enumerate(itertools.pairwise([*starts, rows]))]
+    shards = inputs and inputs.open_rows(manifest, config, trouble, RowFailure)
+    return Plan(output, manifest, partitions, shards)
 
 
 def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
@@ -586,7 +552,7 @@ def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}
     manifest = _read_json(output / "manifest.json")
     if manifest is not None:
-        differences = _differences(manifest, settings, pathlib.Path(config.csv_path))
+        differences = _differences(manifest, settings, config)
         if differences and _has_parts(output):
             raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): discard it with --fresh, "
                                        "or write elsewhere with --set output_path=...")
@@ -595,26 +561,35 @@ def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
         if _has_parts(output):
             raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: discard it with --fresh, "
                                        "or write elsewhere with --set output_path=...")
+        described = stage(config, output)
         with output_disk(output):
             (output / "parts").mkdir(parents=True, exist_ok=True)
             (output / "profile.json").unlink(missing_ok=True)  # of a run whose table was empty
-        manifest = {"version": __version__, "settings": settings, **stage(config, output)}
+        manifest = {"version": __version__, "settings": settings, **described}
         size = config.partition_rows
-        manifest["partition_rows"] = min(10_000, max(256, manifest["rows"] // 200)) if size == "auto" else size
+        if size == "auto":  # a tar is one partition
+            size = max(1, manifest["rows"]) if "starts" in manifest else min(10_000, max(256, manifest["rows"] // 200))
+        manifest["partition_rows"] = size
         write_json(output / "manifest.json", manifest)
         if manifest["malformed"]:
             say(f"{manifest['malformed']} lines of {config.csv_path} are no rows: see {output / 'bad_rows.csv'}")
     return manifest
 
 
-def _differences(manifest: dict, settings: dict, csv_path: pathlib.Path) -> list[str]:
+def _differences(manifest: dict, settings: dict, config: Config) -> list[str]:
     """What differs between the run that `manifest` describes and the one asked for now, in words."""
     differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
                    for key, value in settings.items() if manifest["settings"].get(key) != value]
-    if not csv_path.is_file():
-        differences.append(f"the input {csv_path} is gone")
-    elif _file_identity(csv_path, manifest)["input_sha256"] != manifest["input_sha256"]:
-        differences.append(f"the content of {csv_path} has changed")
+    path, kind = pathlib.Path(config.csv_path), kind_of_input(config.csv_path)
+    if kind == "shards" and manifest["kind"] in ("parquet", "tar"):
+        return differences + addon("inputs", f"csv_path: {path}").same_input(manifest, config)
+    if not path.is_file():
+        return [*differences, f"the input {path} is gone"]
+    file, info = manifest["files"][0], path.stat()
+    if kind != manifest["kind"]:
+        differences.append(f"the input was {manifest['kind']}, now {kind}")
+    elif (info.st_size, info.st_mtime_ns) != (file["bytes"], file["mtime_ns"]) and file_sha256(path) != file["sha256"]:
+        differences.append(f"the content of {path} has changed")
     return differences
 
 
@@ -858,11 +833,13 @@ class ImageLoader:
     """Source (URL or path) -> Loaded. Runs in loader threads; knows the model only by its ImageSettings and resize."""
 
     def __init__(self, config: Config, settings: ImageSettings, resize: Callable[[Any, ImageSettings], Any],
-                 threads: int) -> None:
+                 threads: int, read: Callable[[str], bytes] | None = None) -> None:
         self.config, self.settings, self.resize = config, settings, resize
         self.decode_bytes: Callable[..., Any] = decode_image
         self.read: Callable[[str], bytes]
-        if config.image_path == "url":
+        if read:
+            self.read = read
+        elif config.image_path == "url":
             self.read = addon("fetch", "image_path: url").Fetcher(config, max(1, threads), RowFailure)
         else:
             folder = pathlib.Path(config.image_path).resolve()
@@ -1337,7 +1314,7 @@ def collect(future: "Future[tuple[Any, dict[str, float]]]", clock: Clock) -> Any
 
 @dataclasses.dataclass
 class PartitionRun:
-    """One partition on its way: the rows to score (a DataFrame) and the distinct sources to load, in order of first use.
+    """One partition on its way: the rows to score (a DataFrame) and, for each, where its picture is: URL, path, place in a tar.
 
     `finish` makes the whole part of the scored rows, which with `--retry-failed` are only some of it.
     """
@@ -1349,12 +1326,18 @@ class PartitionRun:
 
     @classmethod
     def open(cls, plan: Plan, partition: Partition, config: Config, retry: bool) -> "PartitionRun":
-        """Read the rows; equal URLs are loaded once, rows without a caption not at all."""
+        """Read the rows, with `retry` those alone that failed for a passing reason, which no picture in a tar does."""
         rows, finish = plan.read_rows(partition.start, partition.stop), lambda table: table
         if retry and (part := read_part(partition)) is not None:
             rows, finish = addon("retry", "--retry-failed").failed_rows(rows, part)
-        pairs = zip(rows[column_name(config.url_column)], rows[column_name(config.caption_column)], strict=True)
-        return cls(partition, rows, list(dict.fromkeys(url for url, caption in pairs if caption.strip())), finish)
+        if hasattr(plan.shards, "sources"):
+            return cls(partition, rows, plan.shards.sources(partition.start, partition.stop), finish)
+        return cls(partition, rows, rows[column_name(config.url_column)].tolist(), finish)
+
+    def wanted(self, config: Config) -> list[str]:
+        """The distinct sources to load, in order of first use; rows without a caption need none."""
+        pairs = zip(self.sources, self.rows[column_name(config.caption_column)], strict=True)
+        return list(dict.fromkeys(source for source, caption in pairs if caption.strip()))
 
 
 def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, clock: Clock,
@@ -1403,9 +1386,9 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, 
                     on_loaded: Callable[[], None]) -> Any:
     """The partition's rows with RESULT_COLUMNS added: every row ends as a score or as a reason. No scorer: a dry run."""
     import numpy as np
-    places, image_embeddings = embed_sources(scorer, run.sources, pool, clock, on_loaded)
+    places, image_embeddings = embed_sources(scorer, run.wanted(config), pool, clock, on_loaded)
     rows, captions = run.rows, run.rows[column_name(config.caption_column)].tolist()
-    sources, count = rows[column_name(config.url_column)].tolist(), len(rows)
+    sources, count = run.sources, len(rows)
     status, detail = ["ok"] * count, [""] * count
     cosine, truncated = np.full(count, np.nan, np.float32), [False] * count
     scored: list[int] = []
@@ -1605,14 +1588,15 @@ class Worker:
     """A loaded model and its loader threads: scores and commits the partitions that an engine gives it."""
 
     def __init__(self, config: Config, plan: Plan, name: str) -> None:
-        if config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
+        read = getattr(plan.shards, "read_bytes", None)  # tars bring their pictures along
+        if not read and config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
             raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
         self.config, self.plan, self.name, self.threads = config, plan, name, loader_threads(config)
         with Clock().stage("load_model"):
             self.scorer = Scorer(config) if config.pretrained_model != "none" else None
         settle(plan, self.scorer.identity() if self.scorer else {})
         self.loader = ImageLoader(config, self.scorer.settings if self.scorer else DRY_RUN_SETTINGS,
-                                  self.scorer.resize if self.scorer else resize_pillow, self.threads)
+                                  self.scorer.resize if self.scorer else resize_pillow, self.threads, read)
 
     def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
@@ -1620,7 +1604,7 @@ class Worker:
 
         def begin(partition: Partition) -> PartitionRun:
             run = PartitionRun.open(self.plan, partition, self.config, retry)
-            pool.add(self.loader.isolated() if partition.trying.exists() else self.loader, run.sources)
+            pool.add(self.loader.isolated() if partition.trying.exists() else self.loader, run.wanted(self.config))
             with output_disk(partition.trying):
                 partition.trying.touch()
             return run

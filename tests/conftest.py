@@ -156,6 +156,18 @@ def read_table():
 
 
 @pytest.fixture
+def score_input(tmp_path, write_config, run_main, read_table):
+    """Dry-run an input, given as a path in tmp_path: (Outcome, rows of scores.csv, rows of bad_rows.csv, manifest)."""
+    def run(csv_path, *arguments, **keys):
+        outcome = run_main("--config", write_config(csv_path=str(tmp_path / csv_path), **keys), *arguments)
+        out = tmp_path / "out"
+        tables = (read_table(out / name) if (out / name).exists() else None for name in ("scores.csv", "bad_rows.csv"))
+        manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").exists() else None
+        return outcome, *tables, manifest
+    return run
+
+
+@pytest.fixture
 def picture_bytes():
     """Bytes of a picture in one colour, or of the Pillow picture given: picture_bytes("PNG", mode="L", colour=7)."""
     from PIL import Image

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
-from addons import outputs
+from addons import outputs, text
+from addons import tables as careful
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@\t\r\n\"',;\0"), max_size=12)
 
@@ -87,6 +88,5 @@ def test_hostile_tables_conserve_rows(tmp_path_factory, rows, tail, noise):
     assert found[:len(rows)] == rows
     with (folder / "out" / "bad_rows.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.reader(file))) - 1 == plan.manifest["malformed"]
-    with script._open_table(path, "utf-8") as text:
-        records = list(script.csv_records(text, ","))
+    records = list(careful.csv_records(text.Text(path, "utf-8", ValueError).lines(), ","))
     assert len(records) - 1 == plan.rows + plan.manifest["malformed"]

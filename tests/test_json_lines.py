@@ -1,0 +1,153 @@
+"""JSON Lines: each object is a row whose cells give its values back, and the fast way finds what line by line finds."""
+import gzip
+import json
+from unittest import mock
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import image_text_sim_clip as script
+from addons import json_lines
+
+
+def pairs(rows):
+    return [(row["url"], row["caption"]) for row in rows]
+
+
+def assert_refused(outcome, words):
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1, outcome
+    assert words in outcome.stderr
+
+
+def test_json_lines(tmp_path, score_input):
+    """Keys are columns; numbers keep their digits, nested values are JSON, null and absent are empty, bad lines are told."""
+    (tmp_path / "t.jsonl").write_text('{"url": "a", "caption": "x, \\"y\\"\\nz", "n": 1.50, "big": 12345678901234567890123}\n\n'
+                                      '{"caption": "NA", "url": "b", "n": null, "ok": true, "tags": ["é", {"k": 1e5}]}\n'
+                                      '[1]\nnot json\n{"url": "c"}\n{"url": "d", "caption": null, "n": -0}\n')
+    outcome, rows, bad, manifest = score_input("t.jsonl")
+    assert outcome.code == 0 and outcome.result["rows"] == 3 and outcome.result["malformed"] == 3
+    assert list(rows[0])[:6] == ["url", "caption", "n", "big", "ok", "tags"]
+    assert [list(row.values())[:6] for row in rows] == [
+        ["a", 'x, "y"\nz', "1.50", "12345678901234567890123", "", ""],
+        ["b", "NA", "", "", "true", '["é", {"k": 100000.0}]'], ["d", "", "-0", "", "", ""]]
+    assert [(line["line"], line["reason"]) for line in bad] == [
+        ("4", "not a JSON object"), ("5", "not JSON: Expecting value"), ("6", "no key 'caption'")]
+    assert manifest["kind"] == "jsonl" and rows[2]["status"] == "empty_caption"
+
+
+def test_json_lines_with_late_keys(tmp_path, score_input, monkeypatch):
+    """A key that first appears long after the first block is a column all the same, and no row before it is lost."""
+    monkeypatch.setattr(json_lines, "FIRST_BYTES", 100)
+    monkeypatch.setattr(json_lines, "BATCH_ROWS", 7)
+    lines = [{"url": f"u{n}", "caption": "c", **({"late": n} if n == 50 else {}), **({"later": n} if n == 60 else {})}
+             for n in range(70)]
+    (tmp_path / "t.ndjson.gz").write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode() + b"x\n"))
+    outcome, rows, bad, manifest = score_input("t.ndjson.gz")
+    assert manifest["columns"] == ["url", "caption", "late", "later"]
+    assert [row["late"] for row in rows] == [str(n) if n == 50 else "" for n in range(70)]
+    assert rows[60]["later"] == "60" and [line["line"] for line in bad] == ["71"] and outcome.result["rows"] == 70
+
+
+def test_json_lines_limit(tmp_path, score_input):
+    """limit ends the table before what is behind it is judged, its keys included."""
+    (tmp_path / "t.jsonl").write_text('{"url": 1, "caption": 2}\nbad\n{"url": 3, "caption": 4}\n'
+                                      'worse\n{"url": 5, "caption": 6, "z": 7}')
+    _, rows, bad, manifest = score_input("t.jsonl", limit=2)
+    assert pairs(rows) == [("1", "2"), ("3", "4")] and [line["text"] for line in bad] == ["bad"]
+    assert manifest["columns"] == ["url", "caption"]
+
+
+@pytest.mark.parametrize("line", [
+    "{" * 100_000, '{"url": ' + "[" * 100_000, '{"url":"a","caption":"\\ud800"}', '{"url":"a","caption":"b"} x',
+    '{"url":"a","caption":[' + "9" * 5000 + "]}", '{"url":"a","caption":"\udcff"}', "", '"', "NaN"])
+def test_odd_json_is_malformed(line):
+    """No text is more than a malformed line: nesting without end, half characters, numbers without end."""
+    values, reason = json_lines.parse_line(line, ["url", "caption"])
+    assert values is None and reason
+
+
+def test_json_lines_without_the_columns(tmp_path, score_input):
+    """JSON Lines in which no line has the columns are refused, and so is an empty file."""
+    (tmp_path / "t.jsonl").write_text('{"image": "a", "text": "b"}\n')
+    assert_refused(score_input("t.jsonl")[0], "no JSON object that has 'url' and 'caption'")
+    (tmp_path / "t.jsonl").write_text("")
+    assert_refused(score_input("t.jsonl")[0], "no JSON object that has 'url' and 'caption'")
+
+
+CELL = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) |
+                    st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+                    lambda inner: st.lists(inner, max_size=2), max_leaves=4)
+
+
+@given(objects=st.lists(st.dictionaries(st.sampled_from(["url", "caption", "a", "b", ""]), CELL), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_json_cells_can_be_read_back(tmp_path_factory, objects):
+    """Each object with both keys is a row whose cells give the values back; every other one is malformed."""
+    folder = tmp_path_factory.mktemp("json")
+    (folder / "t.jsonl").write_text('{"url": "", "caption": ""}\n' + "".join(json.dumps(o) + "\n" for o in objects))
+    described = script.stage(script.Config(csv_path=str(folder / "t.jsonl"), output_path=str(folder)), folder)
+    rows = pq.read_table(folder / "pairs.parquet").to_pylist()[1:]
+    good = [o for o in objects if {"url", "caption"} <= o.keys()]
+    assert described["rows"] == len(good) + 1 and described["malformed"] == len(objects) - len(good)
+    for row, values in zip(rows, good, strict=True):
+        for key, value in values.items():
+            if isinstance(value, str | None):
+                assert row[key] == (value or "")
+            else:
+                assert json.loads(row[key]) == value
+        assert all(row[key] == "" for key in row.keys() - values.keys())
+
+
+# ── The fast way ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WORD = st.sampled_from(["a", "", "2020-01-01", "2020-01-01 00:00:00", "12", "é", r"x\ny", r'\"n\": 1', "-0, ", r"\ud83d\ude00",
+                        r"\u0000", "}", "{"]).map(lambda text: f'"{text}"')
+NUMBER = st.sampled_from(["1", "-0", "0", "1.50", "-0.0", "1e5", "1E+2", "9223372036854775808", "0.1", "1e999",
+                          "12345.123456789"])
+OTHER = st.sampled_from(["null", "true", "false", "[]", '[1.0, {"n": 2.50}]', '{"n": 1.0}', "NaN", "-Infinity", r'"\ud800"',
+                         "01", "+1"])
+
+
+def as_line(cells):
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in cells) + "}"
+
+
+LINE = st.lists(st.tuples(st.sampled_from(["url", "caption", "n", "m"]), WORD | WORD | NUMBER | NUMBER | OTHER), max_size=4,
+                unique_by=lambda cell: cell[0]).map(as_line)
+GOOD = st.tuples(WORD, WORD, NUMBER, NUMBER).map(lambda cells: as_line(zip(("url", "caption", "n", "m"), cells, strict=True)))
+ODD = st.sampled_from([
+    "", " ", "[1]", "x", "{}{}", "{}", "\r", '{"url": "a",\r"caption": "b"}',
+    '{"url": "a",', '"caption": "b"}', '{"url": "a", "caption": "b"} ',
+    '{"url": "a", "url": "b", "caption": "c"}', '{"url": "a", "caption": "b"}{"url": "c", "caption": "d"}',
+    '{"url": "a", "caption": "tab\t"}', '{"url": "a", "caption": "\xff"}', '{"url": "a", "caption": "b",}'])
+
+
+@given(lines=st.lists(GOOD | GOOD | GOOD | LINE | ODD, max_size=14), block=st.integers(20, 900),
+       end=st.sampled_from(["\n", "\n", "\r\n"]), limit=st.none() | st.integers(1, 8),
+       encoding=st.sampled_from(["utf-8", "latin-1"]))
+@settings(max_examples=300, deadline=None)
+def test_fast_is_line_by_line(tmp_path_factory, lines, block, end, limit, encoding):
+    """Arrow's way gives the rows, digits, malformed lines and line numbers that Python's gives, for hostile lines, too."""
+    folder, found = tmp_path_factory.getbasetemp(), []
+    text = '{"url": "", "caption": ""}\n' + end.join(lines)
+    (folder / "t.jsonl").write_bytes(text.encode(encoding))
+    config = script.Config(csv_path=str(folder / "t.jsonl"), output_path=str(folder), limit=limit)
+    for plain in (json_lines.parse_plain, lambda *arguments: None):
+        with mock.patch.multiple(json_lines, BLOCK_BYTES=block, FIRST_BYTES=50, parse_plain=plain, BATCH_ROWS=3), \
+                mock.patch("os.fsync", lambda descriptor: None):
+            described = script.stage(config, folder)
+        found.append((described, pq.read_table(folder / "pairs.parquet").to_pydict(), (folder / "bad_rows.csv").read_bytes()))
+    assert found[0] == found[1]
+
+
+def test_plain_lines_are_read_fast(tmp_path, score_input, monkeypatch):
+    """Strings, numbers and truth values, absent and null ones too, need no reading line by line, and keep their digits."""
+    monkeypatch.setattr(json_lines, "_parse_lines", None)
+    late = ', "late": 1'
+    (tmp_path / "t.jsonl").write_text("".join(
+        f'{{"url": "u{n}", "caption": "2020-01-01", "x": {n}.50, "n": {n}, "ok": true, "none": null{late * (n > 5)}}}\n'
+        for n in range(20)))
+    assert [list(row.values())[:7] for row in score_input("t.jsonl")[1]] == [
+        [f"u{n}", "2020-01-01", f"{n}.50", str(n), "true", "", "1" * (n > 5)] for n in range(20)]

@@ -1,0 +1,217 @@
+"""Staging text at speed: the fast way gives what the careful reader alone gives, whatever the bytes and the block sizes."""
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import shutil
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import image_text_sim_clip as script
+from addons import tables as careful
+from addons import text
+
+
+def read_carefully(data, columns, separator=",", encoding="utf-8", limit=None):
+    """(rows, bad rows as text) of a table's bytes, header left out: the careful reader over the whole, and nothing else."""
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    lines = io.TextIOWrapper(io.BytesIO(data), encoding=codec, errors="surrogateescape", newline="")
+    rows, bad, records = [], [], careful.csv_records(iter(lines), separator)
+    next(records)
+    for line, fields, raw, _ in records:
+        if fields is not None and len(fields) == columns and careful.is_text("".join(fields)):
+            rows.append(fields)
+        else:
+            reason = careful.why_malformed(fields, columns)
+            bad.append((str(line), reason, raw.rstrip("\r\n")[:1000].encode("utf-8", "backslashreplace").decode()))
+        if len(rows) == limit:
+            break
+    return rows, bad
+
+
+def read_fast(folder, data, name="table.csv", **keys):
+    """(what stage says, rows, bad rows) of the same bytes, staged."""
+    (folder / name).write_bytes(data)
+    config = script.Config(csv_path=str(folder / name), output_path=str(folder / "out"), **keys)
+    (folder / "out").mkdir(exist_ok=True)
+    described = script.stage(config, folder / "out")
+    import pyarrow.parquet as pq
+    table = pq.read_table(folder / "out/pairs.parquet")
+    with (folder / "out/bad_rows.csv").open(encoding="utf-8", newline="") as file:
+        bad = [tuple(row) for row in csv.reader(file, strict=True)][1:]
+    assert (described["rows"], described["malformed"]) == (len(table), len(bad))
+    return described, [list(row) for row in zip(*table.to_pydict().values(), strict=True)], bad
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for many small tables, on a disk that need not be waited for."""
+    with mock.patch("os.fsync", lambda descriptor: None):
+        yield tmp_path_factory.mktemp("staging")
+
+
+PIECES = st.sampled_from([
+    b"a,b\n", b"a,b\r\n", b"a,b\r", b'"a","b"\n', b'a,"b ""q"" b"\n', b'"",""\n', b",\n", b'a,"x\ny"\r\n', b'a,"x\r\ny"\n',
+    b'the "best" one,b"b\n', b'a,b""\n', b'x"\n', b'",b\n', b"\n", b"\r", b"\r\n", b"a\n", b"a,b,c\n",
+    b'"a\nb"\n', b'5" pipe,b\n', b'a,"oops\n', b'a,"b"c\n', b'"', b'""', b",", b"x",
+    b"\xff", b"\xc3\xa9", b"\xc3", b"\xa9", b"\xef\xbb\xbf", b"\xed\xb2\x81", b"\0", b" ", b"\xe2\x80\xa8", b"\x85", b"\t",
+    b'caf\xc3\xa9,"na\xc3\xafve, ""yes"""\n', b"a," + b"long " * 30 + b"\n"])
+SIZES = st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
+
+
+@settings(max_examples=400, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=30), sizes=SIZES, limit=st.none() | st.integers(1, 9))
+def test_fast_is_careful(folder, pieces, sizes, limit):
+    """Rows, malformed lines, line numbers and bad_rows.csv do not depend on the way, for hostile tables and tiny blocks."""
+    data = b"url,caption\n" + b"".join(pieces)
+    with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2]), LINE_PIECE_BYTES=sizes[1]), \
+            mock.patch.object(careful, "BATCH_ROWS", sizes[2]), mock.patch.object(script, "STAGE_ROWS", sizes[2]):
+        _, rows, bad = read_fast(folder, data, limit=limit)
+    assert (rows, bad) == read_carefully(data, 2, limit=limit)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=20), sizes=SIZES, encoding=st.sampled_from(
+    ["ascii", "latin-1", "cp1252", "shift_jis", "gb18030", "utf-8-sig", "utf-7", "euc_jp"]), gz=st.booleans())
+def test_fast_is_careful_in_other_encodings(folder, pieces, sizes, encoding, gz):
+    """Nor in encodings other than UTF-8, whose undecodable bytes make malformed rows too, nor under gzip."""
+    data = b"url,caption\n" + b"".join(pieces)
+    name, packed = ("table.csv.gz", gzip.compress(data)) if gz else ("table.csv", data)
+    with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2]), LINE_PIECE_BYTES=sizes[1]):
+        try:
+            described, rows, bad = read_fast(folder, packed, name=name, encoding=encoding)
+        except script.Trouble as trouble:  # a codec that knows no escape, as before
+            assert trouble.exit_code == 3
+            with pytest.raises(UnicodeError):
+                read_carefully(data, 2, encoding=encoding)
+            return
+    assert (rows, bad) == read_carefully(data, 2, encoding=encoding)
+    assert described["files"][0]["sha256"] == hashlib.sha256(packed).hexdigest()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=120) | st.text(st.sampled_from('ab,;\t"\r\n é'), max_size=120).map(str.encode),
+       separator=st.sampled_from([",", ";", "\t", " ", "é", "a"]), width=st.integers(1, 3), sizes=SIZES)
+def test_fast_is_careful_for_any_separator_and_width(folder, data, separator, width, sizes):
+    """Nor for tables of one column or three, and separators of every kind."""
+    header = separator.join(["x", "y", "z"][:width]).encode() + b"\n"
+    with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2])):
+        _, rows, bad = read_fast(folder, header + data, separator=separator, url_column="x", caption_column="x")
+    assert (rows, bad) == read_carefully(header + data, width, separator)
+
+
+def test_clean_blocks_need_no_careful_reader(folder, monkeypatch):
+    """Quoted captions, line ends in them, quotes that are text, ragged and blank lines are all read the fast way."""
+    monkeypatch.setattr(careful, "careful_batches", None)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(text, "CAREFUL_BYTES", 200)
+    literal = '5" pipe,the "best" one\n' * 3
+    table = literal + "".join(f'a{n},"caption {n}, ""quoted""\r\nand long"\n' + "ragged\n\n" * (n % 3)
+                              for n in range(50)) + literal
+    _, rows, bad = read_fast(folder, b"url,caption\n" + table.encode())
+    assert len(rows) == 56 and rows[0] == ['5" pipe', 'the "best" one']
+    assert rows[10] == ["a7", 'caption 7, "quoted"\r\nand long']
+    assert len(bad) == sum(n % 3 for n in range(50)) and bad[-1] == ("201", "1 fields instead of 2", "ragged")
+
+
+def test_careful_reader_hands_back(folder, monkeypatch):
+    """One stray quote in a long table costs one careful stretch, not the fast way for all the rest."""
+    stretches, real = [], careful.careful_batches
+
+    def counted(source, *arguments):
+        stretches.append(source.line)
+        return real(source, *arguments)
+    monkeypatch.setattr(careful, "careful_batches", counted)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(text, "CAREFUL_BYTES", 500)
+    lines = [b'a,"b"\n'] * 40_000
+    lines[20_000] = b'a,"b\n'
+    _, rows, bad = read_fast(folder, b"url,caption\n" + b"".join(lines))
+    assert len(rows) == 39_999 and [line for line, *_ in bad] == ["20002"]
+    assert 1 <= len(stretches) <= 3
+
+
+@pytest.fixture
+def run_alone(tmp_path, run_cli, write_config):
+    """Dry-run table.csv by a copy of the script that has no addons/ beside it."""
+    (tmp_path / "alone").mkdir()
+    shutil.copy(script.__file__, tmp_path / "alone")
+
+    def run(**keys):
+        return run_cli("--config", write_config(**keys), "--fresh", script_path=tmp_path / "alone/image_text_sim_clip.py",
+                       env={"PYTHONPATH": ""})
+    return run
+
+
+@pytest.mark.parametrize("keys", [{}, {"url_column": 0, "caption_column": 1}, {"encoding": "utf-16"}, {"limit": 2}])
+def test_script_alone_stages_clean_tables(tmp_path, run_alone, run_main, write_config, write_table, keys):
+    """Without addons/ beside it the script reads a clean table, and its scores.csv and manifest are the same."""
+    write_table('url,caption\n\na,"b, ""c""\nd"\r\ne,f\ng,\n'.encode(keys.get("encoding", "utf-8-sig")))
+    outputs = []
+    for run in (lambda: run_alone(**keys), lambda: run_main("--config", write_config(**keys), "--fresh")):
+        outcome = run()
+        assert outcome.code == 0 and outcome.result["rows"] == keys.get("limit", 4 if "url_column" in keys else 3)
+        outputs.append([(tmp_path / "out" / name).read_bytes() for name in ("scores.csv", "manifest.json", "bad_rows.csv")])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("table", ['url,caption\na,"b\nc,d\n', "url,caption\na,b\nragged\n", b"url,caption\na,\xff\n",
+                                   gzip.compress(b"url,caption\n"), "url,caption\na," + "x" * 16_000_001])
+def test_script_alone_refuses_tables_with_flaws(tmp_path, run_alone, write_table, table):
+    """A table with any flaw is exit 3 there, with the names of the files that help, and nothing is staged."""
+    write_table(table)
+    outcome = run_alone()
+    assert outcome.code == 3 and "addons/text.py and addons/tables.py" in outcome.stderr.splitlines()[-1]
+    assert not (tmp_path / "out/pairs.parquet").exists()
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.tsv.gz", "t.txt.gz", "t.CSV.GZ"])
+def test_gzipped_tables(folder, name):
+    """Gzipped tables are read as they are, several members too; .tsv.gz has tabs; the sha256 is that of the packed file."""
+    separator = "\t" if "tsv" in name else ","
+    packed = b"".join(gzip.compress(part.encode()) for part in (f"url{separator}cap", f"tion\na{separator}b\n"))
+    described, rows, _ = read_fast(folder, packed, name=name)
+    assert rows == [["a", "b"]]
+    assert described["files"][0] == {"name": name, "rows": 1, "bytes": len(packed), "mtime_ns": mock.ANY,
+                                     "sha256": hashlib.sha256(packed).hexdigest()}
+
+
+@pytest.mark.parametrize("spoil", [lambda d: d[:-9], lambda d: d[:40] + b"\xff\xff\xff" + d[43:], lambda d: b"no gzip",
+                                   lambda d: d[:-4] + b"abcd"])
+def test_broken_gzip(folder, spoil):
+    """A gzip file that is cut off, damaged or none at all is exit 3 and one line, and nothing is staged from it."""
+    packed = gzip.compress(b"url,caption\n" + b"".join(b"a%d,b%d\n" % (n, n * 7919) for n in range(500)))
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    with pytest.raises(script.Trouble, match="csv_path") as trouble:
+        read_fast(folder, spoil(packed), name="broken.csv.gz")
+    assert trouble.value.exit_code == 3 and not (folder / "out/pairs.parquet").exists()
+
+
+def test_line_without_an_end(folder, monkeypatch):
+    """A file without line ends is refused before it is held whole."""
+    monkeypatch.setattr(text, "LONGEST_LINE_BYTES", 200_000)
+    with pytest.raises(script.Trouble, match="longer than"):
+        read_fast(folder, b"x" * 3_000_000)
+
+
+def test_limit_still_hashes_all(folder):
+    """With `limit`, the sha256 is still that of the whole file."""
+    data = b"url,caption\n" + b"a,b\n" * 2_000_000
+    described, rows, _ = read_fast(folder, data, limit=3)
+    assert len(rows) == 3 and described["files"][0]["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_full_disk_while_staging(folder, monkeypatch):
+    """An output disk that fills up while a block is written, which another thread does, is exit 5."""
+    import pyarrow.parquet as pq
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", refuse)
+    with pytest.raises(script.Trouble, match="No space left") as trouble:
+        read_fast(folder, b"url,caption\n" + b"a,b\n" * 20_000)
+    assert trouble.value.exit_code == 5
