@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := image_text_sim_clip.py addons challenge_set readme_imgs tests
 
-.PHONY: help demo test quick fuzz lint bench bench-gpu pictures model clean
+.PHONY: help demo test quick fuzz lint bench bench-scale bench-gpu pictures model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,10 @@ lint: .venv/ready-for-tests  ## ruff and mypy
 
 bench: .venv/ready  ## time this script beside a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
 	$(BIN)/python tests/bench.py --out scores/bench
+
+bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray on the same dry run; MB/s of staging
+	$(BIN)/python tests/bench_scale.py
+	$(BIN)/python tests/bench_inputs.py
 
 bench-gpu: .venv/ready  ## the same on CUDA, with more models
 	$(BIN)/python tests/bench.py --out scores/bench --gpu --pairs 20000

@@ -26,7 +26,6 @@ Heavy libraries are imported where they are used, so that a mistake in the confi
 """
 import argparse
 import builtins
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -58,7 +57,7 @@ import types
 import typing
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -379,11 +378,11 @@ class Plan:
         if self.shards:
             return self.shards.read(start, stop)
         with pq.ParquetFile(self.output / "pairs.parquet") as staged:
-            first, last = start // STAGE_ROWS, (max(start, stop - 1)) // STAGE_ROWS
+            step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
+            first, last = start // step, (max(start, stop - 1)) // step
             groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
             table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
-        table = table.slice(start - first * STAGE_ROWS, stop - start)
-        return table.to_pandas()
+        return table.slice(start - first * step, stop - start).to_pandas()
 
 
 def column_name(column: str | int) -> str:
@@ -391,128 +390,37 @@ def column_name(column: str | int) -> str:
     return column if isinstance(column, str) else f"column_{column}"
 
 
-def name_columns(first: Sequence[str], config: Config) -> list[str]:
-    """The columns' names, all different, from a table's first record; Trouble (exit 3) unless both needed are there once."""
-    numbered = isinstance(config.url_column, int)
-    if not first:
-        raise Trouble(EXIT_INPUT, f"{config.csv_path} has no readable {'row' if numbered else 'header line'}")
-    names = [f"column_{n}" for n in range(len(first))] if numbered else [name.strip() for name in first]
-    for key in ("url_column", "caption_column"):
-        wanted = column_name(getattr(config, key))
-        if names.count(wanted) != 1:
-            problem = "has no column" if wanted not in names else "has more than one column"
-            raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
-    unique: list[str] = []
-    for name in names:
-        copies = (f"{name}_{n}" for n in itertools.count(2))
-        unique.append(name if name not in unique else next(c for c in copies if c not in unique + names))
-    return unique
-
-
-def open_plain_table(config: Config) -> tuple[Callable[[], str], list[str], Iterator[tuple[Any, list]]]:
-    """What addons/text.py opens faster, and whatever is in it: a CSV without a flaw, for a script that stands alone."""
-    import pyarrow as pa
-    path, numbered = pathlib.Path(config.csv_path), isinstance(config.url_column, int)
-    remedy = "for tables with flaws the script needs addons/text.py and addons/tables.py beside it"
-    csv.field_size_limit(16_000_000)
-    codec = "utf-8-sig" if codecs.lookup(config.encoding).name == "utf-8" else config.encoding
-
-    def records() -> Iterator[list[str]]:
-        try:
-            with path.open(encoding=codec, newline="") as file:
-                yield from filter(None, csv.reader(file, delimiter=separator(config), strict=True))
-        except (csv.Error, UnicodeError, OSError) as error:
-            raise Trouble(EXIT_INPUT, f"{path}: {error}; {remedy}") from None
-    columns = name_columns(next(records(), []), config)
-
-    def batches() -> Iterator[tuple[Any, list]]:
-        rows = itertools.islice(records(), 0 if numbered else 1, None)
-        while batch := list(itertools.islice(rows, STAGE_ROWS)):
-            if any(len(fields) != len(columns) for fields in batch):
-                raise Trouble(EXIT_INPUT, f"{path}: not all rows have {len(columns)} fields; {remedy}")
-            yield pa.table([pa.array(column, pa.string()) for column in zip(*batch, strict=True)], columns), []
-    return functools.partial(file_sha256, path), columns, batches()
-
-
-def separator(config: Config) -> str:
-    """The character between two fields."""
-    is_tsv = config.csv_path.lower().removesuffix(".gz").endswith(".tsv")
-    return config.separator if config.separator != "auto" else "\t" if is_tsv else ","
-
-
-@contextlib.contextmanager
-def staged_table(file: typing.BinaryIO, columns: list[str]) -> Iterator[Callable[[Any], None]]:
-    """Give a function that appends tables of text to the Parquet `file`, in row groups of STAGE_ROWS, beside the parsing."""
+def stage_plain(config: Config, output: pathlib.Path) -> dict:
+    """Stage a CSV without a flaw, as addons/inputs.py would: all that a script without it reads; else Trouble (exit 3)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    schema = pa.schema([(name, pa.string()) for name in columns])
-    held, writing = schema.empty_table(), None
-    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer, ThreadPoolExecutor(1) as pool:
-        def write(rows: Any, last: bool = False) -> None:
-            nonlocal held, writing
-            held = pa.concat_tables([held, rows])
-            whole = len(held) - (0 if last else len(held) % STAGE_ROWS)
-            if writing:
-                writing.result()  # no more than one block waits to be written
-            writing = pool.submit(writer.write_table, held.slice(0, whole), STAGE_ROWS) if whole else None
-            held = held.slice(whole)
-        yield write
-        write(schema.empty_table(), last=True)
-        if writing:
-            writing.result()
+    path, rows, info = pathlib.Path(config.csv_path), 0, pathlib.Path(config.csv_path).stat()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as text, output_disk(output), \
+                atomic_file(output / "bad_rows.csv") as bad, atomic_file(output / "pairs.parquet") as staged:
+            bad.write(b"line,reason,text\n")
+            csv.field_size_limit(16_000_000)
+            records: Iterator[list[str]] = filter(None, csv.reader(text, strict=True))
+            columns = [name.strip() for name in next(records, [])]
+            if any(columns.count(column_name(name)) != 1 for name in (config.url_column, config.caption_column)):
+                raise ValueError(f"no columns {config.url_column!r} and {config.caption_column!r} among {columns}")
+            schema = pa.schema([(name, pa.string()) for name in columns])
+            with pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=False) as writer:
+                records = itertools.islice(records, config.limit)
+                while batch := list(itertools.islice(records, STAGE_ROWS)):
+                    writer.write_table(pa.table([pa.array(cells) for cells in zip(*batch, strict=True)], schema=schema))
+                    rows += len(batch)
+    except (csv.Error, ValueError) as error:
+        raise Trouble(EXIT_INPUT, f"{path}: {error}; other tables than a plain CSV need the folder addons/ beside the script") \
+            from None
+    file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": file_sha256(path)}
+    return {"kind": "csv", "columns": columns, "rows": rows, "malformed": 0, "files": [file]}
 
 
-def kind_of_input(csv_path: str) -> str:
-    """Which reader `csv_path` asks for: csv or jsonl, which are staged, or shards (Parquet, tars), read where they lie."""
-    path, name = pathlib.Path(csv_path), csv_path.lower().removesuffix(".gz")
-    if name.endswith((".jsonl", ".ndjson")):
-        return "jsonl"
-    is_shards = name.endswith((".parquet", ".tar", ".tgz")) or path.is_dir()
-    return "shards" if is_shards or (re.search(r"[*?{\[]", csv_path) and not path.is_file()) else "csv"
-
-
-def stage(config: Config, output: pathlib.Path, known: Iterable[str] = ()) -> dict:
-    """One streaming pass over a text table: rows to pairs.parquet, malformed records to bad_rows.csv.
-
-    Returns what the manifest says of the input: kind, columns, rows, malformed, files (name, rows, bytes, time, sha256).
-    """
-    path, kind, rows, malformed, undecodable = pathlib.Path(config.csv_path), kind_of_input(config.csv_path), 0, 0, 0
-    trouble = functools.partial(Trouble, EXIT_INPUT)
-    if kind == "shards":
-        return addon("inputs", f"csv_path: {path}").describe(config, trouble, say)
-    info = path.stat()
-    if kind == "csv" and not (importlib.util.find_spec("addons") and importlib.util.find_spec("addons.text")):
-        sha256, columns, batches = open_plain_table(config)
-    else:
-        sha256, columns, batches = addon("text", f"csv_path: {path}").open_table(
-            config, kind, known, separator(config), functools.partial(name_columns, config=config), trouble)
-    found = columns
-    with output_disk(output), atomic_file(output / "bad_rows.csv") as bad_file, \
-            atomic_file(output / "pairs.parquet") as staged_file:
-        bad = csv.writer(io.TextIOWrapper(bad_file, "utf-8", "backslashreplace", "", write_through=True), lineterminator="\n")
-        bad.writerow(("line", "reason", "text"))
-        with staged_table(staged_file, columns) as write:
-            for table, records in batches:
-                if (found := table.column_names) != columns:
-                    break
-                left = config.limit - rows if config.limit else len(table) + 1
-                write(table := table.slice(0, left))
-                rows += len(table)
-                for before, line, reason, raw in records:
-                    if before < left:  # what comes after the last row is not even judged
-                        malformed += 1
-                        undecodable += any("\ud800" <= character <= "\udfff" for character in raw)
-                        bad.writerow((line, reason, raw[:1000]))
-                if rows == config.limit:
-                    break
-    if found != columns:  # JSON Lines: late lines have keys that the first ones lack, and all are known now
-        return stage(config, output, found)
-    if undecodable:
-        offset = addon("tables", f"csv_path: {path}").find_first_bad_byte(path, config.encoding)
-        say(f"{undecodable} lines of {path} are not {config.encoding}; the first such byte is at offset {offset} "
-            "(if the file is latin-1, set encoding: latin-1)")
-    file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256()}
-    return {"kind": kind, "columns": columns, "rows": rows, "malformed": malformed, "files": [file]}
+def inputs_addon() -> Any:
+    """addons/inputs.py, which reads every kind of input at speed; None for a script that stands alone."""
+    there = importlib.util.find_spec("addons") and importlib.util.find_spec("addons.inputs")
+    return importlib.import_module("addons.inputs") if there else None
 
 
 @profile
@@ -523,13 +431,10 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     model can tell (`resolved`, added by `settle`). Raises Trouble: exit 2 if the folder holds another run, 3 for the
     input, 5 for the output disk. One that `joins` others at work on the run leaves what they have settled.
     """
-    output = pathlib.Path(config.output_path)
-    inputs, trouble = None, functools.partial(Trouble, EXIT_INPUT)
-    if kind_of_input(config.csv_path) == "shards":
-        inputs = addon("inputs", f"csv_path: {config.csv_path}")
+    output, inputs, trouble = pathlib.Path(config.output_path), inputs_addon(), functools.partial(Trouble, EXIT_INPUT)
     if not (output / "manifest.json").exists():  # nothing is made for an input that is not there
         if inputs:
-            inputs.find_files(config.csv_path, trouble)
+            inputs.check_there(config.csv_path, trouble)
         elif not pathlib.Path(config.csv_path).is_file():
             raise trouble(f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
     with locked(output):
@@ -543,13 +448,13 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     edges = [*manifest.get("starts", [0][:rows]), rows]  # of tars, which no partition crosses
     starts = [start for a, b in itertools.pairwise(edges) for start in range(a, b, step)]
     partitions = [Partition(i, a, b, output / "parts") for i, (a, b) in enumerate(itertools.pairwise([*starts, rows]))]
-    shards = inputs and inputs.open_rows(manifest, config, trouble, RowFailure)
+    shards = inputs.open_rows(manifest, config, trouble, RowFailure) if manifest["kind"] in ("parquet", "tar") else None
     return Plan(output, manifest, partitions, shards)
 
 
 def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
     """The manifest of the run that `output` holds, if it is this one; a new one where nothing is scored yet."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}
+    settings, inputs = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}, inputs_addon()
     manifest = _read_json(output / "manifest.json")
     if manifest is not None:
         differences = _differences(manifest, settings, config)
@@ -561,8 +466,9 @@ def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
         if _has_parts(output):
             raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: discard it with --fresh, "
                                        "or write elsewhere with --set output_path=...")
-        described = stage(config, output)
         with output_disk(output):
+            described = inputs.describe(config, output, functools.partial(Trouble, EXIT_INPUT), say, atomic_file) if inputs \
+                else stage_plain(config, output)
             (output / "parts").mkdir(parents=True, exist_ok=True)
             (output / "profile.json").unlink(missing_ok=True)  # of a run whose table was empty
         manifest = {"version": __version__, "settings": settings, **described}
@@ -580,17 +486,11 @@ def _differences(manifest: dict, settings: dict, config: Config) -> list[str]:
     """What differs between the run that `manifest` describes and the one asked for now, in words."""
     differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
                    for key, value in settings.items() if manifest["settings"].get(key) != value]
-    path, kind = pathlib.Path(config.csv_path), kind_of_input(config.csv_path)
-    if kind == "shards" and manifest["kind"] in ("parquet", "tar"):
-        return differences + addon("inputs", f"csv_path: {path}").same_input(manifest, config)
-    if not path.is_file():
-        return [*differences, f"the input {path} is gone"]
-    file, info = manifest["files"][0], path.stat()
-    if kind != manifest["kind"]:
-        differences.append(f"the input was {manifest['kind']}, now {kind}")
-    elif (info.st_size, info.st_mtime_ns) != (file["bytes"], file["mtime_ns"]) and file_sha256(path) != file["sha256"]:
-        differences.append(f"the content of {path} has changed")
-    return differences
+    inputs, path, recorded = inputs_addon(), pathlib.Path(config.csv_path), manifest["files"]
+    if inputs:
+        return differences + inputs.same_input(manifest, config)
+    same = path.is_file() and file_sha256(path) == recorded[0]["sha256"]
+    return differences + ([] if same else [f"the content of {path} has changed"])
 
 
 def _has_parts(output: pathlib.Path) -> bool:
@@ -865,6 +765,7 @@ class ImageLoader:
             loaded.failure = failure.with_traceback(None)
         return loaded
 
+    @functools.cached_property
     def isolated(self) -> "ImageLoader":
         """A copy that decodes in a child process, for a partition at which an earlier run died or hung."""
         loader = copy.copy(self)
@@ -1604,7 +1505,7 @@ class Worker:
 
         def begin(partition: Partition) -> PartitionRun:
             run = PartitionRun.open(self.plan, partition, self.config, retry)
-            pool.add(self.loader.isolated() if partition.trying.exists() else self.loader, run.wanted(self.config))
+            pool.add(self.loader.isolated if partition.trying.exists() else self.loader, run.wanted(self.config))
             with output_disk(partition.trying):
                 partition.trying.touch()
             return run
@@ -1625,6 +1526,8 @@ class Worker:
         finally:
             INTERRUPTION.deferred = False
             pool.close()
+            if "isolated" in self.loader.__dict__:
+                self.loader.__dict__.pop("isolated").decode_bytes.close()
             for partition in todo:  # only a process that is killed leaves one behind
                 partition.trying.unlink(missing_ok=True)
 
@@ -1850,6 +1753,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     how.add_argument("--retry-failed", action="store_true", help="score again the rows whose failure may have passed "
                                                                  "(timeout, connect, dns, 429, 5xx)")
     how.add_argument("--verify", action="store_true", help="check every part of output_path bit by bit; score nothing")
+    how.add_argument("--plan", action="store_true", help="score a few hundred rows and tell what the whole input will cost")
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
 
@@ -1861,6 +1765,8 @@ def main(arguments: list[str] | None = None) -> int:
     job, stopped = Job(config, options.fresh, options.retry_failed), None
     if options.verify:
         return addon("verify", "--verify").verify(job, read_part)
+    if options.plan:
+        return addon("planner", "--plan").plan_ahead(job, Worker, summarise, PREPARE_STAGES, METRIC_STAGES)
     curve = start_memory_curve()
     try:
         finalises = choose_engine(config)(job)

@@ -1,4 +1,5 @@
-"""Inputs that are read where they lie: Parquet files, and webdataset tars (tars.py). Planned from metadata alone.
+"""Inputs of every kind. Text tables are staged (staging.py); Parquet files and webdataset tars (tars.py) are read where they
+lie, planned from metadata alone.
 
 `csv_path` may be one file, a folder, a glob (`shards/*.parquet`), or a pattern with numbers (`shards/{00000..00099}.tar`).
 `describe` says once what there is (for manifest.json), `open_rows` reads rows by number, and `same_input` tells at the
@@ -23,7 +24,33 @@ MOST_FILES = 10_000_000  # of one pattern; {0..9999999999} is a slip
 Trouble = Callable[[str], Exception]  # makes the script's Trouble for an input that cannot be used, from one line
 
 
-def describe(config: Any, trouble: Trouble, say: Callable[[str], None]) -> dict:
+def kind_of(csv_path: str) -> str:
+    """Which reader `csv_path` asks for: csv or jsonl, which are staged, or shards (Parquet, tars), read where they lie."""
+    path, name = pathlib.Path(csv_path), csv_path.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".ndjson")):
+        return "jsonl"
+    is_shards = name.endswith((".parquet", ".tar", ".tgz")) or path.is_dir()
+    return "shards" if is_shards or (re.search(r"[*?{\[]", csv_path) and not path.is_file()) else "csv"
+
+
+def check_there(csv_path: str, trouble: Trouble) -> None:
+    """Raise `trouble` where there is no input, before anything is made for it."""
+    if kind_of(csv_path) == "shards":
+        find_files(csv_path, trouble)
+    elif not pathlib.Path(csv_path).is_file():
+        raise trouble(f"csv_path {csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
+
+
+def describe(config: Any, output: pathlib.Path, trouble: Trouble, say: Callable[[str], None], atomic_file: Any) -> dict:
+    """What the manifest says of the input: kind, columns, rows, malformed, files; text is staged into `output` on the way."""
+    kind = kind_of(config.csv_path)
+    if kind == "shards":
+        return describe_shards(config, trouble, say)
+    from addons import staging
+    return staging.stage(config, kind, output, trouble, say, atomic_file)
+
+
+def describe_shards(config: Any, trouble: Trouble, say: Callable[[str], None]) -> dict:
     """What `csv_path` holds: kind, columns, rows, malformed, files (name, rows, bytes, mtime_ns); `starts` for tars.
 
     `config` gives csv_path, url_column, caption_column and limit. The same files give the same description. `starts`
@@ -56,6 +83,12 @@ def open_rows(described: dict, config: Any, trouble: Trouble, failure: type[Exce
 
 def same_input(described: dict, config: Any) -> list[str]:
     """What differs between the input described and the one that is there now, in words; nothing if it is the same."""
+    if described["kind"] in ("csv", "jsonl"):
+        from addons import staging
+        kind = kind_of(config.csv_path)
+        if kind != described["kind"]:
+            return [f"the input was {described['kind']}, now {kind}"]
+        return staging.same_table(described, config.csv_path)
     try:
         kind, files = find_files(config.csv_path, ValueError)
     except ValueError as error:

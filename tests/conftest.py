@@ -1,6 +1,7 @@
 """What the tests share: the script as a command and as a module, configs, tables, pictures, and no network."""
 import csv
 import dataclasses
+import functools
 import io
 import ipaddress
 import json
@@ -19,6 +20,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and torch's threads would wait for each other's cores
 
 import image_text_sim_clip as script  # noqa: E402
+from addons import inputs  # noqa: E402
+
+
+def stage(config, output):
+    """What the script has addons/inputs.py do with a config's table; returns the manifest's part of it."""
+    trouble = functools.partial(script.Trouble, 3)
+    with script.output_disk(output):
+        return inputs.describe(config, pathlib.Path(output), trouble, script.say, script.atomic_file)
 
 
 @dataclasses.dataclass

@@ -151,7 +151,7 @@ def test_reading_any_range(tmp_path, groups):
     for n, rows in enumerate((5, 0, 11, 1)):
         write_parquet(tmp_path / f"{n}.parquet", 100 * n, rows, groups)
     config = script.Config(csv_path=str(tmp_path))
-    described = inputs.describe(config, ValueError, print)
+    described = inputs.describe_shards(config, ValueError, print)
     whole = inputs.open_rows(described, config, ValueError, script.RowFailure).read(0, 17)
     reader = pickle.loads(pickle.dumps(inputs.open_rows(described, config, ValueError, script.RowFailure)))
     assert list(whole["url"]) == [f"u{100 * n + i}" for n, rows in enumerate((5, 0, 11, 1)) for i in range(rows)]
@@ -165,7 +165,7 @@ def test_a_row_group_is_decoded_once(tmp_path, monkeypatch):
     config = script.Config(csv_path=str(tmp_path / "t.parquet"))
     decoded, real = [], pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, g, **o: decoded.append(g) or real(self, g, **o))
-    reader = inputs.open_rows(inputs.describe(config, ValueError, print), config, ValueError, script.RowFailure)
+    reader = inputs.open_rows(inputs.describe_shards(config, ValueError, print), config, ValueError, script.RowFailure)
     urls = [url for start in range(0, 1000, 50) for url in reader.read(start, start + 50)["url"]]
     assert urls == [f"u{n}" for n in range(1000)]
     assert decoded == [0, 1]
@@ -346,7 +346,7 @@ def test_damage_while_running(tmp_path, picture):
     """An image that is cut away, grown too large or gone is a row's failure; a tar of other rows is Trouble."""
     write_tar(tmp_path / "t.tar", sample("1", picture, "c"))
     config = script.Config(csv_path=str(tmp_path / "t.tar"), max_image_bytes=len(picture))
-    reader = inputs.open_rows(inputs.describe(config, ValueError, print), config, ValueError, script.RowFailure)
+    reader = inputs.open_rows(inputs.describe_shards(config, ValueError, print), config, ValueError, script.RowFailure)
     (source,) = reader.sources(0, 1)
     assert reader.read_bytes(source) == picture
     reader.max_bytes -= 1
@@ -361,7 +361,7 @@ def test_damage_while_running(tmp_path, picture):
         reader.read_bytes(source)
     write_tar(tmp_path / "t.tar", sample("1", picture, "c") + sample("2", picture, "c"))
     with pytest.raises(ValueError, match="changed since"):
-        inputs.open_rows({**inputs.describe(config, ValueError, print), "files": [{"rows": 1}]}, config, ValueError,
+        inputs.open_rows({**inputs.describe_shards(config, ValueError, print), "files": [{"rows": 1}]}, config, ValueError,
                          script.RowFailure).read(0, 1)
 
 

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +88,7 @@ def test_json_cells_can_be_read_back(tmp_path_factory, objects):
     """Each object with both keys is a row whose cells give the values back; every other one is malformed."""
     folder = tmp_path_factory.mktemp("json")
     (folder / "t.jsonl").write_text('{"url": "", "caption": ""}\n' + "".join(json.dumps(o) + "\n" for o in objects))
-    described = script.stage(script.Config(csv_path=str(folder / "t.jsonl"), output_path=str(folder)), folder)
+    described = stage(script.Config(csv_path=str(folder / "t.jsonl"), output_path=str(folder)), folder)
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()[1:]
     good = [o for o in objects if {"url", "caption"} <= o.keys()]
     assert described["rows"] == len(good) + 1 and described["malformed"] == len(objects) - len(good)
@@ -137,7 +138,7 @@ def test_fast_is_line_by_line(tmp_path_factory, lines, block, end, limit, encodi
     for plain in (json_lines.parse_plain, lambda *arguments: None):
         with mock.patch.multiple(json_lines, BLOCK_BYTES=block, FIRST_BYTES=50, parse_plain=plain, BATCH_ROWS=3), \
                 mock.patch("os.fsync", lambda descriptor: None):
-            described = script.stage(config, folder)
+            described = stage(config, folder)
         found.append((described, pq.read_table(folder / "pairs.parquet").to_pydict(), (folder / "bad_rows.csv").read_bytes()))
     assert found[0] == found[1]
 

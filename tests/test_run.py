@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import image_text_sim_clip as script
+from addons import inputs
 
 ROOT = pathlib.Path(script.__file__).parent
 MODEL = str(ROOT / "challenge_set/shapes_clip")
@@ -777,7 +778,8 @@ def test_output_names():
 def test_automatic_partition_size(small, monkeypatch, rows, size):
     """partition_rows: auto is rows / 200, between 256 and 10,000, from the input alone."""
     config = script.load_config(small(), ["partition_rows=auto"])
-    monkeypatch.setattr(script, "stage", lambda *a: {"columns": ["url", "caption"], "rows": rows, "malformed": 0})
+    monkeypatch.setattr(inputs, "describe", lambda *a: {"kind": "csv", "columns": ["url", "caption"], "rows": rows,
+                                                        "malformed": 0})
     plan = script.plan(config)
     assert plan.manifest["partition_rows"] == size
     assert sum(p.stop - p.start for p in plan.partitions) == rows

@@ -78,7 +78,7 @@ def run_quietly(arguments, careless):
 
         @contextlib.contextmanager
         def slow_file(path):
-            if path.suffix != ".parquet":
+            if not path.match("parts/part-*.parquet"):
                 with careful(path) as file:
                     yield file
             elif careless == "slow":
@@ -87,15 +87,7 @@ def run_quietly(arguments, careless):
             else:
                 with path.open("wb") as file:
                     yield Slowly(file)
-        plain_stage = script.stage
-
-        def stage(*arguments):
-            script.atomic_file = careful
-            try:
-                return plain_stage(*arguments)
-            finally:
-                script.atomic_file = slow_file
-        script.atomic_file, script.stage = slow_file, stage
+        script.atomic_file = slow_file
     try:
         code = script.main(arguments)
     except script.Trouble as trouble:

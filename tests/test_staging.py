@@ -8,12 +8,13 @@ import shutil
 from unittest import mock
 
 import pytest
+from conftest import stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
+from addons import staging, text
 from addons import tables as careful
-from addons import text
 
 
 def read_carefully(data, columns, separator=",", encoding="utf-8", limit=None):
@@ -38,7 +39,7 @@ def read_fast(folder, data, name="table.csv", **keys):
     (folder / name).write_bytes(data)
     config = script.Config(csv_path=str(folder / name), output_path=str(folder / "out"), **keys)
     (folder / "out").mkdir(exist_ok=True)
-    described = script.stage(config, folder / "out")
+    described = stage(config, folder / "out")
     import pyarrow.parquet as pq
     table = pq.read_table(folder / "out/pairs.parquet")
     with (folder / "out/bad_rows.csv").open(encoding="utf-8", newline="") as file:
@@ -69,7 +70,7 @@ def test_fast_is_careful(folder, pieces, sizes, limit):
     """Rows, malformed lines, line numbers and bad_rows.csv do not depend on the way, for hostile tables and tiny blocks."""
     data = b"url,caption\n" + b"".join(pieces)
     with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2]), LINE_PIECE_BYTES=sizes[1]), \
-            mock.patch.object(careful, "BATCH_ROWS", sizes[2]), mock.patch.object(script, "STAGE_ROWS", sizes[2]):
+            mock.patch.object(careful, "BATCH_ROWS", sizes[2]), mock.patch.object(staging, "STAGE_ROWS", sizes[2]):
         _, rows, bad = read_fast(folder, data, limit=limit)
     assert (rows, bad) == read_carefully(data, 2, limit=limit)
 
@@ -147,14 +148,14 @@ def run_alone(tmp_path, run_cli, write_config):
     return run
 
 
-@pytest.mark.parametrize("keys", [{}, {"url_column": 0, "caption_column": 1}, {"encoding": "utf-16"}, {"limit": 2}])
+@pytest.mark.parametrize("keys", [{}, {"limit": 2}])
 def test_script_alone_stages_clean_tables(tmp_path, run_alone, run_main, write_config, write_table, keys):
     """Without addons/ beside it the script reads a clean table, and its scores.csv and manifest are the same."""
-    write_table('url,caption\n\na,"b, ""c""\nd"\r\ne,f\ng,\n'.encode(keys.get("encoding", "utf-8-sig")))
+    write_table('url,caption\n\na,"b, ""c""\nd"\r\ne,f\ng,\n'.encode("utf-8-sig"))
     outputs = []
     for run in (lambda: run_alone(**keys), lambda: run_main("--config", write_config(**keys), "--fresh")):
         outcome = run()
-        assert outcome.code == 0 and outcome.result["rows"] == keys.get("limit", 4 if "url_column" in keys else 3)
+        assert outcome.code == 0 and outcome.result["rows"] == keys.get("limit", 3)
         outputs.append([(tmp_path / "out" / name).read_bytes() for name in ("scores.csv", "manifest.json", "bad_rows.csv")])
     assert outputs[0] == outputs[1]
 
@@ -162,10 +163,10 @@ def test_script_alone_stages_clean_tables(tmp_path, run_alone, run_main, write_c
 @pytest.mark.parametrize("table", ['url,caption\na,"b\nc,d\n', "url,caption\na,b\nragged\n", b"url,caption\na,\xff\n",
                                    gzip.compress(b"url,caption\n"), "url,caption\na," + "x" * 16_000_001])
 def test_script_alone_refuses_tables_with_flaws(tmp_path, run_alone, write_table, table):
-    """A table with any flaw is exit 3 there, with the names of the files that help, and nothing is staged."""
+    """A table with any flaw is exit 3 there, saying what helps, and nothing is staged."""
     write_table(table)
     outcome = run_alone()
-    assert outcome.code == 3 and "addons/text.py and addons/tables.py" in outcome.stderr.splitlines()[-1]
+    assert outcome.code == 3 and "the folder addons/" in outcome.stderr.splitlines()[-1]
     assert not (tmp_path / "out/pairs.parquet").exists()
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
+from addons import staging
 from addons import tables as careful
 
 
@@ -382,7 +383,7 @@ def test_limit(rows_of, limit, expected):
 
 def test_limit_at_the_edge_of_a_chunk(rows_of, monkeypatch):
     """limit holds where it falls on the edge of what is staged at a time."""
-    monkeypatch.setattr(script, "STAGE_ROWS", 4)
+    monkeypatch.setattr(staging, "STAGE_ROWS", 4)
     text = "url,caption\n" + "".join(f"u,{i}\n" for i in range(20))
     for limit in (3, 4, 5, 8, 19, 20):
         assert captions(rows_of(text, limit=limit)[1]) == [str(i) for i in range(limit)]
@@ -445,7 +446,7 @@ def quick_folder():
 def test_no_cell_changes(quick_folder, table, end, partition_rows, chunk, threads):
     """Rows come out as they went in: all of them, in order, text unchanged, for any partition and chunk sizes."""
     header, rows = table
-    with mock.patch.object(script, "STAGE_ROWS", chunk):
+    with mock.patch.object(staging, "STAGE_ROWS", chunk):
         plan, (names, *out) = dry_run(quick_folder, quoted([header, *rows], end), partition_rows=partition_rows)
     width = len(header)
     assert len(names) == len(set(names)) == width + len(script.RESULT_COLUMNS)
