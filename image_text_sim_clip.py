@@ -1598,8 +1598,8 @@ def choose_engine(config: Config) -> Callable[[Job], bool]:
     """
     name: str = config.engine
     if name == "auto":
-        name = "accelerate" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else \
-            "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
+        launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ
+        name = "accelerate" if launched else "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
     if name == "local":
         return run_local
     return addon(f"engine_{name}", f"engine: {name}").run

@@ -15,21 +15,27 @@ PATIENCE = datetime.timedelta(days=30)  # rank 0 may stage a large table while t
 
 def run(job: Any) -> bool:
     """Plan the job, do this rank's share of it, and wait for the others; True on rank 0, which finalises."""
+    asked = int(os.environ.get("WORLD_SIZE") or 1)
+    if asked == 1:
+        job.say("accelerate: world size 1 (accelerate launch --cpu starts one process, whatever --num_processes says: take "
+                "--multi_gpu, or torchrun, which start as many as you ask for, with or without a GPU)")
+        job.make_plan()
+        job.work(job.pending(), "rank 0")
+        return True
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     on_cpu = not (job.config.use_cuda and torch.cuda.is_available())
     state = PartialState(cpu=on_cpu, timeout=PATIENCE, **({"backend": "gloo"} if on_cpu else {}))
     rank, world = state.process_index, state.num_processes
-    if world != int(os.environ.get("WORLD_SIZE") or 1):
-        raise job.trouble(2, f"the launcher speaks of {os.environ['WORLD_SIZE']} processes, but this group has {world}")
+    if world != asked:
+        raise job.trouble(2, f"the launcher speaks of {asked} processes, but this group has {world}")
     if rank == 0:
         job.make_plan()
         job.say(f"accelerate: world size {world}")
         _clear_marks(job.plan.output)
     indices: list[Any] = [[p.index for p in job.pending()] if rank == 0 else None]
-    if world > 1:
-        broadcast_object_list(indices, from_process=0)
+    broadcast_object_list(indices, from_process=0)
     if rank > 0:
         job.make_plan(joins=True)
     mine = [job.plan.partitions[index] for index in indices[0][rank::world]]

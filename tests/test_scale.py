@@ -235,6 +235,15 @@ def test_torchrun_gives_the_same_bytes(scored, torchrun, run_main, tmp_path):
     assert temporary_files(tmp_path / "out") == []
 
 
+def test_accelerate_with_one_process_says_so(dry, run_main, monkeypatch, tmp_path):
+    """`accelerate launch --cpu` starts one process whatever is asked: the run says so, and is right."""
+    assert run_main("--config", dry, "--set", f"output_path={tmp_path / 'local'}").code == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    outcome = run_main("--config", dry)
+    assert outcome.code == 0 and "world size 1" in outcome.stderr and "--multi_gpu" in outcome.stderr
+    assert outcome_of(tmp_path / "out") == outcome_of(tmp_path / "local")
+
+
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(scored, run_cli, run_main, tmp_path):
     """A local Ray cluster writes the files of a single process."""
