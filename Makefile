@@ -1,7 +1,7 @@
 # image_text_sim_clip: `make help` lists what there is. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := image_text_sim_clip.py addons challenge_set readme_imgs tests
+SOURCES := image_text_sim_clip.py curate.py addons challenge_set readme_imgs tests
 
 .PHONY: help demo test quick fuzz lint bench bench-scale bench-gpu pictures model clean
 
@@ -50,6 +50,6 @@ clean:  ## remove the virtual environment, caches and the demo's results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/ready-for-tests: .venv/ready tests/requirements.txt requirements-scale.txt
+.venv/ready-for-tests: .venv/ready tests/requirements.txt addons/requirements.txt requirements-scale.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@

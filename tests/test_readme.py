@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import image_text_sim_clip as script
+from addons import curation
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def masked(text):
 def clone(tmp_path_factory):
     """What a clone holds, in a folder of its own, with `python` and `mprof` being this environment's."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("image_text_sim_clip.py", "config.yaml", "addons", "challenge_set"):
+    for name in ("image_text_sim_clip.py", "curate.py", "config.yaml", "addons", "challenge_set"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     return folder
@@ -91,10 +92,22 @@ def test_key_table_is_complete():
         values = defaults.split(", ") if len(keys) > 1 and ", " in defaults else [defaults] * len(keys)
         listed |= dict(zip(keys, values, strict=True))
     assert listed.keys() == fields.keys()
+    del fields["curate"]  # a section, with a table of its own
     for name, default in fields.items():
         as_yaml = {True: "true", False: "false", None: "null"}
         shown = as_yaml[default] if isinstance(default, bool | None) else str(default)
         assert shown.startswith(listed[name].strip(' "').rstrip("… ")), name
+
+
+def test_curate_table_is_complete():
+    """The table of the section `curate` names every key, with its default."""
+    section = README.split("\n## Curate\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|", section, re.M)
+    listed = [pair for names, values in rows for pair in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True)]
+    as_yaml = {True: "true", False: "false", None: "null"}
+    expected = [(field.name, as_yaml[field.default] if isinstance(field.default, bool | None) else str(field.default))
+                for field in dataclasses.fields(curation.Curation)]
+    assert listed == expected
 
 
 def test_status_and_exit_code_tables_are_complete():

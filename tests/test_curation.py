@@ -1,0 +1,395 @@
+"""Curation: which rows are kept, by which rule the others go, and that none is lost."""
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import BUNDLED_MODEL, Outcome
+from finished_run import last_json, write_finished_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import curate
+import image_text_sim_clip as script
+from addons import curation, duplicates
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run_curate(monkeypatch, capfd, write_config):
+    """Run curate.main in this process on tmp_path/out, without the slow plots: run_curate(keep_fraction=0.3)."""
+    def run(config=None, keep_plots=False, **keys):
+        path = config or write_config()
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            if not keep_plots:
+                patch.setattr(curate, "draw_plots", lambda *_: None)
+            try:
+                code = curate.main(["--config", str(path), *(f"--set=curate.{k}={json.dumps(v)}" for k, v in keys.items())])
+            except script.Trouble as trouble:
+                script.say(f"error: {trouble}")
+                code = trouble.exit_code
+        return Outcome(code, *capfd.readouterr())
+    return run
+
+
+@pytest.fixture
+def curated(tmp_path, read_table):
+    """Read kept.csv and dropped.csv: row numbers kept, and the rule by row number of those dropped (captions name the row)."""
+    def read():
+        kept, dropped = (read_table(tmp_path / "out/curated" / name) for name in ("kept.csv", "dropped.csv"))
+        return [row["url"] for row in kept], {row["url"]: row["dropped_by"] for row in dropped}
+    return read
+
+
+# ── The section ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_config_yaml_documents_every_key():
+    """The section in config.yaml holds every key of the dataclass, in its order, with its default."""
+    section = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["curate"]
+    assert list(section.items()) == list(dataclasses.asdict(curation.Curation()).items())
+
+
+def test_every_rule_is_explained():
+    """Each verdict but `kept` has a sentence."""
+    assert set(curation.RULE_TEXTS) == set(curation.RULES) - {"kept"}
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"keep_fractoin": 0.3}, ["curate.keep_fractoin", "curate.keep_fraction"]),
+    ({"keep_fraction": 30}, ["curate.keep_fraction", "[0, 1]"]),
+    ({"min_similarity": "high"}, ["curate.min_similarity", "a number | null"]),
+    ({"export": "zip"}, ["curate.export", "csv | parquet | imagefolder | webdataset"]),
+    ({"review": 1}, ["curate.review", "true | false"]),
+])
+def test_a_mistake_in_the_section_is_one_line(run_curate, keys, words):
+    """Unknown keys, wrong types and ranges are exit code 2 and a line that names the key."""
+    outcome = run_curate(**keys)
+    assert outcome.code == 2
+    assert len(outcome.stderr.strip().splitlines()) == 1
+    assert all(word in outcome.stderr for word in words)
+
+
+def test_section_is_harmless_to_the_scores(tmp_path, write_config, write_table, run_main):
+    """A finished run is not refused because `curate` has changed since, nor for what is in it."""
+    write_table([["url", "caption"], ["a.png", "a"]])
+    assert run_main("--config", write_config()).code == 0
+    assert run_main("--config", write_config(curate={"keep_fraction": 0.1})).code == 0
+
+
+# ── The best fraction ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=60))
+@settings(deadline=None, max_examples=100)
+def test_order_keys_keep_the_order(values):
+    """Keys are ordered as the floats are, equal where they are equal (0 and -0 too), and lead back to them."""
+    values = np.array(values, np.float32)
+    keys = curation.order_keys(values)
+    assert ((keys[:, None] < keys[None]) == (values[:, None] < values[None])).all()
+    assert all(curation.similarity_of_key(int(key)) == value for key, value in zip(keys, values, strict=True))
+
+
+@given(st.lists(st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.3, 0.7, float("nan")]) | st.floats(-1, 1, width=32), max_size=80),
+       st.sampled_from([0.0, 0.1, 0.29, 0.3, 0.5, 0.7, 1.0]), st.integers(1, 30))
+@settings(deadline=None, max_examples=150)
+def test_fraction_is_exact_and_ties_go_to_the_first(values, fraction, size):
+    """floor(fraction x scored) rows are kept: those that a stable sort puts first, however the rows are cut into chunks."""
+    values = np.array(values, np.float32)
+    chunks = [values[i:i + size] for i in range(0, len(values), size)]
+    cut, scored = curation.find_fraction_cut(lambda: iter(chunks), fraction), np.flatnonzero(~np.isnan(values))
+    wanted = round(fraction * 100) * len(scored) // 100
+    expected = sorted(scored[np.argsort(-values[scored], kind="stable")][:wanted].tolist())
+    assert scored[cut.keeps(values[scored], scored)].tolist() == expected
+
+
+MILLION = """
+import pathlib, sys
+import pyarrow.parquet, pyarrow.compute, numpy
+import curate
+def peak_mb():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+imported = peak_mb()
+curate.main(["--config", sys.argv[1], "--set", "output_path=" + sys.argv[2], "--set", "curate.keep_fraction=0.3"])
+print(peak_mb() - imported, "torch" in sys.modules or "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_fraction_of_a_million_rows(tmp_path, write_config):
+    """keep_fraction: 0.3 keeps 300,000 of a million, none worse than a dropped one, in 200 MB, however the parts were cut."""
+    import pyarrow.csv
+    similarities = np.random.default_rng(1).normal(0.25, 0.05, 1_000_000).round(4).astype(np.float32)  # many ties
+    captions = [f"caption {n}" for n in range(1_000_000)]
+    found = []
+    for rows in (10_000, 330_001):
+        out = write_finished_run(tmp_path / f"out-{rows}", similarities, captions, captions, partition_rows=rows)
+        done = subprocess.run([sys.executable, "-c", MILLION, str(write_config()), str(out)], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=100)
+        assert done.returncode == 0, done.stderr
+        grown_mb, has_torch = done.stdout.split()[-2:]
+        assert float(grown_mb) < 200
+        assert has_torch == "False"
+        found.append([hashlib.sha256((out / "curated" / name).read_bytes()).digest() for name in ("kept.csv", "dropped.csv")])
+    assert found[0] == found[1]
+    kept, dropped = (pyarrow.csv.read_csv(out / "curated" / name) for name in ("kept.csv", "dropped.csv"))
+    assert (kept.num_rows, dropped.num_rows) == (300_000, 700_000)
+    lowest = min(kept["similarity"].to_pylist())
+    assert lowest >= max(dropped["similarity"].to_pylist())
+    at_cut = np.flatnonzero(similarities == np.float32(lowest))
+    taken = [int(caption.split()[1]) for caption, s in zip(kept["caption"].to_pylist(), kept["similarity"].to_pylist(),
+                                                           strict=True) if s == lowest]
+    assert 0 < len(taken) < len(at_cut)
+    assert taken == at_cut[:len(taken)].tolist()
+
+
+# ── Rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_kept_and_dropped_are_all_rows(tmp_path, run_curate, curated, read_table):
+    """Without any rule every scored row is kept; both files have the columns of scores.csv, in input order."""
+    scores = [0.1, float("nan"), 0.3, 0.2]
+    write_finished_run(tmp_path / "out", scores, random=np.linspace(-0.1, 0.2, 100), partition_rows=3)
+    outcome = run_curate()
+    assert outcome.code == 0, outcome.stderr
+    assert curated() == (["0.png", "2.png", "3.png"], {"1.png": "not_scored"})
+    columns = ["url", "caption", *script.RESULT_COLUMNS]
+    assert list(read_table(tmp_path / "out/curated/kept.csv")[0]) == columns
+    assert list(read_table(tmp_path / "out/curated/dropped.csv")[0]) == [*columns, "dropped_by"]
+    assert [row["percentile"] != "" for row in read_table(tmp_path / "out/curated/kept.csv")] == [True] * 3
+    assert (outcome.result["rows"], outcome.result["kept"], outcome.result["dropped"]) == (4, 3, {"not_scored": 1})
+
+
+def test_similarities_are_compared_as_float32(tmp_path, run_curate, curated):
+    """A row whose cell says 0.7 passes min_similarity: 0.7, though the float32 lies a little below it."""
+    write_finished_run(tmp_path / "out", np.array([0.7, 0.69999], np.float32))
+    assert float(np.float32(0.7)) < 0.7
+    assert run_curate(min_similarity=0.7).code == 0
+    assert curated() == (["0.png"], {"1.png": "min_similarity"})
+
+
+def test_only_scored_rows_count_for_a_fraction(tmp_path, run_curate, curated):
+    """Half of four scored rows is two, however many have failed beside them."""
+    write_finished_run(tmp_path / "out", [0.1, np.nan, 0.4, np.nan, 0.3, np.nan, 0.2, np.nan], partition_rows=3)
+    run_curate(keep_fraction=0.5)
+    assert curated()[0] == ["2.png", "4.png"]
+
+
+def test_first_rule_that_fails_is_named(tmp_path, run_curate, curated):
+    """Rules are applied in a fixed order: caption length, then similarity."""
+    write_finished_run(tmp_path / "out", [0.9, 0.9, 0.1, 0.1, 0.5], ["long enough", "no", "long enough", "no", "x" * 50])
+    run_curate(min_caption_chars=5, max_caption_chars=20, min_similarity=0.2)
+    assert curated() == (["0.png"], {"1.png": "caption_length", "2.png": "min_similarity", "3.png": "caption_length",
+                                     "4.png": "caption_length"})
+
+
+def test_random_rate_cuts_where_the_null_says(tmp_path, run_curate, curated):
+    """max_random_rate keeps what lies above all but that share of random pairs."""
+    write_finished_run(tmp_path / "out", [0.05, 0.095, 0.11, 0.2], random=np.linspace(0, 0.1, 1001))
+    outcome = run_curate(max_random_rate=0.1)
+    assert outcome.result["cut_similarity"] == pytest.approx(0.09, abs=0.001)
+    assert outcome.result["random_pairs_at_cut"] <= 0.1
+    assert curated() == (["1.png", "2.png", "3.png"], {"0.png": "max_random_rate"})
+
+
+def test_random_rate_needs_a_null(tmp_path, run_curate):
+    """Scores without random pairs (a dry run) cannot be cut by them: exit code 2, one line."""
+    write_finished_run(tmp_path / "out", [0.05])
+    outcome = run_curate(max_random_rate=0.1)
+    assert outcome.code == 2 and "max_random_rate" in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+def test_random_rate_parts_the_bundled_drawings(shapes, run_main, run_curate, read_table, tmp_path):
+    """max_random_rate: 0.01 keeps at least 90 % of the good captions and at most 2 % of the wrong ones."""
+    config = shapes(pretrained_model=BUNDLED_MODEL)
+    assert run_main("--config", config).code == 0
+    assert run_curate(config, max_random_rate=0.01).code == 0
+    kept = [row["match"] for row in read_table(tmp_path / "out/curated/kept.csv")]
+    assert kept.count("good") >= 0.9 * 200
+    assert kept.count("wrong") <= 0.02 * 200
+
+
+# ── Recipes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_recipe_sets_its_keys(tmp_path, run_curate, curated):
+    """laion-400m keeps what scores 0.3 or more, and says so in curated.json."""
+    write_finished_run(tmp_path / "out", np.array([0.29, 0.3, 0.31], np.float32))
+    assert run_curate(recipe="laion-400m").code == 0
+    assert curated() == (["1.png", "2.png"], {"0.png": "min_similarity"})
+    assert json.loads((tmp_path / "out/curated/curated.json").read_text())["curate"]["min_similarity"] == 0.3
+
+
+@pytest.mark.parametrize("recipe", list(curation.RECIPES))
+def test_recipe_refuses_another_model(tmp_path, run_curate, recipe):
+    """A recipe's numbers are one model's: scores of another are refused, unless told."""
+    write_finished_run(tmp_path / "out", [0.29, 0.31], model="google/siglip-base-patch16-224")
+    outcome = run_curate(recipe=recipe)
+    assert outcome.code == 2 and curation.RECIPES[recipe].model in outcome.stderr and "siglip" in outcome.stderr
+    assert run_curate(recipe=recipe, recipe_for_any_model=True).code == 0
+
+
+def test_recipe_and_key_must_not_disagree(tmp_path, run_curate):
+    """A recipe's key given beside it with another value is a mistake."""
+    write_finished_run(tmp_path / "out", [0.29])
+    assert run_curate(recipe="laion-2b", min_similarity=0.28).code == 0
+    assert "min_similarity" in (outcome := run_curate(recipe="laion-2b", min_similarity=0.2)).stderr and outcome.code == 2
+
+
+def test_recipe_knows_a_local_copy(tmp_path):
+    """A folder named like the model counts as that model."""
+    chosen = curation.Curation(recipe="datacomp-l14-top30")
+    assert curation.apply_recipe(chosen, "/models/clip-vit-large-patch14/").keep_fraction == 0.3
+
+
+# ── Neighbours ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_best_caption_of_an_image(tmp_path, run_curate, curated):
+    """Of one URL's rows the highest stays, of equal ones the first, among those that pass the other rules."""
+    write_finished_run(tmp_path / "out", [0.1, 0.5, 0.5, 0.9, 0.2], ["aaaa", "bbbb", "cccc", "d", "eeee"],
+                       ["x.png", "x.png", "x.png", "x.png", "y.png"], partition_rows=2)
+    run_curate(one_caption_per_image=True, min_caption_chars=2)
+    kept = (tmp_path / "out/curated/kept.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[:2] for line in kept] == [["x.png", "bbbb"], ["y.png", "eeee"]]
+
+
+def test_equal_captions(tmp_path, run_curate, curated):
+    """Of equal captions (white space around them aside) the row with the highest score stays."""
+    write_finished_run(tmp_path / "out", [0.1, 0.5, 0.3], ["same", " same", "other"])
+    run_curate(duplicate_captions="exact")
+    assert curated() == (["1.png", "2.png"], {"0.png": "duplicate_caption"})
+
+
+def test_equal_pictures(tmp_path, run_curate, curated, picture_bytes):
+    """Of files with equal bytes the best-scoring stays, with all its captions; perceptually, so do near ones."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    one, other = picture_bytes(colour=10), picture_bytes(colour=200)
+    for name, data in (("a.png", one), ("b.png", one), ("c.png", other)):
+        (pictures / name).write_bytes(data)
+    write_finished_run(tmp_path / "out", [0.1, 0.5, 0.2, 0.3], sources=["a.png", "b.png", "b.png", "c.png"], partition_rows=1)
+    assert run_curate(duplicate_images="exact").code == 0
+    assert curated() == (["b.png", "b.png", "c.png"], {"a.png": "duplicate_image"})
+
+
+def test_similar_pictures(tmp_path, run_curate, curated, noise):
+    """A picture saved again smaller and as JPEG is found by its perceptual hash, another picture is not."""
+    pytest.importorskip("imagehash")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    noise(200, 150, 1).save(pictures / "a.png")
+    noise(200, 150, 1).resize((120, 90)).save(pictures / "b.jpg", quality=60)
+    noise(200, 150, 2).save(pictures / "c.png")
+    write_finished_run(tmp_path / "out", [0.5, 0.4, 0.3], sources=["a.png", "b.jpg", "c.png"])
+    assert run_curate(duplicate_images="exact").code == 0
+    assert len(curated()[0]) == 3
+    assert run_curate(duplicate_images="perceptual").code == 0
+    assert curated() == (["a.png", "c.png"], {"b.jpg": "duplicate_image"})
+
+
+def test_missing_library_is_one_line(tmp_path, run_curate, monkeypatch):
+    """Without imagehash the key that needs it names the pip install, before any work."""
+    write_finished_run(tmp_path / "out", [0.5])
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    outcome = run_curate(duplicate_images="perceptual")
+    assert outcome.code == 2 and "pip install" in outcome.stderr and "imagehash" in outcome.stderr
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 3, 7, 255, 2**63, 2**63 + 1]), max_size=25),
+       st.integers(0, 16))
+@settings(deadline=None, max_examples=100)
+def test_groups_of_similar_hashes(hashes, distance):
+    """Each hash joins a leader within the distance, and no two leaders are that near: as if all pairs had been compared."""
+    groups = duplicates.group_similar(np.array(hashes, np.uint64), distance).tolist()
+    leaders: list = []
+    for value, group in zip(hashes, groups, strict=True):
+        assert (value ^ group).bit_count() <= distance
+        near = [leader for leader in leaders if (leader ^ value).bit_count() <= distance]
+        assert group in near if near else group == value
+        if not near:
+            leaders.append(value)
+
+
+def test_sizes_of_pictures(tmp_path, run_curate, curated, picture_bytes):
+    """Width, height and aspect are read from the pictures; one that is gone by now is dropped by that name."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, size in (("fits.png", (60, 40)), ("narrow.png", (30, 60)), ("low.png", (60, 30)), ("long.png", (160, 40))):
+        (pictures / name).write_bytes(picture_bytes(size=size))
+    (pictures / "broken.png").write_bytes(b"\x89PNG broken")
+    names = ["fits.png", "narrow.png", "low.png", "long.png", "broken.png", "gone.png"]
+    write_finished_run(tmp_path / "out", [0.5] * 6, sources=names)
+    assert run_curate(min_width=40, min_height=40, max_aspect=3).code == 0
+    assert curated() == (["fits.png"], {"narrow.png": "image_size", "low.png": "image_size", "long.png": "aspect",
+                                        "broken.png": "unreadable_image", "gone.png": "unreadable_image"})
+
+
+# ── What may go wrong ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_no_finished_scores(tmp_path, run_curate):
+    """Without scores, or with a part missing, it says what to run: exit code 3."""
+    outcome = run_curate()
+    assert outcome.code == 3 and "image_text_sim_clip.py" in outcome.stderr
+    write_finished_run(tmp_path / "out", [0.5] * 3, partition_rows=1)
+    (tmp_path / "out/parts/part-00001.parquet").unlink()
+    outcome = run_curate()
+    assert outcome.code == 3 and "part-00001.parquet" in outcome.stderr
+    assert not (tmp_path / "out/curated/kept.csv").exists()
+
+
+def test_flawed_part(tmp_path, run_curate):
+    """A part that is not what was written is named: exit code 7."""
+    write_finished_run(tmp_path / "out", [0.5] * 3)
+    part = tmp_path / "out/parts/part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    outcome = run_curate()
+    assert outcome.code == 7 and "part-00000.parquet" in outcome.stderr
+
+
+def test_columns_that_clash_and_formulas(tmp_path, run_curate, read_table, write_config):
+    """A column of the input named dropped_by keeps its name, and escape_formulas holds here too."""
+    write_finished_run(tmp_path / "out", [0.1, 0.9], ["=1+1", "a\rb"], extra={"dropped_by": ["-x", "y"]})
+    run_curate(write_config(escape_formulas=True), min_similarity=0.5)
+    (kept,), (dropped,) = (read_table(tmp_path / "out/curated" / name) for name in ("kept.csv", "dropped.csv"))
+    assert (kept["caption"], kept["dropped_by"]) == ("a\rb", "y")
+    assert (dropped["caption"], dropped["dropped_by"], dropped["dropped_by_2"]) == ("'=1+1", "'-x", "min_similarity")
+
+
+def test_empty_table(tmp_path, run_curate, read_table):
+    """No rows give two tables with their header and nothing else."""
+    write_finished_run(tmp_path / "out", [])
+    outcome = run_curate(keep_fraction=0.5, export="parquet", review=True, duplicate_captions="exact")
+    assert outcome.code == 0, outcome.stderr
+    assert (tmp_path / "out/curated/kept.csv").read_text() == ",".join(["url", "caption", *script.RESULT_COLUMNS]) + "\n"
+    assert outcome.result["kept"] == 0
+
+
+@pytest.mark.slow
+def test_plots(tmp_path, run_curate):
+    """scores.png, throughput.png and memory.png are pictures of a fair size."""
+    from PIL import Image
+    write_finished_run(tmp_path / "out", np.linspace(0, 0.5, 500), random=np.linspace(-0.2, 0.2, 500))
+    assert run_curate(keep_plots=True, max_random_rate=0.01).code == 0
+    for name in ("scores.png", "throughput.png", "memory.png"):
+        with Image.open(tmp_path / "out/curated" / name) as picture:
+            assert picture.width >= 800 and len(picture.convert("RGB").resize((50, 25)).getcolors(1250)) > 5, name
+
+
+def test_command_line(tmp_path, write_config):
+    """`python curate.py` ends with the exit codes of the scoring script, in one line, and its JSON comes last."""
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "curate.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    config = str(write_config())
+    failed = run("--config", config)
+    assert failed.returncode == 3 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    write_finished_run(tmp_path / "out", [0.5])
+    done = run("--config", config, "--set", "curate.min_similarity=0.4")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["kept"] == 1

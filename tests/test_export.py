@@ -1,0 +1,182 @@
+"""Exports: what other programs load, and what an interruption leaves."""
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from finished_run import last_json, write_finished_run
+
+import image_text_sim_clip as script
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CAPTIONS = ['a "red" circle', "line\nbreak", "naïve – ünïcode 🎨", "<script>alert(1)</script>", "NA", "comma, comma", "six",
+            "seven"]
+
+
+@pytest.fixture
+def finished(tmp_path, write_config, picture_bytes):
+    """Eight scored rows of six pictures in four formats, the last row below the cut, and a config that keeps the others."""
+    config, pictures = write_config(curate={"min_similarity": 0.2}), tmp_path / "pictures"
+    names = ["a.png", "b.jpg", "c.webp", "d.gif", "e.png", "f.bmp"]
+    for number, name in enumerate(names):
+        kind = {"jpg": "JPEG"}.get(name[2:], name[2:].upper())
+        (pictures / name).write_bytes(picture_bytes(kind, size=(20 + number, 10), colour=40 * number))
+    sources = [*names[:5], "a.png", "http://example.org/path/b.jpg", "f.bmp"]
+    write_finished_run(tmp_path / "out", np.linspace(0.9, 0.1, 8), CAPTIONS, sources, random=np.linspace(-0.2, 0.2, 50),
+                       partition_rows=3)
+    return config
+
+
+STOPS_EARLY = """
+import os, sys
+import curate, image_text_sim_clip as scoring
+curate.draw_plots = lambda *_: None
+left, plain = int(sys.argv.pop(1)), scoring.atomic_file
+class Dying:  # the process is gone in the middle of writing a file of the export, with no time to tidy up
+    def __init__(self, file): self.file = file
+    def write(self, data):
+        global left
+        left -= 1
+        if left == 0:
+            self.file.write(data[:len(data) // 2])
+            self.file.flush()
+            os._exit(9)
+        return self.file.write(data)
+    def __getattr__(self, name): return getattr(self.file, name)
+import contextlib
+@contextlib.contextmanager
+def atomic_file(path):
+    with plain(path) as file:
+        yield Dying(file) if path.parent.name != "curated" else file
+scoring.atomic_file = atomic_file
+sys.exit(curate.main(sys.argv[1:]))
+"""
+
+
+def curate_in_process(config, *keys, dies_at=0):
+    command = [sys.executable, "-c", STOPS_EARLY, str(dies_at), "--config", str(config), *(f"--set=curate.{k}" for k in keys)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+
+
+def tree_of(folder):
+    """Every file below the folder with its hash, but for pictures of time."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "moments"), [("imagefolder", (1, 4, 10)), ("webdataset", (1, 9, 20))])
+def test_interrupted_export_resumes_to_identical_files(finished, tmp_path, kind, moments):
+    """A process killed in the middle of a write, again and again, leaves nothing that a rerun does not put right."""
+    keys, folder = (f"export={kind}", "shard_rows=3"), tmp_path / "out/curated"
+    assert curate_in_process(finished, *keys).returncode == 0
+    expected = tree_of(folder)
+    assert len(expected) >= 6
+    shutil.rmtree(folder)
+    for moment in moments:
+        done = curate_in_process(finished, *keys, dies_at=moment)
+        assert done.returncode == 9, done.stderr
+        assert tree_of(folder) != expected
+    done = curate_in_process(finished, *keys)
+    assert done.returncode == 0, done.stderr
+    assert tree_of(folder) == expected
+    assert last_json(done.stdout)["exported"] == 7
+
+
+@pytest.mark.slow
+def test_imagefolder_loads_with_datasets(finished, run_curate_main, tmp_path, monkeypatch):
+    """load_dataset("imagefolder") gives each kept row: the picture that was scored, its caption and its scores."""
+    datasets = pytest.importorskip("datasets")
+    assert run_curate_main(finished, export="imagefolder")["exported"] == 7
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out/curated/imagefolder"),
+                                   cache_dir=str(tmp_path / "cache"), split="train")
+    assert loaded.num_rows == 7
+    rows = sorted(loaded, key=lambda row: row["row"])
+    assert [row["text"] for row in rows] == CAPTIONS[:7]
+    assert [row["image"].width for row in rows] == [20, 21, 22, 23, 24, 20, 21]
+    expected = np.linspace(0.9, 0.1, 8).astype(np.float32)[:7]
+    assert np.array([row["similarity"] for row in rows], np.float32).tolist() == expected.tolist()
+    assert all(abs(row["similarity"] + row["dissimilarity"] - 1) < 1e-6 for row in rows)
+
+
+@pytest.mark.slow
+def test_webdataset_loads_with_webdataset(finished, run_curate_main, tmp_path):
+    """The tars hold a picture, a caption and the scores under each key, shard after shard."""
+    webdataset = pytest.importorskip("webdataset")
+    assert run_curate_main(finished, export="webdataset", shard_rows=3)["exported"] == 7
+    shards = sorted(map(str, (tmp_path / "out/curated/webdataset").glob("*.tar")))
+    assert [pathlib.Path(s).name for s in shards] == ["kept-00000.tar", "kept-00001.tar", "kept-00002.tar"]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil"))
+    assert [sample["txt"] for sample in samples] == CAPTIONS[:7]
+    assert [sample["json"]["row"] for sample in samples] == list(range(7))
+    pictures = [next(sample[k] for k in ("png", "jpg", "webp", "gif") if k in sample) for sample in samples]
+    assert [p.width if hasattr(p, "width") else 0 for p in pictures][:2] == [20, 21]
+    assert samples[0]["json"]["similarity"] == pytest.approx(0.9)
+
+
+@pytest.fixture
+def run_curate_main(monkeypatch, capfd):
+    """Run curate.main without plots and return its JSON: run_curate_main(config, export="parquet")."""
+    import curate
+
+    def run(config, **keys):
+        monkeypatch.setattr(curate, "draw_plots", lambda *_: None)
+        assert curate.main(["--config", str(config), *(f"--set=curate.{k}={json.dumps(v)}" for k, v in keys.items())]) == 0
+        return last_json(capfd.readouterr().out)
+    return run
+
+
+def test_parquet_has_types(finished, run_curate_main, tmp_path):
+    """kept.parquet holds the columns of scores.csv: text as text, numbers as float32."""
+    run_curate_main(finished, export="parquet")
+    table = pq.read_table(tmp_path / "out/curated/kept.parquet")
+    assert table.column_names == ["url", "caption", *script.RESULT_COLUMNS]
+    assert table["caption"].to_pylist() == CAPTIONS[:7]
+    assert str(table.schema.field("similarity").type) == str(table.schema.field("random_percentile").type) == "float"
+    assert all(0 <= share <= 1 for share in table["percentile"].to_pylist())
+
+
+def test_pictures_are_the_scored_bytes(finished, run_curate_main, tmp_path):
+    """The export copies files as they are, under the ending of what they really are."""
+    pictures = tmp_path / "pictures"
+    (pictures / "a.png").rename(pictures / "a.tmp")
+    shutil.copy(pictures / "b.jpg", pictures / "a.png")  # a JPEG by the name of a PNG
+    run_curate_main(finished, export="imagefolder")
+    folder = tmp_path / "out/curated/imagefolder/train/00000"
+    assert sorted(path.name for path in folder.iterdir())[:2] == ["000000000.jpg", "000000001.jpg"]
+    assert (folder / "000000000.jpg").read_bytes() == (pictures / "b.jpg").read_bytes()
+
+
+def test_another_choice_never_mixes_with_the_last(finished, run_curate_main, tmp_path):
+    """Other rows, or another kind of export, remove the old export first; the same one is not written again."""
+    folder = tmp_path / "out/curated"
+    run_curate_main(finished, export="imagefolder")
+    metadata = folder / "imagefolder/train/metadata.jsonl"
+    written = metadata.stat().st_mtime_ns
+    assert run_curate_main(finished, export="imagefolder")["exported"] == 7
+    assert metadata.stat().st_mtime_ns == written
+    assert run_curate_main(finished, export="imagefolder", min_similarity=0.5)["exported"] == 4
+    assert len(list((folder / "imagefolder/train/00000").iterdir())) == 4
+    run_curate_main(finished, export="csv", min_similarity=0.5)
+    assert not (folder / "imagefolder").exists()
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
+def test_picture_that_is_gone(finished, run_curate_main, tmp_path, kind):
+    """A kept row whose picture is gone is listed in not_exported.csv, and exported once it is back."""
+    picture = tmp_path / "pictures/c.webp"
+    picture.rename(tmp_path / "elsewhere")
+    outcome = run_curate_main(finished, export=kind)
+    assert (outcome["kept"], outcome["exported"], outcome["not_exported"]) == (7, 6, 1)
+    listed = (tmp_path / "out/curated/not_exported.csv").read_text()
+    assert listed.startswith("row,url,reason\n2,c.webp,missing")
+    (tmp_path / "elsewhere").rename(picture)
+    outcome = run_curate_main(finished, export=kind)
+    assert (outcome["exported"], outcome["not_exported"]) == (7, 0)
+    assert not (tmp_path / "out/curated/not_exported.csv").exists()

@@ -1,0 +1,348 @@
+"""The review page, opened from the disk in a real headless Chromium."""
+import itertools
+import json
+import math
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from finished_run import write_finished_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import curate
+import image_text_sim_clip as script
+from addons import review
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+HOSTILE = ["<script>window.hacked = 1</script>", "</script><img src=x onerror=\"window.hacked = 1\">", "<!-- <script> ]]>",
+           "{{DATA}} {{CSP}}", "\u2028\u2029\u202e right to left", "&lt;b&gt; &amp;", "' onmouseover='window.hacked=1"]
+
+
+# ── Without a browser ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(0, 400))
+@settings(deadline=None, max_examples=100)
+def test_sample_is_shared_out_evenly(counts, wanted):
+    """As many as wanted are taken (or all), none from where there are none, and small bins are taken whole first."""
+    counts = np.array(counts)
+    quotas = review.share_out(counts, wanted)
+    assert quotas.sum() == min(wanted, counts.sum())
+    assert (quotas <= counts).all()
+    assert all(quota >= quotas.max() - 1 for quota, count in zip(quotas, counts, strict=True) if quota < count)
+
+
+def test_sample_does_not_depend_on_the_cut():
+    """The same rows are shown however the table is cut; each is scored, and scores are spread evenly."""
+    similarities = np.random.default_rng(1).normal(0.2, 0.05, 20_000).astype(np.float32)
+    similarities[::7] = np.nan
+    samples = [review.choose_sample(lambda size=size: np.split(similarities, range(size, 20_000, size)), 500)
+               for size in (100, 4999, 20_000)]
+    assert all(sample.tolist() == samples[0].tolist() for sample in samples)
+    assert len(samples[0]) == len(set(samples[0].tolist())) == 500
+    chosen = similarities[samples[0]]
+    assert np.isfinite(chosen).all()
+    assert chosen.std() > 1.2 * np.nanstd(similarities)  # flatter than the table's own distribution
+
+
+@given(st.text(max_size=80))
+@settings(deadline=None)
+def test_embedded_json_cannot_end_its_element(text):
+    """No <, >, & or line separator of a text survives as such, and JSON.parse gives the text back."""
+    embedded = review.embed_json({"caption": text})
+    assert not set("<>&\u2028\u2029") & set(embedded)
+    if text.isprintable():
+        assert json.loads(embedded)["caption"] == text.encode("utf-8", "replace").decode()
+
+
+# ── In Chromium ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium with a new profile."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tests/requirements.txt")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM,
+                                                            args=FLAGS, headless=True)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open a page from the disk, wait until it is ready; at the end: no console message, no error, no request but itself."""
+    opened, said, requests = [], [], []
+
+    def open_(path, width=1200, height=900, colours="light"):
+        page = browser.new_page()
+        opened.append(page)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=colours)
+        page.goto(path.as_uri())
+        page.wait_for_function("document.documentElement.dataset.readyMs", timeout=20_000)
+        return page
+    yield open_
+    pages = {page.url for page in opened}
+    for page in opened:
+        assert page.evaluate("window.hacked") is None
+        page.close()
+    assert said == []
+    assert [url for url in requests if url not in pages and not url.startswith("data:")] == []
+
+
+def write_page(folder, monkeypatch, **keys):
+    """Curate the finished run in `folder`/out with the drawings as its pictures, and return the page's path."""
+    (folder / "config.yaml").write_text(json.dumps({
+        "image_path": str(ROOT / "challenge_set/shapes"), "output_path": str(folder / "out"),
+        "curate": {"review": True} | keys}))
+    with monkeypatch.context() as patch:
+        patch.setattr(curate, "draw_plots", lambda *_: None)
+        assert curate.main(["--config", str(folder / "config.yaml")]) == 0
+    return folder / "out/curated/review.html"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A page of 900 rows: hostile captions among them, failures of two kinds, and what its numbers should be."""
+    folder = tmp_path_factory.mktemp("review")
+    rng = np.random.default_rng(3)
+    similarities = rng.normal(0.5, 0.1, 900).clip(-1, 1).astype(np.float32)
+    similarities[10:50] = np.nan
+    captions = [f"drawing number {n}" for n in range(900)]
+    captions[100:100 + len(HOSTILE)], captions[11] = HOSTILE, "<b>a failed one</b>"
+    similarities[100:100 + len(HOSTILE)] = 0.9
+    sources = [f"shape-{n % 200:03d}.png" for n in range(900)]
+    statuses = ["ok"] * 10 + ["missing"] * 30 + ["corrupt"] * 10 + ["ok"] * 850
+    random = rng.normal(0.1, 0.1, 5000).clip(-1, 1).astype(np.float32)
+    write_finished_run(folder / "out", similarities, captions, sources, statuses, random=random)
+    monkeypatch = pytest.MonkeyPatch()
+    page = write_page(folder, monkeypatch, max_random_rate=0.01)
+    return page, similarities[~np.isnan(similarities)], random
+
+
+def verdict(page):
+    return page.inner_text("#verdict")
+
+
+def cards(page, side):
+    return page.locator(f"#{side} .cards li")
+
+
+def scores(page, side):
+    return [float(text) for text in page.locator(f"#{side} .score").all_inner_texts()]
+
+
+@pytest.mark.slow
+def test_slider_counts_the_whole_table(table, open_page):
+    """Wherever the slider stands, the rows that stay and the random pairs that pass are counted from the full data."""
+    path, similarities, random = table
+    page = open_page(path)
+    low, high = (int(page.get_attribute("#slider", name)) for name in ("min", "max"))
+    for step in (low, low + 300, (low + high) // 2, high - 200, high):
+        page.locator("#slider").fill(str(step))
+        threshold = -1 + step / 2048
+        stay, passing = (similarities >= threshold).sum(), (random >= threshold).mean()
+        text = verdict(page)
+        assert text.startswith(f"{stay:,} row{'' if stay == 1 else 's'} stay{'s' if stay == 1 else ''}, ")
+        assert f"of {len(similarities)} scored" in text
+        shown = float(text.split("; ")[1].split(" %")[0])
+        assert math.isclose(shown, 100 * passing, rel_tol=0.06, abs_tol=0.006), text
+        assert float(page.input_value("#exact")) == pytest.approx(threshold, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_opens_at_the_chosen_cut(table, open_page):
+    """The page begins at the rule's threshold, what the rules did is in its table, and a button leads back."""
+    path, similarities, _ = table
+    page = open_page(path)
+    kept = int(page.inner_text("#rules tr:nth-child(2) td.number"))
+    assert verdict(page).startswith(f"{kept} rows stay")
+    assert (similarities >= float(page.inner_text("#config-line").split()[1])).sum() == kept
+    assert not page.locator("#back").is_visible()
+    page.fill("#exact", "0.7")
+    assert not verdict(page).startswith(f"{kept} rows")
+    page.click("#back")
+    assert verdict(page).startswith(f"{kept} rows stay")
+
+
+@pytest.mark.slow
+def test_pairs_are_sorted_around_the_threshold(table, open_page):
+    """Above and below stand the pairs nearest to the threshold, the nearest first, with their pictures; more on demand."""
+    path, similarities, _ = table
+    page = open_page(path)
+    page.fill("#exact", "0.5")
+    threshold = float(page.inner_text("#config-line").split()[1])
+    ordered = np.sort(similarities)
+    above, below = ordered[ordered >= threshold][:12], ordered[ordered < threshold][::-1][:12]
+    assert scores(page, "above") == pytest.approx(above, abs=6e-5)
+    assert scores(page, "below") == pytest.approx(below, abs=6e-5)
+    assert page.locator("#above img").count() == 12
+    page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 20)")
+    page.click("#below button")
+    assert cards(page, "below").count() == 36
+
+
+@pytest.mark.slow
+def test_filters(table, open_page):
+    """Text, rule and status narrow the pairs; a failing status shows its examples with their reason."""
+    page = open_page(table[0])
+    page.fill("#text", "NUMBER 12")
+    wanted = [n for n in range(900) if f"number {n}".startswith("number 12") and not 10 <= n < 50]
+    assert page.inner_text("#found").startswith(f"{len(wanted)} pairs of the sample")
+    assert all("number 12" in text for text in page.locator(".cards .caption").all_inner_texts())
+    page.fill("#text", "")
+    page.select_option("#rule", "max_random_rate")
+    assert cards(page, "above").count() == 0 and cards(page, "below").count() == 12
+    page.select_option("#rule", "")
+    page.select_option("#status", "missing")
+    assert page.inner_text("#found") == "24 examples"
+    assert cards(page, "above").count() == 12 and not page.locator("#below").is_visible()
+    assert "missing" in cards(page, "above").first.inner_text()
+    assert page.locator("#failures summary").all_inner_texts() == ["corrupt: 10 rows", "missing: 30 rows"]
+
+
+@pytest.mark.slow
+def test_keyboard_is_enough(table, open_page):
+    """Tab reaches slider, number, filters and buttons, with a visible focus; arrows, [ ] and / work."""
+    page = open_page(table[0])
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
+        if reached[-1] == "slider":
+            before = page.input_value("#slider")
+            page.keyboard.press("ArrowRight")
+            assert int(page.input_value("#slider")) == int(before) + 1
+            assert page.get_attribute("#slider", "aria-valuetext").startswith("similarity 0.")
+            page.keyboard.press("]")
+            page.keyboard.press("[")
+            page.keyboard.press("[")
+            assert page.input_value("#slider") == before
+    assert {"slider", "exact", "status", "rule", "text", "logarithmic", "Show more above"} <= set(reached)
+    page.locator("#slider").focus()
+    page.keyboard.press("/")
+    page.keyboard.type("[x]/")
+    assert page.input_value("#text") == "[x]/"
+    assert page.inner_text("#found").startswith("0 pairs")
+
+
+@pytest.mark.slow
+def test_captions_are_text(table, open_page):
+    """Captions with markup show as they are, everywhere; the page's two script elements stay the only ones."""
+    page = open_page(table[0])
+    page.fill("#exact", "0.899")
+    shown = page.locator("#above .caption").all_text_contents()
+    assert set(HOSTILE) <= set(shown)
+    page.locator("#failures details").last.evaluate("element => element.open = true")
+    assert "<b>a failed one</b>" in page.locator("#failures").inner_text()
+    assert page.evaluate("document.scripts.length") == 2
+    assert page.locator("main b").count() == 0
+    assert page.evaluate("[...document.images].every((image) => image.src.startsWith('data:image/webp'))")
+
+
+@pytest.mark.slow
+def test_policy_stops_what_would_get_through(table, browser):
+    """Were markup ever to reach the page, the policy would still run no script of it and fetch nothing: the proof is tried."""
+    page, requests, refused = browser.new_page(), [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: refused.append(message.text))
+    page.goto(table[0].as_uri())
+    page.evaluate("""() => {
+      document.body.insertAdjacentHTML("beforeend", '<img src="http://127.0.0.1:9/x.png" onerror="window.hacked = 1">');
+      const element = document.createElement("script");
+      element.textContent = "window.hacked = 2";
+      document.body.append(element);
+    }""")
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in text for text in refused)
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "colours"), list(itertools.product((360, 1200), ("light", "dark"))))
+def test_fits_phone_and_desktop_in_both_colours(table, open_page, width, colours):
+    """Nothing is wider than the screen, text stands out from its ground by 4.5 to 1, and the threshold stays in view."""
+    page = open_page(table[0], width, 800, colours)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    dark = sum(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")) < 200
+    assert dark == (colours == "dark")
+    ratios = page.evaluate("""() => {
+      const numbers = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map(Number);
+      const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+      const ground = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+        if (!c.endsWith(", 0)")) return c; } return "rgb(255, 255, 255)"; };
+      return [...document.querySelectorAll("p, h1, h2, h3, dd, dt, td, th, label, button, strong, code, .quiet, .badge")]
+        .filter((e) => e.textContent.trim() && e.offsetParent).map((e) => {
+          const [a, b] = [light(numbers(getComputedStyle(e).color)), light(numbers(ground(e)))];
+          return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent.slice(0, 30)];
+        });
+    }""")
+    assert len(ratios) > 40
+    assert min(ratios)[0] >= 4.5, min(ratios)
+    page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+    box = page.locator("#slider").bounding_box()
+    assert 0 <= box["y"] < 800
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows(tmp_path, monkeypatch, open_page):
+    """With 100,000 rows the page stays small, answers within two seconds, and counts all rows though it shows a sample."""
+    similarities = np.random.default_rng(5).normal(0.25, 0.06, 100_000).clip(-1, 1).astype(np.float32)
+    write_finished_run(tmp_path / "out", similarities, sources=[f"shape-{n % 200:03d}.png" for n in range(100_000)],
+                       random=np.random.default_rng(6).normal(0.1, 0.05, 10_000), partition_rows=20_000)
+    path = write_page(tmp_path, monkeypatch)
+    assert path.stat().st_size < 10_000_000
+    page = open_page(path)
+    slider_ms = page.evaluate("""() => {
+      const slider = document.getElementById("slider"), begun = performance.now();
+      for (let i = 0; i < 10; i++) { slider.value = Number(slider.value) + 7; slider.dispatchEvent(new Event("input")); }
+      document.body.offsetHeight;
+      return (performance.now() - begun) / 10;
+    }""")
+    ready_ms = int(page.evaluate("document.documentElement.dataset.readyMs"))
+    assert ready_ms + slider_ms < 2000
+    threshold = float(page.inner_text("#config-line").split()[1])
+    assert verdict(page).startswith(f"{(similarities >= np.float32(threshold)).sum():,} rows stay")
+    assert "sample of 2,000" in page.inner_text("#found")
+    print(f"ready after {ready_ms} ms, {slider_ms:.1f} ms a step of the slider, {path.stat().st_size / 1e6:.1f} MB")
+
+
+@pytest.mark.slow
+def test_scores_without_random_pairs(tmp_path, monkeypatch, open_page):
+    """A run without a null has a page too, which says so and counts all the same."""
+    similarities = np.linspace(0, 1, 101, dtype=np.float32)
+    write_finished_run(tmp_path / "out", similarities, sources=["shape-000.png"] * 101)
+    page = open_page(write_page(tmp_path, monkeypatch, min_similarity=0.5))
+    assert verdict(page).startswith("51 rows stay") and "random" not in verdict(page)
+    assert "no random pairs" in page.inner_text("#plot-text")
+    assert not page.locator("#random-legend").is_visible()
+
+
+@pytest.mark.slow
+def test_missing_pictures_are_said(tmp_path, monkeypatch, open_page):
+    """A row whose picture is gone, or is none, keeps its card."""
+    write_finished_run(tmp_path / "out", [0.3, 0.4], sources=["gone.png", "shape-001.png"])
+    page = open_page(write_page(tmp_path, monkeypatch))
+    assert sorted(page.locator(".plate").all_inner_texts()) == ["", "no picture"]
+
+
+def test_page_without_a_picture_folder(tmp_path, monkeypatch):
+    """A page needs the pictures: without their folder it says so before any work, with exit code 3."""
+    write_finished_run(tmp_path / "out", [0.3])
+    (tmp_path / "c.yaml").write_text(json.dumps({"image_path": str(tmp_path / "none"), "output_path": str(tmp_path / "out"),
+                                                 "curate": {"review": True}}))
+    with pytest.raises(script.Trouble, match="image_path") as caught:
+        curate.main(["--config", str(tmp_path / "c.yaml")])
+    assert caught.value.exit_code == 3
