@@ -34,7 +34,7 @@ bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray 
 bench-gpu: .venv/ready  ## the same on CUDA, with more models
 	$(BIN)/python tests/bench.py --out scores/bench --gpu --pairs 20000
 
-pictures: .venv/ready  ## draw everything in readme_imgs again, from real runs
+pictures: .venv/ready-for-tests  ## draw everything in readme_imgs again, from real runs
 	$(BIN)/python readme_imgs/draw_figures.py
 
 model: .venv/ready  ## train challenge_set/shapes_clip again and draw its pictures (half an hour on two cores)

@@ -3,10 +3,12 @@
     python readme_imgs/draw_figures.py             # all of them: `make pictures`
     python readme_imgs/draw_figures.py clip2 q3    # the two diagrams only
 
-Each picture is written next to this script; memory and memory-time come from real runs on the bundled drawings.
+Each picture is written next to this script; memory, memory-time, scores and review come from real runs on the bundled
+drawings, review as a headless Chromium shows it (with tests/requirements.txt, and `apt-get install chromium`).
 Diagrams are laid out in pixels, with the origin at the lower left.
 """
 import argparse
+import io
 import pathlib
 import re
 import shutil
@@ -215,9 +217,45 @@ def draw_memory_time(out: pathlib.Path) -> None:
     shutil.copyfile(HERE.parent / "scores" / "memory-time" / "memory-time.png", out)
 
 
+def curate_demo(*settings: str) -> pathlib.Path:
+    """Score the bundled drawings, curate them with the settings given, and return the folder of what that wrote."""
+    run_script("--set", "output_path=scores/curated-demo", "--fresh")
+    overrides = [f"--set={setting}" for setting in ("output_path=scores/curated-demo", *settings)]
+    subprocess.run([sys.executable, "curate.py", "--config", "challenge_set/demo.yaml", *overrides],  # noqa: S603
+                   cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
+    return HERE.parent / "scores" / "curated-demo" / "curated"
+
+
+def draw_scores(out: pathlib.Path) -> None:
+    """scores.png: both distributions and the cut of the rule that the README recommends."""
+    shutil.copyfile(curate_demo("curate.max_random_rate=0.01") / "scores.png", out)
+
+
+def draw_review(out: pathlib.Path) -> None:
+    """review.png: the review page of the same run on a desktop in light, and on a phone in dark colours."""
+    from playwright.sync_api import sync_playwright
+    page = curate_demo("curate.max_random_rate=0.01", "curate.review=true") / "review.html"
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+    shots = []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        for width, colours in ((1180, "light"), (400, "dark")):
+            view = browser.new_page(viewport={"width": width, "height": 1120}, color_scheme=colours)
+            view.goto(page.as_uri())
+            view.wait_for_function("document.documentElement.dataset.readyMs")
+            shots.append(Image.open(io.BytesIO(view.screenshot())).convert("RGB"))
+        browser.close()
+    sheet = Image.new("RGB", (sum(shot.width for shot in shots) + 20, shots[0].height), "#90a4ae")
+    sheet.paste(shots[0], (0, 0))
+    sheet.paste(shots[1], (shots[0].width + 20, 0))
+    sheet.save(out, optimize=True)
+
+
 def main() -> None:
     """Draw what the command line names, or everything."""
-    figures = {"clip2": draw_clip2, "q3": draw_q3, "memory": draw_memory, "memory-time": draw_memory_time}
+    figures = {"clip2": draw_clip2, "q3": draw_q3, "memory": draw_memory, "memory-time": draw_memory_time,
+               "scores": draw_scores, "review": draw_review}
     parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(figures)}; nothing means all")
     what = parser.parse_args().what or list(figures)
