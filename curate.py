@@ -135,6 +135,10 @@ class Pictures:
         for _ in sources:
             yield typing.cast(bytes | Exception, self._pool.take())
 
+    def close(self) -> None:
+        """Drop what is still queued."""
+        self._pool.close()
+
     def _read_or_fail(self, source: str) -> bytes | Exception:
         try:
             return self._read(source.strip())
@@ -418,7 +422,11 @@ def curate(config: scoring.Config) -> dict:
         for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
             leftover.unlink()
     cuts = find_cuts(curation, run)
-    with verdict_file(folder, run.rows) as verdicts, scoring.output_disk(folder):
+    with contextlib.ExitStack() as stack:
+        if pictures:
+            stack.callback(pictures.close)
+        stack.enter_context(scoring.output_disk(folder))
+        verdicts = stack.enter_context(verdict_file(folder, run.rows))
         judge_all(run, curation, cuts, pictures if curation.needs_pictures else None, verdicts)
         choice = describe_choice(curation, cuts, run, write_tables(run, verdicts, folder, config.escape_formulas))
         exported = export_kept(run, curation, pictures, verdicts, folder)

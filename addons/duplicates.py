@@ -1,7 +1,7 @@
 """What one row does to another: one caption per image, one of several equal pictures, one of several equal captions.
 
-Rows are compared by 64-bit hashes in plain arrays, about 40 bytes a row that is still there, so 100 million rows take
-4 GB. Two different texts or files share such a hash by chance in one of 3,700 runs of 100 million rows.
+Rows are compared by 64-bit hashes in plain arrays, about 80 bytes a row that is still there, so 100 million rows take
+8 GB. Two different texts or files share such a hash by chance in one of 3,700 runs of 100 million rows.
 The best row of a group is the one with the highest similarity, and of equal ones the first.
 """
 import dataclasses

@@ -343,6 +343,15 @@ def test_no_finished_scores(tmp_path, run_curate):
     assert not (tmp_path / "out/curated/kept.csv").exists()
 
 
+def test_dry_run_keeps_nothing(shapes, run_main, run_curate, tmp_path):
+    """Rows without a similarity cannot be chosen: after a dry run all are dropped as not scored."""
+    config = shapes(rows=5)
+    assert run_main("--config", config).code == 0
+    outcome = run_curate(config, keep_fraction=0.5)
+    assert outcome.code == 0, outcome.stderr
+    assert (outcome.result["kept"], outcome.result["dropped"]) == (0, {"not_scored": 5})
+
+
 def test_flawed_part(tmp_path, run_curate):
     """A part that is not what was written is named: exit code 7."""
     write_finished_run(tmp_path / "out", [0.5] * 3)

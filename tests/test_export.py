@@ -1,11 +1,13 @@
 """Exports: what other programs load, and what an interruption leaves."""
 import hashlib
+import http.server
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -180,3 +182,30 @@ def test_picture_that_is_gone(finished, run_curate_main, tmp_path, kind):
     outcome = run_curate_main(finished, export=kind)
     assert (outcome["exported"], outcome["not_exported"]) == (7, 0)
     assert not (tmp_path / "out/curated/not_exported.csv").exists()
+
+
+def test_pictures_of_urls_come_from_the_cache(tmp_path, run_main, run_curate_main, write_config, write_table, picture_bytes):
+    """With cache_path what was scored from the web is exported without asking the web again."""
+    data = picture_bytes("JPEG")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/a.jpg"
+    write_table([["url", "caption"], [url, "one"], [url, "two"]])
+    config = write_config(image_path="url", cache_path=str(tmp_path / "cache"), allow_private_hosts=True, loader_threads=1)
+    assert run_main("--config", config).result["scored"] == 2
+    server.shutdown()
+    server.server_close()
+    shutil.rmtree(tmp_path / "out")
+    write_finished_run(tmp_path / "out", [0.3, 0.4], ["one", "two"], [url, url])
+    assert run_curate_main(config, export="imagefolder")["exported"] == 2
+    assert (tmp_path / "out/curated/imagefolder/train/00000/000000001.jpg").read_bytes() == data

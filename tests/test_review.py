@@ -331,6 +331,16 @@ def test_scores_without_random_pairs(tmp_path, monkeypatch, open_page):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("similarities", [[], [math.nan, math.nan]])
+def test_page_of_a_table_without_scores(tmp_path, monkeypatch, open_page, similarities):
+    """An empty table, or one of failures alone, has a page: nothing stays of nothing."""
+    write_finished_run(tmp_path / "out", similarities, statuses=["corrupt"] * len(similarities))
+    page = open_page(write_page(tmp_path, monkeypatch))
+    assert verdict(page).startswith("0 rows stay, 0 % of 0 scored")
+    assert page.locator("#failures summary").count() == bool(similarities)
+
+
+@pytest.mark.slow
 def test_missing_pictures_are_said(tmp_path, monkeypatch, open_page):
     """A row whose picture is gone, or is none, keeps its card."""
     write_finished_run(tmp_path / "out", [0.3, 0.4], sources=["gone.png", "shape-001.png"])
