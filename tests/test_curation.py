@@ -109,6 +109,14 @@ def test_fraction_is_exact_and_ties_go_to_the_first(values, fraction, size):
     assert scored[cut.keeps(values[scored], scored)].tolist() == expected
 
 
+def test_fraction_is_taken_as_it_is_written():
+    """0.29 of 100 rows is 29, though 0.29 x 100 is a little less in floats."""
+    assert int(0.29 * 100) == 28
+    similarities = np.linspace(0, 1, 100, dtype=np.float32)
+    cut = curation.find_fraction_cut(lambda: [similarities], 0.29)
+    assert cut.keeps(similarities, np.arange(100)).sum() == 29
+
+
 MILLION = """
 import pathlib, sys
 import pyarrow.parquet, pyarrow.compute, numpy

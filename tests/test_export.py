@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 
 import numpy as np
@@ -182,6 +183,12 @@ def test_picture_that_is_gone(finished, run_curate_main, tmp_path, kind):
     outcome = run_curate_main(finished, export=kind)
     assert (outcome["exported"], outcome["not_exported"]) == (7, 0)
     assert not (tmp_path / "out/curated/not_exported.csv").exists()
+    folder = tmp_path / "out/curated" / kind
+    names = {path.name for path in folder.rglob("*.webp")}
+    for path in folder.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            names.update(tar.getnames())
+    assert "000000002.webp" in names
 
 
 def test_pictures_of_urls_come_from_the_cache(tmp_path, run_main, run_curate_main, write_config, write_table, picture_bytes):
