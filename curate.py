@@ -32,7 +32,7 @@ import numpy as np
 
 import image_text_sim_clip as scoring
 from addons import curation as rules
-from addons import curation_plots, duplicates, export, null, review
+from addons import curation_plots, duplicates, export, null, outputs, review
 from image_text_sim_clip import EXIT_CONFIG, EXIT_INPUT, EXIT_VERIFY, Trouble, say
 
 CHUNK_ROWS = 1 << 14  # rows in memory at a time
@@ -175,10 +175,11 @@ def find_cuts(curation: rules.Curation, run: FinishedRun) -> rules.Cuts:
 
 def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, pictures: Pictures | None, verdicts: Any) -> None:
     """Fill `verdicts`, uint8 (rows,), with every row's verdict."""
+    import pyarrow.compute as pc
     candidates = duplicates.Candidates()
     for first_row, table in run.chunks([run.source_name, run.caption_name, "similarity", "status"]):
         captions, sources = (table[name].to_pylist() for name in (run.caption_name, run.source_name))
-        similarities, is_ok = _cosines(table), np.array([status == "ok" for status in table["status"].to_pylist()], bool)
+        similarities, is_ok = _cosines(table), pc.equal(table["status"], "ok").to_numpy()
         judged = rules.judge_rows(curation, cuts, first_row, similarities, is_ok, captions)
         left = np.flatnonzero(judged == rules.KEPT)
         fingerprints = np.zeros(len(judged), np.uint64)
@@ -236,7 +237,7 @@ def write_tables(run: FinishedRun, verdicts: Any, folder: pathlib.Path, escape: 
     import pyarrow as pa
     columns = [*run.names, *scoring.RESULT_COLUMNS]
     reason = next(name for name in ("dropped_by", *(f"dropped_by_{n}" for n in range(2, 1000))) if name not in columns)
-    counts, escaping = np.zeros(len(rules.RULES), np.int64), scoring.escape_formula if escape else None
+    counts, escaping = np.zeros(len(rules.RULES), np.int64), outputs.escape_formula if escape else None
     with contextlib.ExitStack() as files:
         open_file = [files.enter_context(scoring.atomic_file(folder / name)) for name in ("kept.csv", "dropped.csv")]
         kept = export.CsvRows(open_file[0], columns, escaping, len(scoring.RESULT_COLUMNS))
@@ -408,7 +409,7 @@ def tell_notes(shown: int, scored: int) -> list[str]:
 
 def curate(config: scoring.Config) -> dict:
     """Judge, write, export and show; returns what the last line on stdout says."""
-    curation = scoring.check_section(rules.Curation, config.curate, "curate")
+    curation = scoring.check_section(rules.Curation, config.curate or {}, "curate")
     run = open_run(config)
     try:
         curation = rules.apply_recipe(curation, run.settings["pretrained_model"])
@@ -417,15 +418,14 @@ def curate(config: scoring.Config) -> dict:
     require_libraries(curation)
     reads = curation.needs_pictures or curation.review or curation.export in ("imagefolder", "webdataset")
     pictures, folder = Pictures(config) if reads else None, run.output / "curated"
-    with scoring.output_disk(folder):
-        folder.mkdir(exist_ok=True)
-        for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
-            leftover.unlink()
     cuts = find_cuts(curation, run)
     with contextlib.ExitStack() as stack:
         if pictures:
             stack.callback(pictures.close)
+        stack.enter_context(scoring.locked(folder))
         stack.enter_context(scoring.output_disk(folder))
+        for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
+            leftover.unlink()
         verdicts = stack.enter_context(verdict_file(folder, run.rows))
         judge_all(run, curation, cuts, pictures if curation.needs_pictures else None, verdicts)
         choice = describe_choice(curation, cuts, run, write_tables(run, verdicts, folder, config.escape_formulas))

@@ -206,9 +206,10 @@ def judge_rows(curation: Curation, cuts: Cuts, first_row: int, similarities: Any
     def drop(which: Any, rule: str) -> None:
         verdicts[which & (verdicts == KEPT)] = VERDICTS[rule]
     drop(~is_ok | np.isnan(similarities), "not_scored")
-    lengths = np.fromiter((len(caption.strip()) for caption in captions), np.int64, len(captions))
-    longest = math.inf if curation.max_caption_chars is None else curation.max_caption_chars
-    drop((lengths < curation.min_caption_chars) | (lengths > longest), "caption_length")
+    if curation.min_caption_chars or curation.max_caption_chars is not None:
+        lengths = np.fromiter((len(caption.strip()) for caption in captions), np.int64, len(captions))
+        longest = math.inf if curation.max_caption_chars is None else curation.max_caption_chars
+        drop((lengths < curation.min_caption_chars) | (lengths > longest), "caption_length")
     if cuts.min_similarity is not None:
         drop(similarities < np.float32(cuts.min_similarity), "min_similarity")
     if cuts.fraction is not None:

@@ -155,11 +155,18 @@ def count_random_pairs(image_embeddings: Any, text_embeddings: Any, image_rows: 
     return histogram
 
 
-def describe_partition(image_embeddings: Any, text_embeddings: Any, image_rows: Any, text_rows: Any, cosines: Any) -> dict:
-    """What a part's JSON holds under "null": the histograms of its random and of its matched pairs (`cosines`, (n,))."""
+def describe_partition(image_embeddings: Any, text_embeddings: Any, image_rows: Any, text_rows: Any, cosines: Any,
+                       before: dict | None = None) -> dict:
+    """What a part's JSON holds under "null": the histograms of its random and of its matched pairs (`cosines`, (n,)).
+
+    `before` is that of rows of the same partition that were scored in an earlier run; it is added.
+    """
     matched = Histogram()
     matched.add(cosines)
     random = count_random_pairs(image_embeddings, text_embeddings, image_rows, text_rows)
+    if before:
+        random, matched = (merge((one, Histogram.from_json(before[name]))) for name, one in (("random", random),
+                                                                                          ("matched", matched)))
     return {"random": random.to_json(), "matched": matched.to_json()}
 
 
@@ -172,17 +179,20 @@ class Null:
 
     @classmethod
     def merge_parts(cls, parts: Iterable[dict | None]) -> "Null | None":
-        """Add up what the parts' JSON objects hold under "null"; None where any scored part has none (a dry run)."""
-        random, matched, found = Histogram(), Histogram(), False
+        """Add up what the parts' JSON objects hold under "null"; None for a dry run, and where not every score is counted.
+
+        The latter happens to a run that was begun without this file beside the script.
+        """
+        random, matched, scored = Histogram(), Histogram(), 0
         for part in parts:
             if not part or not part["similarity_count"]:
                 continue
             if not part.get("null"):
                 return None
-            found = True
             random = merge((random, Histogram.from_json(part["null"]["random"])))
             matched = merge((matched, Histogram.from_json(part["null"]["matched"])))
-        return cls(random, matched) if found else None
+            scored += part["similarity_count"]
+        return cls(random, matched) if scored and matched.count == scored else None
 
     def describe(self) -> dict | None:
         """Mean, sd, QUANTILES and number of the random pairs, for profile.json; None without any."""

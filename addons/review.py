@@ -167,5 +167,6 @@ def describe_run(profile: dict, wall_title: str) -> dict[str, Any]:
     memory = f"Peaks: {profile['peak_rss_mib']:,.0f} MiB RAM, {profile['peak_gpu_mib']:,.0f} MiB GPU memory. " \
              f"{profile['pairs_per_s']:,.1f} pairs/s, {profile['wall_s']:,.1f} s in all" \
              + (f", limited by {profile['bottleneck']}." if profile.get("bottleneck") else ".")
-    stages = [[name, seconds] for name, seconds in profile["seconds_per_pair"]["stages"].items()]
+    times = profile.get("seconds_per_pair", {"stages": {}})  # the script alone, without its addons, records none
+    stages = [[name, seconds] for name, seconds in times["stages"].items()]
     return {"title": wall_title, "facts": facts, "stages": stages, "memory_text": memory}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 import image_text_sim_clip as script
-from addons import null
+from addons import null, report
 
 
 def write_finished_run(output, similarities, captions=None, sources=None, statuses=None, partition_rows=256,
@@ -41,9 +41,10 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
             made["random"].add(random[number::len(partitions)])
             made["matched"].add(similarities[cut])
             histograms = {name: histogram.to_json() for name, histogram in made.items()}
-        script.commit_part(partition, table, script.Clock({"fetch": 0.1, "image_encoder": 0.5}), 0.7, histograms)
+        script.commit_part(partition, table, script.Clock({"fetch": 0.1, "image_encoder": 0.5}), 0.7, "local", histograms)
     plan = script.Plan(output, manifest, partitions)
-    script.write_json(output / "profile.json", script.summarise(config, plan) | {"finished": True})
+    totals = script.summarise(config, plan)
+    script.write_json(output / "profile.json", totals | report.explain(totals, script.PREPARE_STAGES, script.METRIC_STAGES))
     return output
 
 

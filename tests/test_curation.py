@@ -214,6 +214,7 @@ def test_random_rate_needs_a_null(tmp_path, run_curate):
     assert outcome.code == 2 and "max_random_rate" in outcome.stderr and outcome.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_random_rate_parts_the_bundled_drawings(shapes, run_main, run_curate, read_table, tmp_path):
     """max_random_rate: 0.01 keeps at least 90 % of the good captions and at most 2 % of the wrong ones."""
     config = shapes(pretrained_model=BUNDLED_MODEL)

@@ -100,6 +100,7 @@ def test_imagefolder_loads_with_datasets(finished, run_curate_main, tmp_path, mo
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out/curated/imagefolder"),
                                    cache_dir=str(tmp_path / "cache"), split="train")
     assert loaded.num_rows == 7
+    assert loaded.column_names == ["image", "text", "row", "url", "similarity", "dissimilarity"]
     rows = sorted(loaded, key=lambda row: row["row"])
     assert [row["text"] for row in rows] == CAPTIONS[:7]
     assert [row["image"].width for row in rows] == [20, 21, 22, 23, 24, 20, 21]

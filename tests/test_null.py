@@ -147,6 +147,7 @@ def test_the_sample_is_like_the_whole():
 
 # ── In a run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.slow
 def test_a_run_has_percentiles(shapes, run_main, read_table, tmp_path):
     """profile.json tells of the random pairs, whatever the batch size, and scores.csv has both percentiles per row."""
     config, nulls = shapes(rows=90, pretrained_model=BUNDLED_MODEL, partition_rows=40), []
@@ -169,6 +170,7 @@ def test_a_run_has_percentiles(shapes, run_main, read_table, tmp_path):
     assert len(good) == 30 and np.median(good) > 0.99
 
 
+@pytest.mark.slow
 def test_failed_rows_have_no_percentile(shapes, run_main, read_table, tmp_path):
     """A row without a score has two empty cells more."""
     config = shapes(rows=6, pretrained_model=BUNDLED_MODEL)
@@ -186,10 +188,36 @@ def test_dry_run_has_no_null(shapes, run_main, read_table, tmp_path):
     assert all(row["percentile"] == row["random_percentile"] == "" for row in read_table(tmp_path / "out/scores.csv"))
 
 
+@pytest.mark.slow
+def test_rows_tried_again_are_added(shapes, run_main, tmp_path, monkeypatch):
+    """--retry-failed adds the random pairs and scores of the rows it scores to those that were there."""
+    config = shapes(rows=30, pretrained_model=BUNDLED_MODEL)
+    read = script.read_file
+
+    def failing(folder, source, max_bytes):
+        if source.startswith("shape-00"):
+            raise script.RowFailure("timeout", "not yet")
+        return read(folder, source, max_bytes)
+    two = ("shape-001.png", "shape-002.png")  # each meets the other's captions when it comes at last
+    monkeypatch.setattr(script, "read_file", failing)
+    assert run_main("--config", config).result["failed"] == {"timeout": 30}
+    monkeypatch.setattr(script, "read_file", lambda *a: (failing if a[1] in two else read)(*a))
+    assert run_main("--config", config, "--retry-failed").result["scored"] == 24
+    first = json.loads((tmp_path / "out/profile.json").read_text())["null"]["pairs"]
+    monkeypatch.setattr(script, "read_file", read)
+    assert run_main("--config", config, "--retry-failed").result["scored"] == 30
+    part = json.loads((tmp_path / "out/parts/part-00000.json").read_text())
+    found = null.Null.merge_parts([part])
+    assert found.matched.count == part["similarity_count"] == 30
+    assert found.random.count > first > 0
+    assert null.Null.merge_parts([part | {"similarity_count": 31}]) is None
+
+
+@pytest.mark.slow
 def test_script_without_addons_leaves_the_columns_empty(shapes, run_main, read_table, tmp_path, monkeypatch):
     """Where addons/null.py is not beside the script, the run is the same but for two empty columns."""
     config = shapes(rows=6, pretrained_model=BUNDLED_MODEL)
-    monkeypatch.setattr(script, "optional_addon", lambda name: None)
+    monkeypatch.setattr(script, "optional_addon", lambda *_: None)
     assert run_main("--config", config).code == 0
     rows = read_table(tmp_path / "out/scores.csv")
     assert all(row["similarity"] and row["percentile"] == row["random_percentile"] == "" for row in rows)
