@@ -14,7 +14,6 @@ The second job of the same config file: it works on the finished scores in `outp
 
     finished parts -> cuts -> verdict per row -> kept.csv, dropped.csv -> export -> review page
 """
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -460,9 +459,8 @@ def tell_summary(choice: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Config -> curated/. Returns the exit code; the last line on stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="curate.py", description=(__doc__ or "").split("\n")[0],
-                                     epilog="exit codes: 0 done, 2 config, 3 no finished scores, 5 output disk, "
-                                            "7 flawed scores")
+    parser = scoring._Parser(prog="curate.py", description=(__doc__ or "").split("\n")[0],
+                             epilog="exit codes: 0 done, 2 config, 3 no finished scores, 5 output disk, 7 flawed scores")
     parser.add_argument("--config", required=True, help="the YAML file that the scores were made with")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key: curate.keep_fraction=0.3")

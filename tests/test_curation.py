@@ -405,6 +405,8 @@ def test_command_line(tmp_path, write_config):
         command = [sys.executable, str(ROOT / "curate.py"), *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     config = str(write_config())
+    mistaken = run("--confg", config)
+    assert mistaken.returncode == 2 and mistaken.stderr.count("\n") == 1
     failed = run("--config", config)
     assert failed.returncode == 3 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     write_finished_run(tmp_path / "out", [0.5])

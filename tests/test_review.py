@@ -237,6 +237,30 @@ def test_keyboard_is_enough(table, open_page):
 
 
 @pytest.mark.slow
+def test_picture_moves_the_threshold(table, open_page):
+    """A click in the histogram, or a drag, puts the threshold there; logarithmic heights lift what is low."""
+    page = open_page(table[0])
+    box = page.locator("#plot").bounding_box()
+    low, high = (int(page.get_attribute("#slider", name)) for name in ("min", "max"))
+
+    def expected(share):
+        return pytest.approx(low + share * (high - low), abs=2)
+    page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 50)
+    assert int(page.input_value("#slider")) == expected(0.25)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 60)
+    page.mouse.up()
+    assert int(page.input_value("#slider")) == expected(0.8)
+    assert float(page.get_attribute("#cut", "x1")) == pytest.approx(0.8 * box["width"], abs=2)
+    heights = []
+    for _ in range(2):
+        path = page.get_attribute("#plot .matched", "d")
+        heights.append(np.mean([float(point.split()[1]) for point in path.replace("Z", "").split("L")[1:-1]]))
+        page.check("#logarithmic")
+    assert heights[1] < heights[0] - 10  # y counts downwards
+
+
+@pytest.mark.slow
 def test_captions_are_text(table, open_page):
     """Captions with markup show as they are, everywhere; the page's two script elements stay the only ones."""
     page = open_page(table[0])
