@@ -102,7 +102,10 @@ def open_run(config: scoring.Config) -> FinishedRun:
     names = scoring.output_names(manifest["columns"])
     shown = dict(zip(manifest["columns"], names, strict=True))
     source, caption = (shown[scoring.column_name(settings[key])] for key in ("url_column", "caption_column"))
-    return FinishedRun(output, settings, partitions, parts, profile, null.Null.merge_parts(parts), names, source, caption)
+    merged = null.Null.merge_parts(parts)
+    for part in parts:
+        part["null"] = None  # some kB each, and merged by now
+    return FinishedRun(output, settings, partitions, parts, profile, merged, names, source, caption)
 
 
 def _read_json(path: pathlib.Path) -> dict | None:
@@ -281,19 +284,19 @@ def kept_records(run: FinishedRun, verdicts: Any) -> Iterator[export.Record]:
 def export_kept(run: FinishedRun, curation: rules.Curation, pictures: Pictures | None, verdicts: Any,
                 folder: pathlib.Path) -> export.Exported:
     """Write what `export` asks for; rows whose picture is gone are listed in not_exported.csv."""
+    if curation.export == "csv":
+        return export.Exported(int((np.asarray(verdicts) == rules.KEPT).sum()))
+    if curation.export == "parquet":
+        return export.export_parquet(folder / "kept.parquet", kept_tables(run, verdicts), scores_schema(run),
+                                     scoring.atomic_file)
     state = export.ExportState(folder, curation.export, curation.shard_rows, scoring.write_json)
     if state.is_complete:
         return export.Exported(state.exported)
-    if curation.export == "csv":
-        exported = export.Exported(int((np.asarray(verdicts) == rules.KEPT).sum()))
-    elif curation.export == "parquet":
-        exported = export.export_parquet(state.target, kept_tables(run, verdicts), scores_schema(run), scoring.atomic_file)
-    else:
-        assert pictures
-        records = kept_records(run, verdicts)
-        exported = export.export_imagefolder(state.target, records, pictures.load, scoring.atomic_file) \
-            if curation.export == "imagefolder" else \
-            export.export_webdataset(state.target, records, pictures.load, scoring.atomic_file, curation.shard_rows)
+    assert pictures
+    records = kept_records(run, verdicts)
+    exported = export.export_imagefolder(state.target, records, pictures.load, scoring.atomic_file) \
+        if curation.export == "imagefolder" else \
+        export.export_webdataset(state.target, records, pictures.load, scoring.atomic_file, curation.shard_rows)
     write_missing(folder / "not_exported.csv", exported.missing)
     state.finish(exported)
     return exported

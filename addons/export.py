@@ -192,18 +192,18 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 class ExportState:
-    """Which export `curated/` holds: export.json says of what rows, and whether it is complete.
+    """Which rows the export in `folder`/`kind`/ is of, and whether it is complete: `kind`.json beside it.
 
-    An export of other rows is removed before a new one begins, so that files of two choices never mix.
+    One of other rows is removed before it is written anew, so that the files of two choices never mix. What another kind
+    of export left is not touched.
     """
 
     def __init__(self, folder: pathlib.Path, kind: str, shard_rows: int,
                  write_json: Callable[[pathlib.Path, dict], None]) -> None:
         with (folder / "kept.csv").open("rb") as kept:
             digest = hashlib.file_digest(kept, "sha256").hexdigest()
-        self.path, self._write = folder / "export.json", write_json
-        self.wanted = {"export": kind, "kept_sha256": digest} | ({"shard_rows": shard_rows} if kind == "webdataset" else {})
-        self.target = folder / ("kept.parquet" if kind == "parquet" else kind)
+        self.path, self.target, self._write = folder / f"{kind}.json", folder / kind, write_json
+        self.wanted = {"kept_sha256": digest} | ({"shard_rows": shard_rows} if kind == "webdataset" else {})
         try:
             held = json.loads(self.path.read_bytes())
         except (OSError, ValueError):
@@ -211,9 +211,7 @@ class ExportState:
         self.exported = held.pop("exported", 0)
         self.is_complete = held.pop("complete", False) and held == self.wanted and self.target.exists()
         if held != self.wanted:
-            for name in ("imagefolder", "webdataset"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / "kept.parquet").unlink(missing_ok=True)
+            shutil.rmtree(self.target, ignore_errors=True)
             write_json(self.path, self.wanted | {"complete": False})
 
     def finish(self, exported: Exported) -> None:
