@@ -17,6 +17,7 @@ The second job of the same config file: it works on the finished scores in `outp
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -44,7 +45,7 @@ class FinishedRun:
     """What the scoring script left in `output_path`: its parts, in input order, and what is known of the whole."""
 
     output: pathlib.Path
-    settings: dict  # of the scoring, from its manifest
+    manifest: dict
     partitions: list[scoring.Partition]
     parts: list[dict]  # each part's JSON
     profile: dict  # profile.json
@@ -52,6 +53,11 @@ class FinishedRun:
     names: list[str]  # the input's columns, as scores.csv names them
     source_name: str
     caption_name: str
+
+    @property
+    def model(self) -> str:
+        """What gave the scores: a Hub id or a folder."""
+        return self.manifest["settings"]["pretrained_model"]
 
     @property
     def rows(self) -> int:
@@ -84,10 +90,7 @@ def open_run(config: scoring.Config) -> FinishedRun:
     manifest, profile = (_read_json(output / name) for name in ("manifest.json", "profile.json"))
     if not manifest or not profile:
         raise Trouble(EXIT_INPUT, f"{output} holds no finished scores: run image_text_sim_clip.py with this config first")
-    rows, step = manifest["rows"], manifest["partition_rows"]
-    partitions = [scoring.Partition(number, start, min(start + step, rows), output / "parts")
-                  for number, start in enumerate(range(0, rows, step))]
-    parts = []
+    partitions, parts = scoring.cut_rows(manifest, output), []
     for partition in partitions:
         part = _read_json(partition.json)
         if not part or not partition.parquet.exists():
@@ -98,14 +101,13 @@ def open_run(config: scoring.Config) -> FinishedRun:
                 raise Trouble(EXIT_VERIFY, f"{partition.parquet} is not what had been written: remove it and run "
                                            "image_text_sim_clip.py with this config again")
         parts.append(part)
-    settings = manifest["settings"]
-    names = scoring.output_names(manifest["columns"])
+    settings, names = manifest["settings"], scoring.output_names(manifest["columns"])
     shown = dict(zip(manifest["columns"], names, strict=True))
     source, caption = (shown[scoring.column_name(settings[key])] for key in ("url_column", "caption_column"))
     merged = null.Null.merge_parts(parts)
     for part in parts:
         part["null"] = None  # some kB each, and merged by now
-    return FinishedRun(output, settings, partitions, parts, profile, merged, names, source, caption)
+    return FinishedRun(output, manifest, partitions, parts, profile, merged, names, source, caption)
 
 
 def _read_json(path: pathlib.Path) -> dict | None:
@@ -121,15 +123,25 @@ def _read_json(path: pathlib.Path) -> dict | None:
 class Pictures:
     """Sources -> bytes, as the scoring script finds and fetches them, several at a time and in order."""
 
-    def __init__(self, config: scoring.Config) -> None:
-        threads = scoring.loader_threads(config)
-        if config.image_path == "url" and not config.cache_path:
+    def __init__(self, config: scoring.Config, run: FinishedRun) -> None:
+        threads, self._tars, read = scoring.loader_threads(config), None, None
+        if run.manifest.get("kind") == "tar":  # tars bring their pictures along
+            self._tars = scoring.addon("inputs", "csv_path").open_rows(
+                run.manifest, config, functools.partial(Trouble, EXIT_INPUT), scoring.RowFailure)
+            read = self._tars.read_bytes
+        elif config.image_path == "url" and not config.cache_path:
             say("image_path: url without cache_path: the pictures are fetched again")
-        if config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
+        elif config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
             raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
-        self._config = config
-        self._read = scoring.ImageLoader(config, scoring.DRY_RUN_SETTINGS, scoring.resize_pillow, threads).read
+        self._config, self._source_name = config, run.source_name
+        self._read = scoring.ImageLoader(config, scoring.DRY_RUN_SETTINGS, scoring.resize_pillow, threads, read).read
         self._pool = scoring.LoaderPool(threads)
+
+    def locate(self, first_row: int, table: Any) -> list[str]:
+        """The source of each row of a chunk: its URL or path, or its place in a tar."""
+        if self._tars:
+            return self._tars.sources(first_row, first_row + table.num_rows)
+        return table[self._source_name].to_pylist()
 
     def load(self, sources: list[str]) -> Iterator[bytes | Exception]:
         """For each source its bytes, or the RowFailure that says why there are none."""
@@ -186,9 +198,10 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, pict
         left = np.flatnonzero(judged == rules.KEPT)
         fingerprints = np.zeros(len(judged), np.uint64)
         if pictures:
-            facts = measure_all(pictures, dict.fromkeys(sources[i] for i in left), curation.duplicate_images == "perceptual")
+            places = pictures.locate(first_row, table)
+            facts = measure_all(pictures, dict.fromkeys(places[i] for i in left), curation.duplicate_images == "perceptual")
             for i in left:
-                if (fact := facts[sources[i]]) is None:
+                if (fact := facts[places[i]]) is None:
                     judged[i] = rules.VERDICTS["unreadable_image"]
                 else:
                     judged[i], fingerprints[i] = rules.judge_picture(curation, fact.width, fact.height), fact.fingerprint
@@ -271,14 +284,17 @@ def scores_schema(run: FinishedRun) -> Any:
                      + [(name, types.get(name, pa.float32())) for name in scoring.RESULT_COLUMNS])
 
 
-def kept_records(run: FinishedRun, verdicts: Any) -> Iterator[export.Record]:
+def kept_records(run: FinishedRun, pictures: Pictures, verdicts: Any) -> Iterator[export.Record]:
     """The kept rows, one by one."""
     for first_row, table, judged in judged_chunks(run, verdicts):
         at = np.flatnonzero(judged == rules.KEPT)
+        if not len(at):
+            continue
+        places = pictures.locate(first_row, table)
         columns = [table[name].take(at).to_pylist()
                    for name in (run.source_name, run.caption_name, "similarity", "dissimilarity")]
-        for row, values in zip((first_row + at).tolist(), zip(*columns, strict=True), strict=True):
-            yield export.Record(row, *values)
+        for place, values in zip(at.tolist(), zip(*columns, strict=True), strict=True):
+            yield export.Record(first_row + place, places[place], *values)
 
 
 def export_kept(run: FinishedRun, curation: rules.Curation, pictures: Pictures | None, verdicts: Any,
@@ -293,7 +309,7 @@ def export_kept(run: FinishedRun, curation: rules.Curation, pictures: Pictures |
     if state.is_complete:
         return export.Exported(state.exported)
     assert pictures
-    records = kept_records(run, verdicts)
+    records = kept_records(run, pictures, verdicts)
     exported = export.export_imagefolder(state.target, records, pictures.load, scoring.atomic_file) \
         if curation.export == "imagefolder" else \
         export.export_webdataset(state.target, records, pictures.load, scoring.atomic_file, curation.shard_rows)
@@ -323,7 +339,7 @@ def describe_choice(curation: rules.Curation, cuts: rules.Cuts, run: FinishedRun
     return {"rows": run.rows, "scored": scored, "kept": counts["kept"],
             "dropped": {name: count for name, count in counts.items() if count and name != "kept"},
             "cut_similarity": cut, "random_pairs_at_cut": passing, "random_pairs": run.profile.get("null"),
-            "model": run.settings["pretrained_model"], "curate": dataclasses.asdict(curation)}
+            "model": run.model, "curate": dataclasses.asdict(curation)}
 
 
 def tell_choice(choice: dict) -> str:
@@ -369,7 +385,8 @@ def write_review(run: FinishedRun, curation: rules.Curation, config: scoring.Con
                  choice: dict, folder: pathlib.Path) -> None:
     """Write review.html."""
     chosen = review.choose_sample(run.similarities, curation.review_rows)
-    sample, failures = review.collect_rows(judged_chunks(run, verdicts), chosen, run.source_name, run.caption_name, rules.RULES)
+    sample, failures = review.collect_rows(judged_chunks(run, verdicts), chosen, run.source_name, run.caption_name, rules.RULES,
+                                           pictures.locate)
     small = dataclasses.replace(config, decode="scaled")
     size = (review.THUMBNAIL_PX, review.THUMBNAIL_PX)
     thumbnails = review.add_thumbnails(sample, pictures.load, lambda data: scoring.decode_image(data, small, size),
@@ -379,7 +396,7 @@ def write_review(run: FinishedRun, curation: rules.Curation, config: scoring.Con
         del row["source"]
     random = run.null.random.counts if run.null and run.null.random.count else None
     content = review.describe_run(run.profile, f"Review of {run.output.name}") | {
-        "subtitle": f"{run.settings['pretrained_model']}: {tell_choice(choice)}.",
+        "subtitle": f"{run.model}: {tell_choice(choice)}.",
         "resolution": null.RESOLUTION, "matched": review.pack_histogram(matched_counts(run)),
         "random": None if random is None else review.pack_histogram(random), "cut": choice["cut_similarity"],
         "rules": [[name, count, rules.RULE_TEXTS.get(name, "passes every rule")] for name, count in counts.items()],
@@ -414,12 +431,12 @@ def curate(config: scoring.Config) -> dict:
     curation = scoring.check_section(rules.Curation, config.curate or {}, "curate")
     run = open_run(config)
     try:
-        curation = rules.apply_recipe(curation, run.settings["pretrained_model"])
+        curation = rules.apply_recipe(curation, run.model)
     except ValueError as error:
         raise Trouble(EXIT_CONFIG, str(error)) from None
     require_libraries(curation)
     reads = curation.needs_pictures or curation.review or curation.export in ("imagefolder", "webdataset")
-    pictures, folder = Pictures(config) if reads else None, run.output / "curated"
+    pictures, folder = Pictures(config, run) if reads else None, run.output / "curated"
     cuts = find_cuts(curation, run)
     with contextlib.ExitStack() as stack:
         if pictures:

@@ -30,6 +30,7 @@ class Record:
 
     row: int
     source: str
+    url: str
     caption: str
     similarity: float
     dissimilarity: float
@@ -41,13 +42,13 @@ class Record:
 
     def describe(self) -> dict:
         """What goes into metadata.jsonl and the tars' JSON files."""
-        return {"text": self.caption, "row": self.row, "url": self.source, "similarity": self.similarity,
+        return {"text": self.caption, "row": self.row, "url": self.url, "similarity": self.similarity,
                 "dissimilarity": self.dissimilarity}
 
 
 @dataclasses.dataclass
 class Exported:
-    """How many rows were written, and which were not: (row, source, reason)."""
+    """How many rows were written, and which were not: (row, url, reason)."""
 
     count: int = 0
     missing: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
@@ -118,7 +119,7 @@ def _pictures(records: list[Record], load_pictures: LoadPictures, exported: Expo
             except ValueError as error:
                 data = error
         if isinstance(data, Exception):
-            exported.missing.append((record.row, record.source, str(data)))
+            exported.missing.append((record.row, record.url, str(data)))
         else:
             yield record, data, extension
 

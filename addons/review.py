@@ -73,10 +73,11 @@ def _sample_bins(similarities: Any) -> Any:
 
 
 def collect_rows(chunks: Iterable[tuple[int, Any, Any]], chosen: Any, source_name: str, caption_name: str,
-                 rules: tuple[str, ...]) -> tuple[list[dict], dict[str, list[dict]]]:
+                 rules: tuple[str, ...], locate: Callable[[int, Any], list[str]]) -> tuple[list[dict], dict[str, list[dict]]]:
     """The chosen rows, and up to FAILURE_EXAMPLES rows of each status but ok, as the page's objects.
 
-    `chunks` yields (first row, pyarrow table as in scores.csv, verdicts uint8); `rules` names the verdicts.
+    `chunks` yields (first row, pyarrow table as in scores.csv, verdicts uint8); `rules` names the verdicts; `locate` gives
+    the source of each row's picture in such a chunk.
     """
     sample: list[dict] = []
     failures: dict[str, list[dict]] = {}
@@ -89,9 +90,10 @@ def collect_rows(chunks: Iterable[tuple[int, Any, Any]], chosen: Any, source_nam
                 found.append({})  # its place; filled below
                 failed.append((place, status, len(found) - 1))
         places = [*inside.tolist(), *(place for place, *_ in failed)]
+        sources = locate(first_row, table) if places else []
         columns = [table[name].take(places).to_pylist()
                    for name in ("similarity", source_name, caption_name, "status", "detail")]
-        made = [{"row": first_row + place, "similarity": similarity, "url": url[:URL_CHARS], "source": url,
+        made = [{"row": first_row + place, "similarity": similarity, "url": url[:URL_CHARS], "source": sources[place],
                  "caption": caption[:CAPTION_CHARS] + ("…" if len(caption) > CAPTION_CHARS else ""), "status": status,
                  "detail": detail, "rule": rules[verdicts[place]], "thumbnail": None}
                 for place, similarity, url, caption, status, detail in zip(places, *columns, strict=True)]

@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import BUNDLED_MODEL
 from finished_run import last_json, write_finished_run
 
 import image_text_sim_clip as script
@@ -219,3 +220,31 @@ def test_pictures_of_urls_come_from_the_cache(tmp_path, run_main, run_curate_mai
     write_finished_run(tmp_path / "out", [0.3, 0.4], ["one", "two"], [url, url])
     assert run_curate_main(config, export="imagefolder")["exported"] == 2
     assert (tmp_path / "out/curated/imagefolder/train/00000/000000001.jpg").read_bytes() == data
+
+
+@pytest.mark.slow
+def test_tars_in_tars_out(shapes, run_main, run_curate_main, write_config, tmp_path):
+    """What was exported as webdataset can be scored from its tars and curated again: the same pictures and captions."""
+    first = shapes(rows=30, pretrained_model=BUNDLED_MODEL)
+    assert run_main("--config", first).code == 0
+    assert run_curate_main(first, export="webdataset", shard_rows=7, max_random_rate=0.05)["exported"] > 10
+    tars = tmp_path / "out/curated/webdataset"
+    again = write_config("again.yaml", csv_path=str(tars), image_path=str(tmp_path / "nowhere"), caption_column="text",
+                         pretrained_model=BUNDLED_MODEL, output_path=str(tmp_path / "again"))
+    outcome = run_main("--config", again)
+    assert outcome.code == 0, outcome.stderr
+    kept = run_curate_main(again, export="imagefolder", duplicate_images="exact", min_width=10, review=True)
+    assert kept["exported"] == kept["kept"] == outcome.result["scored"] > 10
+    lines = (tmp_path / "again/curated/imagefolder/train/metadata.jsonl").read_text().splitlines()
+    names = [json.loads(line) for line in lines]
+    for line in names:
+        exported = tmp_path / "again/curated/imagefolder/train" / line["file_name"]
+        assert exported.read_bytes() == (ROOT / "challenge_set/shapes" / line["url"]).read_bytes()
+    captions = [caption.decode() for path in sorted(tars.glob("*.tar")) for caption in texts_of(path)]
+    assert [line["text"] for line in names] == captions
+
+
+def texts_of(path):
+    """The .txt members of a tar, in order."""
+    with tarfile.open(path) as tar:
+        return [tar.extractfile(member).read() for member in tar if member.name.endswith(".txt")]
