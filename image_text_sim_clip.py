@@ -158,8 +158,9 @@ def addon(name: str, key: str) -> Any:
         raise Trouble(EXIT_CONFIG, f"{key} needs {missing}") from error
 
 
+@functools.cache
 def optional_addon(name: str, otherwise: str) -> Any:
-    """addons/<name>.py, or None and one line that says what the run goes without."""
+    """addons/<name>.py, or None and one line, said once, on what the run goes without."""
     try:
         return importlib.import_module(f"addons.{name}")
     except ImportError as error:
@@ -222,6 +223,8 @@ class Config:
     ray_gpus: float = _setting(0.0, 0.0, 64)
     output_format: Literal["csv", "parquet"] = "csv"
     max_failure_rate: float = _setting(0.9, 0.0, 1.0)
+    # the second job, curate.py, which checks what is in it (addons/curation.py)
+    curate: dict | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -248,7 +251,7 @@ class Config:
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
                  "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
-                 "use_environment_proxies"}
+                 "use_environment_proxies", "curate"}
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -268,15 +271,35 @@ def _describe(kind: Any) -> str:
         return " | ".join(typing.get_args(kind))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " | ".join(_describe(k) for k in typing.get_args(kind))
-    return {str: "text", bool: "true | false", int: "a whole number", float: "a number", type(None): "null"}[kind]
+    return {str: "text", bool: "true | false", int: "a whole number", float: "a number", type(None): "null",
+            dict: "a section of keys"}[kind]
 
 
-def _check_value(field: dataclasses.Field, value: Any) -> None:
+def _check_value(field: dataclasses.Field, value: Any, section: str = "") -> None:
     if not _accepts(field.type, value):
-        raise Trouble(EXIT_CONFIG, f"{field.name} must be {_describe(field.type)}, got {value!r}")
+        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_describe(field.type)}, got {value!r}")
     low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
     if isinstance(value, (int, float)) and not low <= value <= high:
-        raise Trouble(EXIT_CONFIG, f"{field.name} must lie in [{low}, {high}], got {value}")
+        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must lie in [{low}, {high}], got {value}")
+
+
+def check_keys(kind: Any, values: dict, section: str = "") -> None:
+    """Raise Trouble (exit 2) for a key that the dataclass `kind` does not have, and name the nearest one it has."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
+            raise Trouble(EXIT_CONFIG, f"unknown key {section + str(key)!r}"
+                                       + (f"; did you mean {section + nearest[0]!r}?" if nearest else ""))
+
+
+def check_section(kind: Any, values: dict, section: str) -> Any:
+    """The dataclass `kind` made of a section's `values`, its keys, types and ranges checked as those of Config are."""
+    check_keys(kind, values, section + ".")
+    made = kind(**values)
+    for field in dataclasses.fields(kind):
+        _check_value(field, getattr(made, field.name), section + ".")
+    return made
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -316,21 +339,24 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
         if not equals:
             raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
         try:
-            values[key.strip()] = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
+            loaded = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
         except _YAML_ERRORS:
             raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
-    known = [field.name for field in dataclasses.fields(Config)]
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
-            raise Trouble(EXIT_CONFIG, f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+        section, dot, inner = key.strip().partition(".")
+        held = values.get(section) or {}
+        if dot and isinstance(held, dict):
+            values[section] = held | {inner: loaded}
+        else:
+            values[key.strip()] = loaded
+    check_keys(Config, values)
     return Config(**values)
 
 
 # ── Pairs: stage and plan ─────────────────────────────────────────────────────────────────────────────────────────────
 
 STAGE_ROWS = 8192  # rows of one Parquet row group of the staged table: what is held in memory at a time
-RESULT_COLUMNS = ("similarity", "dissimilarity", "probability", "truncated", "status", "detail")
+RESULT_COLUMNS = ("similarity", "dissimilarity", "probability", "percentile", "random_percentile", "truncated", "status",
+                  "detail")  # a part holds all but the two percentiles, which only the whole run can tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,12 +470,16 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
         manifest = _find_or_make_manifest(config, output)
         if not joins and not _has_parts(output) and manifest.pop("resolved", None):
             write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
+    shards = inputs.open_rows(manifest, config, trouble, RowFailure) if manifest["kind"] in ("parquet", "tar") else None
+    return Plan(output, manifest, cut_rows(manifest, output), shards)
+
+
+def cut_rows(manifest: dict, output: pathlib.Path) -> list[Partition]:
+    """The partitions of the run that `manifest` describes."""
     step, rows = manifest["partition_rows"], manifest["rows"]
     edges = [*manifest.get("starts", [0][:rows]), rows]  # of tars, which no partition crosses
     starts = [start for a, b in itertools.pairwise(edges) for start in range(a, b, step)]
-    partitions = [Partition(i, a, b, output / "parts") for i, (a, b) in enumerate(itertools.pairwise([*starts, rows]))]
-    shards = inputs.open_rows(manifest, config, trouble, RowFailure) if manifest["kind"] in ("parquet", "tar") else None
-    return Plan(output, manifest, partitions, shards)
+    return [Partition(i, a, b, output / "parts") for i, (a, b) in enumerate(itertools.pairwise([*starts, rows]))]
 
 
 def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
@@ -844,7 +874,7 @@ def usable_cores() -> int:
 # waited for.
 PREPARE_STAGES = ("fetch", "decode", "resize", "tokenize")
 METRIC_STAGES = ("image_encoder", "text_encoder", "score")
-STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "write", "wait_for_images", "wait_for_model")
+STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "null", "write", "wait_for_images", "wait_for_model")
 
 
 class Clock:
@@ -1224,16 +1254,18 @@ class PartitionRun:
     rows: Any
     sources: list[str]
     finish: Callable[[Any], Any]
+    null: dict | None = None  # histograms of random and matched pairs (addons/null.py); at first, those of an earlier run
 
     @classmethod
     def open(cls, plan: Plan, partition: Partition, config: Config, retry: bool) -> "PartitionRun":
         """Read the rows, with `retry` those alone that failed for a passing reason, which no picture in a tar does."""
-        rows, finish = plan.read_rows(partition.start, partition.stop), lambda table: table
+        rows, finish, null = plan.read_rows(partition.start, partition.stop), lambda table: table, None
         if retry and (part := read_part(partition)) is not None:
             rows, finish = addon("retry", "--retry-failed").failed_rows(rows, part)
+            null = (_read_json(partition.json) or {}).get("null")
         if hasattr(plan.shards, "sources"):
-            return cls(partition, rows, plan.shards.sources(partition.start, partition.stop), finish)
-        return cls(partition, rows, rows[column_name(config.url_column)].tolist(), finish)
+            return cls(partition, rows, plan.shards.sources(partition.start, partition.stop), finish, null)
+        return cls(partition, rows, rows[column_name(config.url_column)].tolist(), finish, null)
 
     def wanted(self, config: Config) -> list[str]:
         """The distinct sources to load, in order of first use; rows without a caption need none."""
@@ -1312,6 +1344,10 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, 
                 truncated[i] = cut[n]
                 if not np.isfinite(cosine[i]):
                     status[i], detail[i] = "non_finite", "the model gave no finite embedding, in float32 neither"
+        if null := optional_addon("null", "no percentiles"):
+            with clock.stage("null"):
+                run.null = null.describe_partition(image_embeddings.numpy(), text_embeddings.numpy(), image_rows, text_rows,
+                                                   cosine[scored], run.null)
     return _with_results(rows, scorer, cosine, truncated, status, detail)
 
 
@@ -1391,7 +1427,7 @@ def _read_json(path: pathlib.Path) -> dict | None:
         return None
 
 
-def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str) -> dict:
+def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str, null: dict | None = None) -> dict:
     """Write the part: its JSON first, then its Parquet, whose existence is the mark of done. Returns the JSON's content."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -1408,6 +1444,7 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, w
         "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
         "worker": worker, "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
         "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
+        "null": null,
     }
     write_json(partition.json, summary)
     with output_disk(partition.parquet), atomic_file(partition.parquet) as file:
@@ -1517,7 +1554,7 @@ class Worker:
                 ahead = begin(following) if following else None
                 table = score_partition(self.scorer, run, pool, self.config, clock, on_loaded)
                 now = time.perf_counter()
-                summary = commit_part(run.partition, run.finish(table), clock, now - since, self.name)
+                summary = commit_part(run.partition, run.finish(table), clock, now - since, self.name, run.null)
                 run.partition.trying.unlink(missing_ok=True)
                 clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next's time
                 yield summary
@@ -1629,17 +1666,35 @@ def result_tables(plan: Plan) -> Iterator[Any]:
     Raises Trouble (exit 7) for a flawed part, and where fewer or more rows go out than came in.
     """
     import numpy as np
-    written = 0
+    written, null = 0, merge_null(plan)
     for partition in plan.partitions:
         table = read_part(partition)
         if table is None:
             rows = plan.read_rows(partition.start, partition.stop)
             n = len(rows)
             table = _with_results(rows, None, np.full(n, np.nan, np.float32), [False] * n, ["not_tried"] * n, [""] * n)
-        yield table
+        yield add_percentiles(table, null)
         written += table.num_rows
     if written != plan.rows:
         raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
+
+
+def merge_null(plan: Plan) -> Any:
+    """The run's random and matched pairs (addons.null.Null), added up from its parts; None where they have none."""
+    null = optional_addon("null", "no percentiles")
+    return null and null.Null.merge_parts(_read_json(p.json) for p in plan.partitions if p.parquet.exists())
+
+
+def add_percentiles(table: Any, null: Any) -> Any:
+    """A part's table with `percentile` and `random_percentile` after `probability`; empty cells without a null or a score."""
+    import numpy as np
+    import pyarrow as pa
+    cosines = table["similarity"].to_numpy().astype(np.float32)  # (n,), NaN for no score
+    shares = null.percentiles(cosines) if null else [np.full(len(cosines), np.nan, np.float32)] * 2
+    after = table.schema.get_field_index("probability") + 1
+    for place, (name, share) in enumerate(zip(("percentile", "random_percentile"), shares, strict=True), after):
+        table = table.add_column(place, name, pa.array(share, pa.float32(), mask=~np.isfinite(share)))
+    return table
 
 
 def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
@@ -1680,12 +1735,12 @@ def summarise(config: Config, plan: Plan) -> dict:
     if plan.rows > done:
         statuses["not_tried"] = plan.rows - done
     scored = statuses.pop("ok", 0)
-    cosines = sum(part["similarity_count"] for part in parts)
+    cosines, null = sum(part["similarity_count"] for part in parts), merge_null(plan)
     return {
         "rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())), "malformed": plan.manifest["malformed"],
         "truncated": sum(part["truncated"] for part in parts),
         "mean_similarity": math.fsum(part["similarity_sum"] for part in parts) / cosines if cosines else None,
-        "wall_s": math.fsum(wall_s_of.values()), "workers": len(rows_of),
+        "null": null and null.describe(), "wall_s": math.fsum(wall_s_of.values()), "workers": len(rows_of),
         "pairs_per_s": sum(rows_of[worker] / wall_s for worker, wall_s in wall_s_of.items() if wall_s),
         "stage_seconds": {stage: seconds[stage] for stage in STAGES},
         "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),

@@ -62,5 +62,8 @@ def print_summary(profile: dict[str, Any], prepare: Sequence[str], metric: Seque
                            f"{profile['days_for_100_million_pairs']:,.2f} days"), ("limited by", profile["bottleneck"])]
     if profile["mean_similarity"] is not None:
         lines.append(("mean similarity", f"{profile['mean_similarity']:.4f}"))
+    if null := profile["null"]:
+        lines.append(("random pairs", f"mean {null['mean']:.4f}, sd {null['sd']:.4f}; 95 % lie below {null['q95']:.4f}, 99 % "
+                                      f"below {null['q99']:.4f}, 99.9 % below {null['q99.9']:.4f}"))
     for name, value in lines:
         say(f"{name:>16}  {value}")

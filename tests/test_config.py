@@ -50,7 +50,7 @@ def test_config_yaml_equals_the_dataclass():
 
 def test_config_yaml_loads_to_the_defaults():
     """Loading config.yaml gives the very Config that no file at all would give, the section of the second job aside."""
-    assert dataclasses.replace(script.load_config(ROOT / "config.yaml"), curate={}) == script.Config()
+    assert dataclasses.replace(script.load_config(ROOT / "config.yaml"), curate=None) == script.Config()
 
 
 def test_key_of_a_section_can_be_overridden(tmp_path):
@@ -58,7 +58,8 @@ def test_key_of_a_section_can_be_overridden(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("curate: {keep_fraction: 0.5, review: true}\n")
     assert script.load_config(path, ["curate.keep_fraction=0.25"]).curate == {"keep_fraction": 0.25, "review": True}
-    path.write_text("limit: 3\n")
+    path.write_text("limit: 3\ncurate:\n")
+    assert script.load_config(path).curate is None
     assert script.load_config(path, ["curate.export=parquet"]).curate == {"export": "parquet"}
     for override in ("limit.x=1", "nothing.x=1"):
         with pytest.raises(script.Trouble, match="unknown key"):

@@ -197,7 +197,8 @@ def test_scores_are_exact(shapes, run_main, read_table, tmp_path):
     assert outcome.code == 0, outcome.stderr
     scores = read_table(tmp_path / "out/scores.csv")
     assert list(scores[0]) == [
-        "url", "caption", "match", "similarity", "dissimilarity", "probability", "truncated", "status", "detail"]
+        "url", "caption", "match", "similarity", "dissimilarity", "probability", "percentile", "random_percentile", "truncated",
+        "status", "detail"]
     parts = [pq.read_table(tmp_path / f"out/parts/part-{i:05d}.parquet") for i in range(3)]
     assert [part.num_rows for part in parts] == [25, 25, 10]
     stored = np.concatenate([part["similarity"].to_numpy() for part in parts])
@@ -725,7 +726,7 @@ def test_script_alone(run_cli, read_table, tmp_path):
     good = [row for row in read_table(tmp_path / "scores/scores.csv") if row["match"] == "good"]
     assert len(good) >= 4 and all(0.3 < float(row["similarity"]) <= 1 for row in good)
     told = outcome.stderr.splitlines()
-    assert len(told) == 2 and all("addons" in line for line in told), told  # no picture and no table, each in one line
+    assert len(told) == 3 and all("addons" in line for line in told), told  # no picture, table and percentiles: a line each
 
 
 @pytest.mark.slow
