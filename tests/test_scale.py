@@ -342,9 +342,10 @@ cluster.shutdown()
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_ray_survives_the_loss_of_a_node(dry, run_main, tmp_path):
+def test_ray_survives_the_loss_of_a_node(dry, run_main, write_table, tmp_path):
     """One of two nodes dies half-way: every row comes out once, the files are those of a single process."""
     pytest.importorskip("ray")
+    write_table([["url", "caption"], *([f"{i % 120}.png", f"caption {i}"] for i in range(1800))])
     assert run_main("--config", dry, "--set", f"output_path={tmp_path / 'local'}").code == 0
     (tmp_path / "lose.py").write_text(NODE_LOSS)
     command = [sys.executable, str(tmp_path / "lose.py"), str(ROOT / "image_text_sim_clip.py"), "--config", str(dry),
@@ -353,7 +354,7 @@ def test_ray_survives_the_loss_of_a_node(dry, run_main, tmp_path):
                           env=os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})  # all of it on the loopback address
     told = json.loads(next(line for line in done.stdout.splitlines() if "done_before_the_loss" in line))
     assert told["code"] == 0, done.stderr
-    assert told["workers_before"] >= 2 and told["done_before_the_loss"] < 40, told
+    assert told["workers_before"] >= 2 and told["done_before_the_loss"] < 600, told
     assert outcome_of(tmp_path / "out") == outcome_of(tmp_path / "local")
 
 
