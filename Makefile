@@ -25,14 +25,14 @@ lint: .venv/ready-for-tests  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: .venv/ready  ## time this script beside a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
-	$(BIN)/python tests/bench.py --out scores/bench
+	$(BIN)/python tests/bench.py --out scores/bench --plot readme_imgs/throughput.png
 
 bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray on the same dry run; MB/s of staging
 	$(BIN)/python tests/bench_scale.py
 	$(BIN)/python tests/bench_inputs.py
 
 bench-gpu: .venv/ready  ## the same on CUDA, with more models
-	$(BIN)/python tests/bench.py --out scores/bench --gpu --pairs 20000
+	$(BIN)/python tests/bench.py --out scores/bench --gpu --plot scores/bench/throughput-gpu.png
 
 pictures: .venv/ready-for-tests  ## draw everything in readme_imgs again, from real runs
 	$(BIN)/python readme_imgs/draw_figures.py

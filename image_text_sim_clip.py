@@ -187,6 +187,8 @@ class Config:
     revision: str = "main"
     safetensors_only: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "int8"] = "none"
+    compile: bool = False
     # the table
     url_column: str | int = _setting("url", 0)
     caption_column: str | int = _setting("caption", 0)
@@ -197,7 +199,7 @@ class Config:
     escape_formulas: bool = False
     # images
     preprocess: Literal["fast", "exact"] = "fast"
-    decode: Literal["exact", "scaled"] = "exact"
+    decode: Literal["exact", "scaled", "gpu"] = "exact"
     transparent_over: str = "white"
     exif_orientation: bool = False
     avif: bool = False
@@ -222,6 +224,9 @@ class Config:
     ray_workers: str | int = _setting(1, 1)
     ray_gpus: float = _setting(0.0, 0.0, 64)
     output_format: Literal["csv", "parquet"] = "csv"
+    save_embeddings: Literal["none", "float32", "float16", "int8"] = "none"
+    parity_rows: int | Literal["auto"] = _setting("auto", 0, 10_000)
+    max_score_drift: float | None = _setting(None, 0.0, 2.0)
     max_failure_rate: float = _setting(0.9, 0.0, 1.0)
     # the second job, curate.py, which checks what is in it (addons/curation.py)
     curate: dict | None = None
@@ -233,6 +238,8 @@ class Config:
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
+        if self.max_score_drift is not None and self.parity_rows == 0:
+            raise Trouble(EXIT_CONFIG, "max_score_drift needs parity_rows: with 0 nothing is scored twice")
         if self.separator != "auto" and (len(self.separator) != 1 or self.separator in '"\r\n'):
             raise Trouble(EXIT_CONFIG, f"separator must be auto or one character that can separate, got {self.separator!r}")
         try:
@@ -251,7 +258,7 @@ class Config:
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
                  "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
-                 "use_environment_proxies", "curate"}
+                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -349,6 +356,9 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
         else:
             values[key.strip()] = loaded
     check_keys(Config, values)
+    drift = values.get("max_score_drift")
+    if isinstance(drift, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", drift):
+        values["max_score_drift"] = float(drift)  # YAML 1.1 takes 1e-3 for text
     return Config(**values)
 
 
@@ -377,6 +387,11 @@ class Partition:
     def json(self) -> pathlib.Path:
         """Its sha256, counts and seconds; written first."""
         return self.folder / f"part-{self.index:05d}.json"
+
+    @property
+    def embeddings(self) -> pathlib.Path:
+        """With save_embeddings: the embeddings of its pictures and captions; written before both."""
+        return self.folder / f"part-{self.index:05d}.npz"
 
     @property
     def trying(self) -> pathlib.Path:
@@ -506,6 +521,8 @@ def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
         if size == "auto":  # a tar is one partition
             size = max(1, manifest["rows"]) if "starts" in manifest else min(10_000, max(256, manifest["rows"] // 200))
         manifest["partition_rows"] = size
+        if config.pretrained_model != "none" and (passport := optional_addon("passport", "no score passport")):
+            manifest["parity_rows"] = passport.count_rows(manifest["rows"], config.parity_rows)
         write_json(output / "manifest.json", manifest)
         if manifest["malformed"]:
             say(f"{manifest['malformed']} lines of {config.csv_path} are no rows: see {output / 'bad_rows.csv'}")
@@ -527,10 +544,17 @@ def _has_parts(output: pathlib.Path) -> bool:
     return any((output / "parts").glob("part-*.parquet"))
 
 
-def settle(plan: Plan, resolved: dict) -> None:
-    """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a worker that differs."""
+def settle(plan: Plan, scorer: "Scorer | None") -> None:
+    """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a worker that differs.
+
+    A batch size that is left to be found is found by the first worker, and taken from the manifest by all others.
+    """
     with locked(plan.output):
-        recorded = (_read_json(plan.output / "manifest.json") or {}).get("resolved", resolved)
+        known = (_read_json(plan.output / "manifest.json") or {}).get("resolved")
+        if scorer and scorer.config.batch_size == "auto":
+            scorer.batch_size = (known or {}).get("batch_size") or scorer.find_batch_size()
+        resolved = scorer.identity() if scorer else {}
+        recorded = resolved if known is None else known
         differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
                        for key, value in resolved.items() if recorded.get(key) != value]
         if differences:
@@ -704,6 +728,10 @@ class ImageSettings:
         return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
 
 
+    def knows_fast_resize(self) -> bool:
+        """Whether torch's antialiased kernel has the model's way of resampling."""
+        return self.resample in (2, 3)
+
     def without_ends(self, image: Any) -> Any:
         """A strip longer than MAX_ASPECT cut to its centre, where the crop keeps the centre only; others as they are."""
         if not self.shortest_edge or not self.crop or max(image.size) <= MAX_ASPECT * min(image.size):
@@ -720,12 +748,23 @@ def resize_fast(image: Any, settings: ImageSettings) -> Any:
 
     It is the kernel that transformers' own default backend calls, on bytes and without torchvision.
     """
-    import numpy as np
     import torch
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+    pixels = _lend_pixels(image).permute(2, 0, 1)[None]  # (1, 3 or 4, h, w), channels last in memory
     size = settings.resized(image.height, image.width)
     mode = {2: "bilinear", 3: "bicubic"}[settings.resample]
-    return center_crop(torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=True)[0].numpy(), settings.crop)
+    return center_crop(torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=True)[0, :3].numpy(), settings.crop)
+
+
+def _lend_pixels(image: Any) -> Any:
+    """The picture's (h, w, 4) uint8 tensor in Pillow's own memory, which has four bytes a pixel; a copy (h, w, 3) where
+    Pillow cannot lend it: before 11.3, and beyond 16 MB."""
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    if hasattr(image, "__arrow_c_array__"):
+        with contextlib.suppress(ValueError):
+            return torch.from_dlpack(pa.array(image).flatten()).view(image.height, image.width, 4)
+    return torch.from_numpy(np.array(image))
 
 
 def resize_pillow(image: Any, settings: ImageSettings) -> Any:
@@ -766,6 +805,7 @@ class ImageLoader:
                  threads: int, read: Callable[[str], bytes] | None = None) -> None:
         self.config, self.settings, self.resize = config, settings, resize
         self.decode_bytes: Callable[..., Any] = decode_image
+        self.for_the_card: Callable[[bytes, bytes], Any] | None = None  # with decode: gpu, what takes pictures off our hands
         self.read: Callable[[str], bytes]
         if read:
             self.read = read
@@ -785,6 +825,9 @@ class ImageLoader:
             with clock.stage("fetch"):
                 data = self.read(source.strip())
             loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
+            if self.for_the_card and (on_card := self.for_the_card(data, loaded.digest)):
+                loaded.pixels = on_card
+                return loaded
             with contextlib.ExitStack() as holding:
                 with clock.stage("decode", time.thread_time):
                     image = self.decode(data, holding)
@@ -799,6 +842,7 @@ class ImageLoader:
     def isolated(self) -> "ImageLoader":
         """A copy that decodes in a child process, for a partition at which an earlier run died or hung."""
         loader = copy.copy(self)
+        loader.for_the_card = None
         loader.decode_bytes = addon("isolate", "a partition left behind").IsolatedDecoder(
             dataclasses.asdict(self.config), RowFailure)
         return loader
@@ -817,6 +861,12 @@ def wait_for(future: "Future[Any]") -> None:
         INTERRUPTION.check()
 
 
+def compute_in_one_thread() -> None:
+    """Keep torch to this thread for its arithmetic: there are as many threads as cores already. No torch: a dry run."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 class LoaderPool:
     """Loads sources ahead of their use: `add` them, `take` them in the same order; a bounded number is in flight."""
 
@@ -824,7 +874,7 @@ class LoaderPool:
         self._window = 4 * threads + 8
         self._waiting: collections.deque[tuple[Callable[[str], Loaded], str]] = collections.deque()
         self._flying: collections.deque[Future[Loaded]] = collections.deque()
-        self._pool = ThreadPoolExecutor(threads, "loader") if threads else None
+        self._pool = ThreadPoolExecutor(threads, "loader", compute_in_one_thread) if threads else None
 
     def add(self, load: Callable[[str], Loaded], sources: Iterable[str]) -> None:
         """Queue names (not pictures: those stay within the window) to be loaded by `load`."""
@@ -912,6 +962,10 @@ def gpu_memory_mib(peak: bool = False) -> float:
 
 def peak_memory_mib() -> float:
     """The most memory this process has ever held, in MiB."""
+    with contextlib.suppress(OSError):  # elsewhere than on Linux; the number below counts who started this process, too
+        status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB", status, re.M):
+            return int(peak[1]) / 2**10
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -1018,9 +1072,20 @@ def load_model(files: ModelFiles, name: str) -> tuple[Any, Any, Any]:
         raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
     if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
         raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
-    for weight in (*model.parameters(), *model.buffers()):  # a mapped file's alignment would choose other CPU kernels, and
-        weight.data = weight.data.clone(memory_format=torch.contiguous_format)  # the same weights score an ulp apart
     return model.eval().requires_grad_(False), tokenizer, processor
+
+
+def _align_weights(model: Any) -> Any:
+    """Copy the weights whose place in a mapped file is not aligned as torch's own memory is: another alignment chooses
+    other CPU kernels, and the same weights score an ulp apart."""
+    import torch
+
+    def copy_weight(weight: Any) -> None:
+        if weight.data_ptr() % 64 or not weight.is_contiguous():
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    with ThreadPoolExecutor(usable_cores()) as pool:  # it reads the file, half of what a start takes
+        collections.deque(pool.map(copy_weight, [*model.parameters(), *model.buffers()]), 0)
+    return model
 
 
 # ── Model: score ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1046,23 +1111,27 @@ class Scorer:
         # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
         self.scale = self.model.logit_scale.exp().item()
         self.bias = self.model.logit_bias.item() if self.model.config.model_type == "siglip" else 0.0
-        self.model.to(self.device, getattr(torch, self.dtype))
+        self.quantization = "none"
+        if config.quantization != "none":
+            self.quantization = addon("quantize", "quantization").quantize_model(self.model, self.device)
+        _align_weights(self.model.to(self.device, getattr(torch, self.dtype)))
+        self._compiled = addon("compiled", "compile") if config.compile else None
+        if self._compiled:
+            self._compiled.compile_encoders(self.model)
         self.kind = self.model.config.model_type
         self.settings = ImageSettings.of(self.processor)
         self.context_length = self.model.config.text_config.max_position_embeddings
         self._check_tokenizer()
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
+        self.card: Any = None  # decodes pictures: decode: gpu
         self.lanes = 0 if PROFILED else usable_cores() if self.device == "cpu" else 1
 
     @functools.cached_property
     def _lane_pool(self) -> ThreadPoolExecutor:
         """On the CPU a lane for each core, with one thread for its arithmetic: no core waits for another at the end of each
         layer, and no score depends on how many there are. On a GPU one lane, so that the main thread need not wait."""
-        import torch
-        if self.device == "cpu":
-            return ThreadPoolExecutor(self.lanes, "lane", lambda: torch.set_num_threads(1))
-        return ThreadPoolExecutor(self.lanes, "lane")
+        return ThreadPoolExecutor(self.lanes, "lane", compute_in_one_thread if self.device == "cpu" else None)
 
     def submit(self, stage: str, encode: Callable[[Any], Any], batch: Any) -> "Future[tuple[Any, dict[str, float]]]":
         """Have a lane compute `encode(batch)`; the future gives the embeddings and the seconds they took in `stage`."""
@@ -1077,10 +1146,16 @@ class Scorer:
         future.set_result(timed())
         return future
 
+    def find_batch_size(self) -> int:
+        """The batch size for this GPU and its free memory; on the CPU, where it hardly matters, the default."""
+        tuner = optional_addon("tune", f"batch_size {self.batch_size}") if self.device == "cuda" else None
+        return tuner.tune(self, say) if tuner else self.batch_size
+
     def identity(self) -> dict:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
         return {"model_type": self.kind, "weights": self.files.identity, "safetensors": self.files.safetensors,
-                "device": self.device, "dtype": self.dtype, "batch_size": self.batch_size}
+                "device": self.device, "dtype": self.dtype, "quantization": self.quantization,
+                "decoder": "card" if self.card else "pillow", "batch_size": self.batch_size}
 
     def _check_tokenizer(self) -> None:
         """Refuse a tokenizer whose end-of-text the model would not pool at; find out whether it lower-cases."""
@@ -1112,7 +1187,7 @@ class Scorer:
 
     def resize(self, image: Any, settings: ImageSettings) -> Any:
         """RGB picture -> (3, H, W) uint8, the fast or the exact way (`preprocess`)."""
-        if self.config.preprocess == "fast" and settings.resample in (2, 3):
+        if self.config.preprocess == "fast" and settings.knows_fast_resize():
             return resize_fast(image, settings)
         import numpy as np
         pixels = self.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
@@ -1136,8 +1211,9 @@ class Scorer:
 
     @profile
     def encode_images(self, pixels: Any) -> Any:
-        """uint8 tensor (n, 3, H, W) -> unit embeddings (n, d), float32, on the CPU."""
+        """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU."""
         import torch
+        pixels = pixels.result() if isinstance(pixels, Future) else pixels
         channel = torch.arange(3, device=self.device).view(1, 3, 1, 1)
 
         def forward(model: Any, part: Any) -> Any:
@@ -1149,17 +1225,15 @@ class Scorer:
     def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> Any:
         """Token ids -> unit embeddings (n, d), float32, on the CPU; batches of like length, order kept."""
         import torch
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        flying = []
-        for start in range(0, len(ids), self.batch_size):
-            rows = [ids[i] for i in order[start:start + self.batch_size]]
-            # CLIP's text tower is causal and pooled at end-of-text, so nothing behind the longest caption counts;
-            # SigLIP's is neither, and was trained on the full length without a mask
-            length = max(map(len, rows)) if self.kind == "clip" else self.context_length
-            pad = self.tokenizer.pad_token_id
-            batch = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # (n, length)
-            flying.append(self.submit("text_encoder", functools.partial(
-                self._embed, lambda model, part: model.get_text_features(input_ids=part.to(self.device))), batch))
+        order, pad, flying = sorted(range(len(ids)), key=lambda i: len(ids[i])), self.tokenizer.pad_token_id, []
+        for own_length, alike in itertools.groupby(order, lambda i: self._own_length(ids[i])):
+            group = list(alike)
+            for start in range(0, len(group), self.batch_size):
+                rows = [ids[i] for i in group[start:start + self.batch_size]]
+                length = own_length or max(map(len, rows))
+                batch = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # (n, length)
+                flying.append(self.submit("text_encoder", functools.partial(
+                    self._embed, lambda model, part: model.get_text_features(input_ids=part.to(self.device))), batch))
         parts = [collect(future, clock or Clock()) for future in flying]
         if not parts:
             return torch.empty(0, 0)
@@ -1167,33 +1241,64 @@ class Scorer:
         inverse[torch.tensor(order)] = torch.arange(len(ids))
         return torch.cat(parts)[inverse]
 
+    def stack(self, batch: list[Any]) -> Any:
+        """Loaders' arrays (3, H, W) as one uint8 tensor (n, 3, H, W) that `encode_images` takes, or a future of it."""
+        import numpy as np
+        import torch
+        if self.card:
+            return self.card.start(batch)
+        pixels = torch.from_numpy(np.stack(batch))
+        return pixels.pin_memory() if self.device == "cuda" else pixels  # pinned, so that the upload need not wait
+
+    def _own_length(self, ids: list[int]) -> int:
+        """The length that a caption must be padded to whatever its neighbours, or 0 where the longest of its batch will do.
+
+        CLIP's text tower is causal and pooled at end-of-text, so nothing behind that counts, except in the scale of int8
+        values, which is the whole caption's. SigLIP's is neither, and was trained on the full length without a mask.
+        """
+        if self.kind == "siglip":
+            return self.context_length
+        if self._compiled:
+            return self._compiled.few_lengths(len(ids), self.context_length)
+        return min(self.context_length, -(-len(ids) // 8) * 8) if self.quantization != "none" else 0
+
     def _embed(self, forward: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Run `forward(model, batch)`, halving the batch when the GPU is full; normalise in fp32; redo what is not finite."""
         import torch
         try:
+            whole = self._compiled.pad_batch(batch, self.batch_size) if self._compiled else batch
             with torch.inference_mode():
-                features = forward(self.model, batch)
+                features = forward(self.model, whole)
                 features = getattr(features, "pooler_output", features).float()  # transformers 5 wraps it, projected already
-                unit = torch.nn.functional.normalize(features, dim=-1).cpu()
+                unit = torch.nn.functional.normalize(features[:len(batch)], dim=-1).cpu()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
+            self._compiled = None  # no padding to a size that does not fit
             self.oom_halvings += 1
             half = len(batch) // 2
             return torch.cat([self._embed(forward, batch[:half]), self._embed(forward, batch[half:])])
         broken = ~torch.isfinite(unit).all(dim=-1)
-        if broken.any() and self.dtype != "float32":
+        if broken.any() and not self.is_plain_float32():
             with torch.inference_mode():
                 features = forward(self._in_float32(), batch[broken])
                 features = getattr(features, "pooler_output", features)
                 unit[broken] = torch.nn.functional.normalize(features, dim=-1).cpu()
         return unit
 
+    def is_plain_float32(self) -> bool:
+        """Whether the model's weights and arithmetic are those of the files, in float32."""
+        return self.dtype == "float32" and self.quantization == "none"
+
+    def load_plain(self) -> Any:
+        """The model once more, in float32 on the CPU."""
+        return _align_weights(load_model(self.files, self.config.pretrained_model)[0])
+
     def _in_float32(self) -> Any:
-        """A float32 copy of the model, made when half precision first overflows."""
+        """The model in float32, loaded when half precision first overflows."""
         if self._float32_model is None:
-            self._float32_model = copy.deepcopy(self.model).float()
+            self._float32_model = self.load_plain().to(self.device)
         return self._float32_model
 
     def cosines(self, image_embeddings: Any, text_embeddings: Any) -> Any:
@@ -1224,7 +1329,7 @@ class Scorer:
                 rgb = self.settings.without_ends(to_rgb(picture, self.config))
             batch.append(self.resize(rgb, self.settings))
             if len(batch) == self.batch_size or number == len(pictures) - 1:
-                flying.append(self.submit("image_encoder", self.encode_images, torch.from_numpy(np.stack(batch))))
+                flying.append(self.submit("image_encoder", self.encode_images, self.stack(batch)))
                 batch = []
         if not flying:
             return np.empty(0, np.float32)
@@ -1255,6 +1360,8 @@ class PartitionRun:
     sources: list[str]
     finish: Callable[[Any], Any]
     null: dict | None = None  # histograms of random and matched pairs (addons/null.py); at first, those of an earlier run
+    watch: Any = None  # what the score passport wants to know of it
+    embedded: Any = None  # for save_embeddings: images, texts, and of each row the image and the text (-1: none)
 
     @classmethod
     def open(cls, plan: Plan, partition: Partition, config: Config, retry: bool) -> "PartitionRun":
@@ -1276,18 +1383,17 @@ class PartitionRun:
 def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, clock: Clock,
                   on_loaded: Callable[[], None]) -> tuple[dict[str, int | RowFailure], Any]:
     """Load and encode each source once: source -> row of the embeddings (m, d), or why not. Equal files are encoded once."""
-    import numpy as np
     places: dict[str, int | RowFailure] = {}
     known: dict[bytes, int] = {}
+    on_card: dict[Any, Any] = {}  # row of the embeddings -> the picture that the card decodes
     batch: list[Any] = []
     parts: list[Any] = []
     flying: collections.deque[Any] = collections.deque()
 
     def encode_batch(most_in_flight: int) -> None:
-        import torch
         assert scorer
         if batch:
-            flying.append(scorer.submit("image_encoder", scorer.encode_images, torch.from_numpy(np.stack(batch))))
+            flying.append(scorer.submit("image_encoder", scorer.encode_images, scorer.stack(batch)))
             batch.clear()
         while len(flying) > most_in_flight:
             parts.append(collect(flying.popleft(), clock))
@@ -1303,12 +1409,15 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, c
             places[source] = known[loaded.digest] = len(known)
             if scorer:
                 batch.append(loaded.pixels)
+                if hasattr(loaded.pixels, "failure"):
+                    on_card[known[loaded.digest]] = loaded.pixels
         on_loaded()
         if scorer and len(batch) == scorer.batch_size:
             encode_batch(scorer.lanes)
         INTERRUPTION.check()
     if scorer:
         encode_batch(0)
+    places = {source: getattr(on_card.get(place), "failure", None) or place for source, place in places.items()}
     if not parts:
         return places, None
     import torch
@@ -1344,6 +1453,9 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, 
                 truncated[i] = cut[n]
                 if not np.isfinite(cosine[i]):
                     status[i], detail[i] = "non_finite", "the model gave no finite embedding, in float32 neither"
+            of_row = np.full((2, count), -1, np.int32)
+            of_row[:, scored] = np.array([image_rows, text_rows])
+            run.embedded = image_embeddings, text_embeddings, *np.where(np.isfinite(cosine), of_row, -1)
         if null := optional_addon("null", "no percentiles"):
             with clock.stage("null"):
                 run.null = null.describe_partition(image_embeddings.numpy(), text_embeddings.numpy(), image_rows, text_rows,
@@ -1406,10 +1518,15 @@ def atomic_file(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
             beside.unlink(missing_ok=True)
 
 
-def write_json(path: pathlib.Path, content: dict) -> None:
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
     with output_disk(path), atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write(content)
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -1427,8 +1544,12 @@ def _read_json(path: pathlib.Path) -> dict | None:
         return None
 
 
-def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str, null: dict | None = None) -> dict:
-    """Write the part: its JSON first, then its Parquet, whose existence is the mark of done. Returns the JSON's content."""
+def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str,
+                extra: dict | None = None) -> dict:
+    """Write the part: its JSON first (with what is `extra`), then its Parquet, whose existence is the mark of done.
+
+    Returns the JSON's content.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -1444,11 +1565,10 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, w
         "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
         "worker": worker, "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
         "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
-        "null": null,
-    }
+        "null": None,
+    } | (extra or {})
     write_json(partition.json, summary)
-    with output_disk(partition.parquet), atomic_file(partition.parquet) as file:
-        file.write(data)
+    write_bytes(partition.parquet, data)
     return summary
 
 
@@ -1458,7 +1578,9 @@ def part_is_done(partition: Partition) -> bool:
     try:
         with partition.parquet.open("rb") as file:
             file.seek(-4, os.SEEK_END)
-            return bool(summary) and file.read() == b"PAR1" and file.tell() == summary["bytes"]  # type: ignore[index]
+            whole = bool(summary) and file.read() == b"PAR1" and file.tell() == summary["bytes"]  # type: ignore[index]
+        return whole and (not (saved := summary.get("embeddings"))  # type: ignore[union-attr]
+                          or partition.embeddings.stat().st_size == saved["bytes"])
     except (OSError, KeyError):
         return False
 
@@ -1532,9 +1654,39 @@ class Worker:
         self.config, self.plan, self.name, self.threads = config, plan, name, loader_threads(config)
         with Clock().stage("load_model"):
             self.scorer = Scorer(config) if config.pretrained_model != "none" else None
-        settle(plan, self.scorer.identity() if self.scorer else {})
         self.loader = ImageLoader(config, self.scorer.settings if self.scorer else DRY_RUN_SETTINGS,
                                   self.scorer.resize if self.scorer else resize_pillow, self.threads, read)
+        if self.scorer and config.decode == "gpu":
+            self._decode_on_card(self.scorer)
+        settle(plan, self.scorer)
+        self.passport = self._issue_passport()
+
+    def _decode_on_card(self, scorer: Scorer) -> None:
+        """Give the card its share of the decoding, or say why it cannot take any."""
+        card, loader = addon("gpu_decode", "decode: gpu"), self.loader
+        decode, why_not = card.find_decoder(scorer.device)
+        if self.config.preprocess == "exact" or self.config.exif_orientation or not loader.settings.knows_fast_resize():
+            why_not = "exact resizes and turned pictures are Pillow's"
+        if not decode or why_not:
+            say(f"decode: gpu is not to be had here, Pillow decodes: {why_not}")
+            return
+        plain = copy.copy(loader)  # whose own loading does not ask the card again
+        scorer.card = card.CardDecoder(decode, scorer.device, loader.settings,
+                                       lambda data: plain.resize(plain.decode(data), plain.settings), RowFailure)
+        loader.for_the_card = lambda data, digest: card.is_for_the_card(data, digest, self.config.max_image_pixels)
+
+    def _issue_passport(self) -> Any:
+        """What keeps the bytes of the rows chosen to be scored twice, and scores them; None where there are none."""
+        count, scorer = self.plan.manifest.get("parity_rows", 0), self.scorer
+        passports = count and scorer and optional_addon("passport", "no score passport")
+        if not scorer or not passports:
+            return None
+        plain = ImageLoader(dataclasses.replace(self.config, decode="exact"), self.loader.settings, scorer.resize, 0,
+                            self.loader.read)
+        reference = passports.Reference(scorer, plain.decode, scorer.load_plain)
+        passport = passports.Passport(self.plan.rows, count, reference)
+        self.loader.read = passport.wrap(self.loader.read)
+        return passport
 
     def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
@@ -1542,6 +1694,11 @@ class Worker:
 
         def begin(partition: Partition) -> PartitionRun:
             run = PartitionRun.open(self.plan, partition, self.config, retry)
+            if self.passport:
+                captions = run.rows[column_name(self.config.caption_column)]
+                known = (_read_json(partition.json) or {}).get("passport", []) if retry else []
+                run.watch = self.passport.watch(partition, run.rows.index, run.sources, [
+                    self.config.caption_template.replace("{}", caption) for caption in captions], known)
             pool.add(self.loader.isolated if partition.trying.exists() else self.loader, run.wanted(self.config))
             with output_disk(partition.trying):
                 partition.trying.touch()
@@ -1553,8 +1710,15 @@ class Worker:
             for following in [*todo[1:], None]:
                 ahead = begin(following) if following else None
                 table = score_partition(self.scorer, run, pool, self.config, clock, on_loaded)
+                wall_s, extra = time.perf_counter() - since, {"null": run.null}
+                if run.watch:  # a stage of its own: neither its time nor its pairs count in the rate
+                    with Clock().stage("passport"):
+                        extra["passport"] = run.watch.check(table["similarity"].to_pylist())
                 now = time.perf_counter()
-                summary = commit_part(run.partition, run.finish(table), clock, now - since, self.name, run.null)
+                if self.scorer and self.config.save_embeddings != "none":
+                    extra["embeddings"] = addon("embeddings", "save_embeddings").save(
+                        run.partition, self.config.save_embeddings, run.rows.index, run.embedded, write_bytes)
+                summary = commit_part(run.partition, run.finish(table), clock, wall_s, self.name, extra)
                 run.partition.trying.unlink(missing_ok=True)
                 clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next's time
                 yield summary
@@ -1565,6 +1729,8 @@ class Worker:
             pool.close()
             if "isolated" in self.loader.__dict__:
                 self.loader.__dict__.pop("isolated").decode_bytes.close()
+            if self.passport:
+                self.passport.close()
             for partition in todo:  # only a process that is killed leaves one behind
                 partition.trying.unlink(missing_ok=True)
 
@@ -1746,7 +1912,27 @@ def summarise(config: Config, plan: Plan) -> dict:
         "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
         "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
         "partitions": len(plan.partitions), "finished": done == plan.rows,
+        **_told_drifts(parts, plan.manifest.get("parity_rows", 0)),
     }
+
+
+def _told_drifts(parts: list[dict], parity_rows: int) -> dict[str, dict]:
+    """What shortcuts (`passport`) and fewer bits in saved embeddings (`saved_embeddings`) do to the scores of all parts."""
+    sampled = {"passport": [pair[1:] for part in parts for pair in part.get("passport", ())],
+               "saved_embeddings": [pair for part in parts for pair in part.get("embeddings", {}).get("drift", ())]}
+    told = [name for name, pairs in sampled.items() if pairs or (name == "passport" and parity_rows)]
+    passports = told and optional_addon("passport", "no score passport")
+    return {name: passports.compare(*zip(*sampled[name], strict=True)) if sampled[name] else passports.compare([], [])
+            for name in told if passports}
+
+
+def check_drift(config: Config, plan: Plan) -> Trouble | None:
+    """The Trouble (exit 7) to end with where the passport's rows differ by more than `max_score_drift`."""
+    if config.max_score_drift is None or config.pretrained_model == "none":
+        return None
+    drift = (_read_json(plan.output / "profile.json") or {}).get("passport")
+    excess = addon("passport", "max_score_drift").excess(drift, config.max_score_drift)
+    return Trouble(EXIT_VERIFY, excess) if excess else None
 
 
 @profile
@@ -1775,8 +1961,7 @@ def finalize(job: Job, curve: Any = None) -> dict | None:
             for marker in (plan.output / "parts").glob("*.trying") if stored["finished"] else ():
                 marker.unlink(missing_ok=True)  # of a worker that was killed just after its part was written
             if curve and (picture := curve.png(say)):
-                with output_disk(plan.output), atomic_file(plan.output / "memory-time.png") as file:
-                    file.write(picture)
+                write_bytes(plan.output / "memory-time.png", picture)
     if report:
         report.print_summary(stored, PREPARE_STAGES, METRIC_STAGES, say)
     return {key: stored[key] for key in ("rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")} \
@@ -1834,6 +2019,7 @@ def main(arguments: list[str] | None = None) -> int:
             curve.stop()
     if finalises and (result := finalize(job, curve)):
         print(json.dumps(result, ensure_ascii=False), flush=True)
+        stopped = stopped or check_drift(config, job.plan)
     if stopped:
         raise stopped
     return 0

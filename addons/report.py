@@ -65,5 +65,9 @@ def print_summary(profile: dict[str, Any], prepare: Sequence[str], metric: Seque
     if null := profile["null"]:
         lines.append(("random pairs", f"mean {null['mean']:.4f}, sd {null['sd']:.4f}; 95 % lie below {null['q95']:.4f}, 99 % "
                                       f"below {null['q99']:.4f}, 99.9 % below {null['q99.9']:.4f}"))
+    for key in ("passport", "saved_embeddings"):
+        if profile.get(key):
+            from .passport import describe
+            lines.append((key.replace("_", " "), describe(profile[key])))
     for name, value in lines:
         say(f"{name:>16}  {value}")

@@ -23,10 +23,10 @@ def may_pass_in(parquet: pathlib.Path) -> bool:
 
 
 def failed_rows(rows: Any, part: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The rows (a DataFrame) to score again; and what puts their results (a table) into the part, in their places."""
+    """The rows (a DataFrame, its index their places) to score again; and what puts their results (a table) into the part."""
     again = may_pass(part)
     places = np.where(again, len(part) - 1 + np.cumsum(again), np.arange(len(part)))
 
     def merge(table: Any) -> Any:
         return pa.concat_tables([part, table]).take(places).combine_chunks()
-    return rows[again].reset_index(drop=True), merge
+    return rows[again], merge

@@ -22,6 +22,9 @@ def verify(job: Any, read_part: Callable[[Any], Any]) -> int:
         except job.trouble:
             flaws.append(partition.parquet.name)
             continue
+        if table is not None and not _embeddings_are_as_written(partition):
+            partition.parquet.unlink()
+            flaws.append(partition.embeddings.name)
         missing += table is None
         rows += 0 if table is None else table.num_rows
     results = job.results_file()
@@ -46,3 +49,12 @@ def _is_as_written(output: pathlib.Path, results: pathlib.Path) -> bool:
     with results.open("rb") as file:
         return bool(json.loads((output / "profile.json").read_text())["scores_sha256"] ==
                     hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _embeddings_are_as_written(partition: Any) -> bool:
+    """Whether the embeddings saved with a part, if any, have the sha256 that its JSON recorded."""
+    saved = json.loads(partition.json.read_text()).get("embeddings")
+    try:
+        return not saved or hashlib.sha256(partition.embeddings.read_bytes()).hexdigest() == saved["sha256"]
+    except FileNotFoundError:
+        return False

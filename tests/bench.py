@@ -1,111 +1,39 @@
-"""How fast is the script? The same pairs through three ways of scoring them, in turns, as medians and ratios.
+"""How fast is the script? The same pairs through the usual ways of scoring them and through it, in turns, as ratios.
 
-    python tests/bench.py --out scores/bench                  # `make bench`: CPU, ViT-B/32
+    python tests/bench.py --out scores/bench                  # `make bench`: CPU, ViT-B/32, and each stage alone
     python tests/bench.py --out scores/bench --gpu            # `make bench-gpu`: more models, on CUDA
 
 (a) one pair at a time, processor then model, as model cards show it; (b) batches of 32 through the processor, as most
-people write it; (c) this script with its defaults and with its fastest settings. Models have their published shapes
-and random weights (speed does not depend on them), the pictures are cut from the bundled photographs: 70 % 0.3 MP,
-20 % 0.8 MP, 10 % 3 MP JPEGs, with captions of 6 to 40 words. Needs nothing from the network. A rate counts from the
-first pair to the last, without imports and model loading.
+people write it; (c) this script with its defaults and with faster settings. Models have their published shapes and random
+weights (speed does not depend on them), the pictures are cut from the bundled photographs: 70 % 0.3 MP, 20 % 0.8 MP,
+10 % 3 MP JPEGs (on a GPU 256 to 512 px), with captions of 6 to 40 words. Nothing comes from the network. A rate counts
+from the first pair to the last, without imports, model loading and the score passport. Overlap is the script's wall time
+over what its stages take alone, divided among the cores: 1.0 means that no core ever waited.
 """
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
+from bench_work import SIZES, SMALL_SIZES, write_model, write_pairs
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-WORDS = """a photo of the large small red blue old two people standing on near with dog cat horse street table food pizza
-train bus beach man woman child riding holding kitchen window park water snow grass tennis ball""".split()  # noqa: SIM905
-SIZES = [(640, 480)] * 5 + [(500, 375)] * 2 + [(1024, 768)] * 2 + [(2000, 1500)]
-VOCABULARY, CONTEXT = 49408, 77
-
-CLIP_SHAPES = {  # vision: width, MLP, layers, heads, patch, side; text: width, MLP, layers, heads; projection
-    "clip-b32": (768, 3072, 12, 12, 32, 224, 512, 2048, 12, 8, 512),
-    "clip-l14": (1024, 4096, 24, 16, 14, 224, 768, 3072, 12, 12, 768),
-    "clip-l14-336": (1024, 4096, 24, 16, 14, 336, 768, 3072, 12, 12, 768),
-}
-
-
-def bpe_parts():
-    """Merges that make each of WORDS one token, as pairs; trained on the words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(WORDS)] * 10, trainer)
-    return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-
-
-def write_clip(folder, shape):
-    """A CLIP model folder of the published shape: random weights, tokenizer, image settings."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-    width, mlp, layers, heads, patch, side, t_width, t_mlp, t_layers, t_heads, projection = CLIP_SHAPES[shape]
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(
-        projection_dim=projection,
-        vision_config={"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
-                       "num_attention_heads": heads, "patch_size": patch, "image_size": side},
-        text_config={"hidden_size": t_width, "intermediate_size": t_mlp, "num_hidden_layers": t_layers,
-                     "num_attention_heads": t_heads, "eos_token_id": VOCABULARY - 1, "bos_token_id": VOCABULARY - 2,
-                     "pad_token_id": VOCABULARY - 1})).save_pretrained(folder)
-    letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), bpe_parts()
-    symbols = letters + [f"{letter}</w>" for letter in letters]
-    symbols += [word for word in dict.fromkeys("".join(pair) for pair in merges) if word not in symbols]
-    symbols += [f"<unused{i}>" for i in range(VOCABULARY - 2 - len(symbols))] + ["<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "do_convert_rgb": True}))
-
-
-def write_siglip(folder):
-    """SigLIP base 224 in its published shape, with a byte-fallback BPE tokenizer (as SigLIP 2's; needs no sentencepiece)."""
-    import torch
-    from transformers import GemmaTokenizer, SiglipConfig, SiglipModel
-    torch.manual_seed(0)
-    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    SiglipModel(SiglipConfig(text_config=tower | {"vocab_size": 32000, "max_position_embeddings": 64},
-                             vision_config=tower | {"patch_size": 16, "image_size": 224})).save_pretrained(folder)
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    symbols = specials + [f"<0x{b:02X}>" for b in range(256)] + sorted({c for word in WORDS for c in word} | {"▁"})
-    symbols += [f"<unused{i}>" for i in range(32000 - len(symbols))]
-    GemmaTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], model_max_length=64).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224},
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3}))
-
-
-def write_pairs(folder, count):
-    """pairs.csv and images/: crops of the bundled photographs, resized and saved as JPEG."""
-    from PIL import Image
-    rng, names = random.Random(1), ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg")
-    photos = [Image.open(ROOT / "challenge_set" / "photos" / name).convert("RGB") for name in names]
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    with (folder / "pairs.csv").open("w", newline="") as out:
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow(("url", "caption"))
-        for i in range(count):
-            photo, (wide, high) = rng.choice(photos), SIZES[i % len(SIZES)]
-            box_w, box_h = int(photo.width * rng.uniform(0.6, 1)), int(photo.height * rng.uniform(0.6, 1))
-            x, y = rng.randint(0, photo.width - box_w), rng.randint(0, photo.height - box_h)
-            size = (high, wide) if rng.random() < 0.3 else (wide, high)
-            photo.resize(size, Image.Resampling.BICUBIC, box=(x, y, x + box_w, y + box_h)).save(
-                folder / "images" / f"{i:06d}.jpg", quality=rng.choice([75, 85, 92]))
-            words = rng.choices(WORDS, k=rng.choice([6, 8, 10, 10, 12, 12, 15, 20, 40]))
-            table.writerow((f"{i:06d}.jpg", " ".join(words)))
+LOOPS = {"one by one": 1, "plain batches": 32}
+ON_CPU = {"defaults": {}, "bfloat16": {"dtype": "bfloat16"},
+          "bfloat16, scaled": {"dtype": "bfloat16", "decode": "scaled"},
+          "int8, scaled": {"quantization": "int8", "decode": "scaled"}}
+ON_GPU = {"defaults": {}, "scaled": {"decode": "scaled"}, "gpu decode": {"decode": "gpu"},
+          "gpu decode, compiled": {"decode": "gpu", "compile": True},
+          "int8, scaled": {"quantization": "int8", "decode": "scaled"}}
+MOST_LOOP_ROWS = 2000  # of a loop that would take all day
 
 
 def loop(work, model_name, batch, device):
@@ -117,7 +45,8 @@ def loop(work, model_name, batch, device):
     model = (SiglipModel if siglip else CLIPModel).from_pretrained(work / model_name).eval().to(device)
     images = AutoImageProcessor.from_pretrained(work / model_name)
     tokenizer = AutoTokenizer.from_pretrained(work / model_name)
-    rows = list(csv.DictReader((work / "pairs.csv").open()))
+    with (work / "pairs.csv").open() as file:
+        rows = list(csv.DictReader(file))[:MOST_LOOP_ROWS if device == "cuda" else None]
     padding = {"padding": "max_length", "max_length": 64} if siglip else {"padding": True}
     started = time.perf_counter()
     for start in range(0, len(rows), batch):
@@ -130,77 +59,144 @@ def loop(work, model_name, batch, device):
     print(json.dumps({"pairs_per_s": len(rows) / (time.perf_counter() - started)}))
 
 
-def contender_command(work, name, model_name, device):
-    """The command line of one contender; its last line on stdout is JSON with pairs_per_s."""
-    if name in ("one by one", "plain batches"):
-        batch = "1" if name == "one by one" else "32"
-        return [sys.executable, __file__, "--loop", batch, "--out", str(work), "--model", model_name, "--device", device]
-    fastest = ["--set", "decode=scaled"] if name.endswith("fastest") else []
-    return [sys.executable, str(ROOT / "image_text_sim_clip.py"), "--config", str(ROOT / "config.yaml"), "--fresh",
-            "--set", f"csv_path={work / 'pairs.csv'}", "--set", f"image_path={work / 'images'}",
-            "--set", f"pretrained_model={work / model_name}", "--set", f"output_path={work / 'out'}",
-            "--set", f"use_cuda={str(device == 'cuda').lower()}", *fastest]
+def run_contender(work, name, model_name, device, settings):
+    """Pairs/s of one contender, which runs in a process of its own, and the script's profile; None and why if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if name in LOOPS:
+        command = [sys.executable, __file__, "--loop", str(LOOPS[name]), "--out", str(work), "--model", model_name,
+                   "--device", device]
+    else:
+        command = [sys.executable, str(ROOT / "image_text_sim_clip.py"), "--config", str(ROOT / "config.yaml"), "--fresh"]
+        keys = {"csv_path": work / "pairs.csv", "image_path": work / "images", "pretrained_model": work / model_name,
+                "output_path": work / "out", "use_cuda": device == "cuda", "parity_rows": 0, **settings}
+        for key, value in keys.items():
+            command += ["--set", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return None, done.stderr.strip().splitlines()[-1]
+    profile = {} if name in LOOPS else json.loads((work / "out" / "profile.json").read_text())
+    return json.loads(done.stdout.splitlines()[-1])["pairs_per_s"], profile
 
 
-def measure(work, model_name, rounds, device):
-    """Contenders in turns, `rounds` times: name -> pairs/s of each round; and the profile of the script's last run."""
-    rates: dict[str, list[float]] = {}
+def measure(work, model_name, rounds, device, ways):
+    """All contenders in turns, `rounds` times: name -> pairs/s of each round, and the profile of its last."""
+    rates, profiles = {}, {}
     for _ in range(rounds):
-        for name in ("one by one", "plain batches", "this script", "this script, fastest"):
-            done = subprocess.run(contender_command(work, name, model_name, device), check=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-            rates.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1])["pairs_per_s"])
-            print(f"{model_name:14} {name:22} {rates[name][-1]:9.1f} pairs/s", flush=True)
-    return rates, json.loads((work / "out" / "profile.json").read_text())
+        for name in (*LOOPS, *ways):
+            with BusyGpu() as gpu:
+                rate, profile = run_contender(work, name, model_name, device, ways.get(name, {}))
+            if rate is None:
+                print(f"{model_name:14} {name:22} left out: {profile}", flush=True)
+                continue
+            rates.setdefault(name, []).append(rate)
+            profiles[name] = profile | {"gpu_busy_percent": gpu.busy}
+            busy = f"   GPU busy {gpu.busy:.0f} %" if gpu.busy else ""
+            print(f"{model_name:14} {name:22} {rate:9.1f} pairs/s{busy}", flush=True)
+    return rates, profiles
+
+
+class BusyGpu:
+    """`busy`: the middle of how busy nvidia-smi saw the GPU, in percent of the seconds in which it worked; None without it."""
+
+    def __init__(self):
+        self.busy, self._seen, self._process = None, [], None
+
+    def __enter__(self):
+        try:
+            self._process = subprocess.Popen(["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits",
+                                              "-lms", "200"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            return self
+        self._reader = threading.Thread(target=lambda: self._seen.extend(self._process.stdout), daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *trouble):
+        if self._process:
+            self._process.terminate()
+            self._process.wait()
+            self._reader.join()
+            at_work = [int(line) for line in self._seen if line.strip().isdigit() and int(line) > 5]
+            self.busy = statistics.median(at_work) if at_work else None
+
+
+def overlap(profile, stages, bits):
+    """Wall seconds over (CPU seconds of the stages, each measured alone, / cores), for a run on the CPU."""
+    pairs, model = profile["rows"], stages["model_per_s_per_core"][bits]
+    loader = stages["loading"]["images_per_s_per_core"][f"loader, {profile['decode']}"]
+    alone_s = pairs / loader + pairs / model["image, batch 32"] + pairs / model["caption"]
+    return profile["wall_s"] / (alone_s / len(os.sched_getaffinity(0)))
 
 
 def draw(results, path):
-    """Bars of the medians, one group a model."""
+    """Bars of the medians, a panel for each model."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 1.4 * len(results)), layout="constrained")
-    labels, values = [], []
-    for model_name, result in results.items():
-        for name, rates in result["pairs_per_s"].items():
-            labels.append(f"{model_name}: {name}")
-            values.append(statistics.median(rates))
-    bars = axes.barh(labels, values, color=["tab:gray", "tab:gray", "tab:blue", "tab:blue"] * len(results))
-    axes.bar_label(bars, fmt="{:,.1f}", padding=4)
-    axes.invert_yaxis()
-    axes.set_xlabel("pairs/s, median")
+    figure, panels = plt.subplots(len(results), 1, figsize=(9, 0.8 + 2.4 * len(results)), layout="constrained", squeeze=False)
+    for axes, (model_name, result) in zip(panels[:, 0], results.items(), strict=True):
+        names = list(result["pairs_per_s"])
+        values = [statistics.median(result["pairs_per_s"][name]) for name in names]
+        bars = axes.barh(names, values, color=["tab:gray" if name in LOOPS else "tab:blue" for name in names])
+        ratios = result["ratio_to_one_by_one"]
+        labels = [f"{value:,.1f}  ({ratios[name]:.2f}x)" for name, value in zip(names, values, strict=True)]
+        axes.bar_label(bars, labels, padding=4)
+        axes.set_xlim(0, 1.2 * max(values))
+        axes.invert_yaxis()
+        axes.set_title(model_name, loc="left")
+    panels[-1, 0].set_xlabel("pairs/s, median of the rounds (ratio to one pair at a time)")
     figure.savefig(path, dpi=110)
 
 
+def describe_machine(gpu):
+    """What the numbers were measured on, and which optional decoders there are."""
+    import torch
+    processor = platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")] if pathlib.Path("/proc/cpuinfo").exists() else []
+    decoders = [name for name in ("torchvision", "torchcodec") if importlib.util.find_spec(name)]
+    return {"cores": len(os.sched_getaffinity(0)), "processor": (names or [processor])[0], "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name() if gpu else None, "gpu_decoders": decoders}
+
+
 def main():
-    """Make the work, measure, print ratios, write bench.json and throughput.png into --out."""
+    """Make the work, measure, print ratios, write bench.json into --out and the plot where --plot says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--pairs", type=int, default=160)
+    parser.add_argument("--pairs", type=int, help="240; on a GPU 30,000 and a third of it for the larger models")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=pathlib.Path, help="default: throughput.png in --out")
     parser.add_argument("--model", help="only this model")
+    parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
         return loop(options.out, options.model, options.loop, options.device)
+    options.out = options.out.resolve()
     names = ["clip-b32", "clip-l14", "clip-l14-336", "siglip"] if options.gpu else ["clip-b32"]
-    names = [options.model] if options.model else names
-    write_pairs(options.out, options.pairs)
-    results = {}
+    names, results, stages = [options.model] if options.model else names, {}, None
+    machine = describe_machine(options.gpu)
+    print(json.dumps(machine), flush=True)
     for name in names:
-        if not (options.out / name / "config.json").exists():
-            write_siglip(options.out / name) if name == "siglip" else write_clip(options.out / name, name)
-        rates, profile = measure(options.out, name, options.rounds, "cuda" if options.gpu else "cpu")
+        pairs = options.pairs or (240 if not options.gpu else 30_000 if name == "clip-b32" else 10_000)
+        write_pairs(options.out, pairs, SMALL_SIZES if options.gpu else SIZES)
+        write_model(options.out / name)
+        rates, profiles = measure(options.out, name, options.rounds, "cuda" if options.gpu else "cpu",
+                                  ON_GPU if options.gpu else ON_CPU)
         base = statistics.median(rates["one by one"])
-        results[name] = {"pairs_per_s": rates, "profile": profile,
+        results[name] = {"pairs": pairs, "pairs_per_s": rates, "profiles": profiles,
                          "ratio_to_one_by_one": {k: round(statistics.median(v) / base, 2) for k, v in rates.items()}}
-        print(json.dumps(results[name]["ratio_to_one_by_one"]))
-    machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
-    summary = {"machine": machine, "pairs": options.pairs, "models": results}
-    (options.out / "bench.json").write_text(json.dumps(summary, indent=1))
-    draw(results, options.out / "throughput.png")
+        print(json.dumps(results[name]["ratio_to_one_by_one"]), flush=True)
+    if not options.gpu:
+        done = subprocess.run([sys.executable, str(ROOT / "tests/bench_stages.py"), str(options.out), names[0]], check=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        stages = json.loads(done.stdout.splitlines()[-1])
+        for way, bits in (("defaults", "float32"), ("bfloat16, scaled", "bfloat16"), ("int8, scaled", "int8")):
+            stages.setdefault("overlap", {})[way] = overlap(results[names[0]]["profiles"][way], stages, bits)
+        print(json.dumps(stages, indent=1), flush=True)
+    (options.out / "bench.json").write_text(json.dumps({"machine": machine, "models": results, "stages": stages}, indent=1))
+    draw(results, options.plot or options.out / "throughput.png")
     return None
 
 

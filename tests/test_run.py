@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -331,15 +332,17 @@ def test_changed_content_is_refused(small, run_main, write_table, tmp_path):
 
 def test_other_model_or_device_is_refused(small, run_main, tmp_path):
     """What only the loaded model can tell (weights, device, batch size) may not change either, once a part is written."""
+    def scorer(**identity):
+        return types.SimpleNamespace(config=script.Config(batch_size=32), identity=lambda: identity)
     config = script.load_config(small())
     plan = script.plan(config)
-    script.settle(plan, {"weights": "a", "device": "cpu"})
+    script.settle(plan, scorer(weights="a", device="cpu"))
     plan = script.plan(config)  # no part yet, nothing to mix
-    script.settle(plan, {"weights": "b", "device": "cpu"})
+    script.settle(plan, scorer(weights="b", device="cpu"))
     plan.partitions[0].parquet.write_bytes(b"a part")
     plan = script.plan(config)
     with pytest.raises(script.Trouble) as trouble:
-        script.settle(plan, {"weights": "b", "device": "cuda"})
+        script.settle(plan, scorer(weights="b", device="cuda"))
     assert trouble.value.exit_code == 2
     assert "device was 'cpu', now 'cuda'" in str(trouble.value) and "weights" not in str(trouble.value)
 

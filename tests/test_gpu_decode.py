@@ -1,0 +1,140 @@
+"""`decode: gpu` with a stand-in for the card's decoder, on the CPU: who decodes what, and what happens where it fails."""
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import image_text_sim_clip as script
+from addons import gpu_decode
+
+
+class StandIn:
+    """Decodes as the card's decoder is documented to: a list of JPEGs to tensors, all or a RuntimeError."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, batch):
+        self.calls.append(len(batch))
+        out = []
+        for data in batch:
+            if b"poison" in data:
+                raise RuntimeError("Error while decoding JPEG images")
+            out.append(torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1))
+        return out
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card with a stand-in decoder that is given every JPEG it may decode; the stand-in."""
+    decode = StandIn()
+    monkeypatch.setattr(gpu_decode, "find_decoder", lambda device: (decode, ""))
+    monkeypatch.setattr(gpu_decode, "LOADERS_SHARE", 0.0)
+    return decode
+
+
+def digest_of(data):
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def test_only_whole_plain_jpegs_go_to_the_card(picture_bytes, noise, monkeypatch):
+    """Grey and YCbCr JPEGs that are complete and not too large; no CMYK, no half picture, no other format."""
+    monkeypatch.setattr(gpu_decode, "LOADERS_SHARE", 0.0)
+    plain = picture_bytes("JPEG", image=noise(64, 48))
+
+    def takes(data, most=10_000):
+        return gpu_decode.is_for_the_card(data, digest_of(data), most)
+    assert (takes(plain).height, takes(plain).width, takes(plain).data) == (48, 64, plain)
+    assert takes(picture_bytes("JPEG", image=noise(64, 48), progressive=True))
+    assert takes(picture_bytes("JPEG", mode="L"))
+    assert not takes(plain, most=3000)
+    assert not takes(plain[:-40])
+    assert not takes(picture_bytes("JPEG", mode="CMYK"))
+    assert not takes(picture_bytes("PNG"))
+    assert not takes(b"\xff\xd8\xff\xd9")
+
+
+def test_share_is_settled_by_the_picture_alone(picture_bytes):
+    """About LOADERS_SHARE of the pictures stay with the loader threads, always the same ones."""
+    pictures = [picture_bytes("JPEG", colour=(i, 255 - i, 7)) for i in range(250)]
+    taken = [bool(gpu_decode.is_for_the_card(data, digest_of(data), 10_000)) for data in pictures]
+    assert taken == [bool(gpu_decode.is_for_the_card(data, digest_of(data), 10_000)) for data in pictures]
+    assert 0.45 < np.mean(taken) < 0.75
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 901), (224, 224), (60, 40)])
+@pytest.mark.parametrize("settings", [script.ImageSettings(224, None, (224, 224), 3),
+                                      script.ImageSettings(None, (96, 96), None, 2),
+                                      script.ImageSettings(64, None, (80, 80), 3)])
+def test_resize_on_the_card_is_the_loaders(size, settings, noise):
+    """Resize and crop in floats give the loader's pixels within two levels and in the same places."""
+    image = noise(*size)
+    ours = gpu_decode.resize_on_card(torch.from_numpy(np.array(image)).permute(2, 0, 1), settings).numpy()
+    theirs = script.resize_fast(image, settings)
+    assert ours.shape == theirs.shape
+    difference = np.abs(ours.astype(int) - theirs)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1
+
+
+def test_broken_picture_costs_its_row_and_no_other(noise, picture_bytes):
+    """A JPEG that the card refuses is found and given to Pillow; what Pillow refuses too becomes a failure."""
+    settings, decode = script.ImageSettings(32, None, (32, 32), 3), StandIn()
+    config = script.Config(image_path=".")
+    loader = script.ImageLoader(config, settings, script.resize_fast, 0)
+    decoder = gpu_decode.CardDecoder(decode, "cpu", settings, lambda data: loader.resize(loader.decode(data), settings),
+                                     script.RowFailure)
+    good = picture_bytes("JPEG", image=noise(64, 48))
+    batch = [np.full((3, 32, 32), 9, np.uint8), gpu_decode.OnCard(good, 48, 64),
+             gpu_decode.OnCard(good + b"poison", 48, 64), gpu_decode.OnCard(b"poison", 48, 64)]
+    pixels = decoder.start(batch).result().numpy()
+    assert decode.calls == [3, 1, 1, 1]
+    assert decoder.fell_back == 2
+    assert (pixels[0] == 9).all()
+    assert np.abs(pixels[1].astype(int) - pixels[2]).max() <= 1
+    assert pixels[1].std() > 5
+    assert not pixels[3].any()
+    assert batch[3].failure.status == "not_image"
+    assert [picture.failure for picture in batch[1:3]] == [None, None]
+    assert all(picture.data is None for picture in batch[1:])
+
+
+def test_calls_are_bounded_by_decoded_bytes():
+    """Pictures are decoded in runs that fit the allowance; one beyond it goes alone."""
+    batch = [gpu_decode.OnCard(b"", 10, 10) for _ in range(5)] + [gpu_decode.OnCard(b"", 100, 100)]
+    assert gpu_decode._within(600, [0, 1, 2, 3, 4, 5], batch) == [[0, 1], [2, 3], [4], [5]]
+
+
+def test_run_with_a_card(card, bundled_model, write_table, write_config, run_main, read_table, noise, picture_bytes, tmp_path):
+    """A run in which the card decodes has the scores of one without (in its bits) and the same failures; passport included."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(12):
+        (tmp_path / f"pictures/{i}.jpg").write_bytes(picture_bytes("JPEG", image=noise(90 + i, 70, seed=i), quality=90))
+    (tmp_path / "pictures/12.jpg").write_bytes(b"\xff\xd8\xff" + b"poison" * 9 + b"\xff\xd9")
+    (tmp_path / "pictures/13.png").write_bytes(picture_bytes("PNG", image=noise(80, 80)))
+    names = [*(f"{i}.jpg" for i in range(13)), "13.png", "gone.jpg"]
+    write_table([("url", "caption"), *((name, f"a red circle {name}") for name in names)])
+    tables = []
+    for decode in ("exact", "gpu"):
+        out = tmp_path / decode
+        assert run_main("--config", write_config(pretrained_model=bundled_model, decode=decode, output_path=str(out),
+                                                 batch_size=5)).code == 0
+        tables.append(read_table(out / "scores.csv"))
+        assert json.loads((out / "profile.json").read_text())["passport"]["max_difference"] <= 5e-3
+    assert sum(card.calls) == 12
+    assert [row["status"] for row in tables[1]] == [row["status"] for row in tables[0]]
+    assert {row["status"] for row in tables[1][:12]} == {"ok"} != {tables[1][12]["status"]}
+    for mine, theirs in zip(tables[1], tables[0], strict=True):
+        if mine["status"] == "ok":
+            assert float(mine["similarity"]) == pytest.approx(float(theirs["similarity"]), abs=5e-3)
+
+
+def test_without_a_card_pillow_decodes_and_says_so(shapes, bundled_model, run_main):
+    """decode: gpu where there is none: one clear line, and the run goes on."""
+    outcome = run_main("--config", shapes(rows=20, pretrained_model=bundled_model, decode="gpu"))
+    assert outcome.result["scored"] == 20
+    assert outcome.stderr.count("decode: gpu is not to be had here, Pillow decodes: there is no CUDA device") == 1
