@@ -1657,36 +1657,17 @@ class Worker:
         self.loader = ImageLoader(config, self.scorer.settings if self.scorer else DRY_RUN_SETTINGS,
                                   self.scorer.resize if self.scorer else resize_pillow, self.threads, read)
         if self.scorer and config.decode == "gpu":
-            self._decode_on_card(self.scorer)
+            addon("gpu_decode", "decode: gpu").attach(self.scorer, copy.copy(self.loader), self.loader, RowFailure, say)
         settle(plan, self.scorer)
         self.passport = self._issue_passport()
 
-    def _decode_on_card(self, scorer: Scorer) -> None:
-        """Give the card its share of the decoding, or say why it cannot take any."""
-        card, loader = addon("gpu_decode", "decode: gpu"), self.loader
-        decode, why_not = card.find_decoder(scorer.device)
-        if self.config.preprocess == "exact" or self.config.exif_orientation or not loader.settings.knows_fast_resize():
-            why_not = "exact resizes and turned pictures are Pillow's"
-        if not decode or why_not:
-            say(f"decode: gpu is not to be had here, Pillow decodes: {why_not}")
-            return
-        plain = copy.copy(loader)  # whose own loading does not ask the card again
-        scorer.card = card.CardDecoder(decode, scorer.device, loader.settings,
-                                       lambda data: plain.resize(plain.decode(data), plain.settings), RowFailure)
-        loader.for_the_card = lambda data, digest: card.is_for_the_card(data, digest, self.config.max_image_pixels)
-
     def _issue_passport(self) -> Any:
         """What keeps the bytes of the rows chosen to be scored twice, and scores them; None where there are none."""
-        count, scorer = self.plan.manifest.get("parity_rows", 0), self.scorer
-        passports = count and scorer and optional_addon("passport", "no score passport")
-        if not scorer or not passports:
-            return None
-        plain = ImageLoader(dataclasses.replace(self.config, decode="exact"), self.loader.settings, scorer.resize, 0,
+        count = self.plan.manifest.get("parity_rows", 0) if self.scorer else 0
+        passports = optional_addon("passport", "no score passport") if count else None
+        plain = ImageLoader(dataclasses.replace(self.config, decode="exact"), self.loader.settings, self.loader.resize, 0,
                             self.loader.read)
-        reference = passports.Reference(scorer, plain.decode, scorer.load_plain)
-        passport = passports.Passport(self.plan.rows, count, reference)
-        self.loader.read = passport.wrap(self.loader.read)
-        return passport
+        return passports and passports.issue(self.scorer, self.loader, plain.decode, self.plan.rows, count)
 
     def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
@@ -1912,27 +1893,15 @@ def summarise(config: Config, plan: Plan) -> dict:
         "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
         "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
         "partitions": len(plan.partitions), "finished": done == plan.rows,
-        **_told_drifts(parts, plan.manifest.get("parity_rows", 0)),
+        **_tell_drifts(parts),
     }
 
 
-def _told_drifts(parts: list[dict], parity_rows: int) -> dict[str, dict]:
+def _tell_drifts(parts: list[dict]) -> dict[str, dict]:
     """What shortcuts (`passport`) and fewer bits in saved embeddings (`saved_embeddings`) do to the scores of all parts."""
-    sampled = {"passport": [pair[1:] for part in parts for pair in part.get("passport", ())],
-               "saved_embeddings": [pair for part in parts for pair in part.get("embeddings", {}).get("drift", ())]}
-    told = [name for name, pairs in sampled.items() if pairs or (name == "passport" and parity_rows)]
-    passports = told and optional_addon("passport", "no score passport")
-    return {name: passports.compare(*zip(*sampled[name], strict=True)) if sampled[name] else passports.compare([], [])
-            for name in told if passports}
-
-
-def check_drift(config: Config, plan: Plan) -> Trouble | None:
-    """The Trouble (exit 7) to end with where the passport's rows differ by more than `max_score_drift`."""
-    if config.max_score_drift is None or config.pretrained_model == "none":
-        return None
-    drift = (_read_json(plan.output / "profile.json") or {}).get("passport")
-    excess = addon("passport", "max_score_drift").excess(drift, config.max_score_drift)
-    return Trouble(EXIT_VERIFY, excess) if excess else None
+    told = any("passport" in part or "embeddings" in part for part in parts)
+    passports = optional_addon("passport", "no score passport") if told else None
+    return passports.tell_drifts(parts) if passports else {}
 
 
 @profile
@@ -2019,7 +1988,9 @@ def main(arguments: list[str] | None = None) -> int:
             curve.stop()
     if finalises and (result := finalize(job, curve)):
         print(json.dumps(result, ensure_ascii=False), flush=True)
-        stopped = stopped or check_drift(config, job.plan)
+        if config.max_score_drift is not None and config.pretrained_model != "none" and not stopped and (
+                excess := addon("passport", "max_score_drift").find_excess(job.plan.output, config.max_score_drift)):
+            stopped = Trouble(EXIT_VERIFY, excess)
     if stopped:
         raise stopped
     return 0

@@ -43,6 +43,23 @@ def find_decoder(device: str) -> tuple[Callable[[list[bytes]], list[Any]] | None
     return decode, ""
 
 
+def attach(scorer: Any, plain: Any, loader: Any, failure: type[Exception], say: Callable[[str], None]) -> None:
+    """Give the card its share of what `loader` decodes, or say in a line why it cannot take any.
+
+    `plain` is a loader like it that decodes everything itself.
+    """
+    config, settings = loader.config, loader.settings
+    decode, why_not = find_decoder(scorer.device)
+    if config.preprocess == "exact" or config.exif_orientation or not settings.knows_fast_resize():
+        why_not = "exact resizes and turned pictures are Pillow's"
+    if not decode or why_not:
+        say(f"decode: gpu is not to be had here, Pillow decodes: {why_not}")
+        return
+    scorer.card = CardDecoder(decode, scorer.device, settings,
+                              lambda data: plain.resize(plain.decode(data), settings), failure)
+    loader.for_the_card = lambda data, digest: is_for_the_card(data, digest, config.max_image_pixels)
+
+
 def is_for_the_card(data: bytes, digest: bytes, max_pixels: int) -> OnCard | None:
     """What the card may decode: a complete JPEG in grey or YCbCr of an allowed size, outside the loaders' share."""
     if digest[0] < LOADERS_SHARE * 256 or data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":

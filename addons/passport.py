@@ -9,7 +9,9 @@ in the part's JSON, so that they survive an interruption and add up over all wor
 import dataclasses
 import hashlib
 import io
+import json
 import math
+import pathlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -212,10 +214,29 @@ class Passport:
                 self._bytes += len(data)
 
 
-def excess(drift: dict[str, Any] | None, most: float | None) -> str | None:
-    """What to say where the drift of `compare` is above what `max_score_drift` allows, or could not be told; else None."""
-    if most is None:
-        return None
+def issue(scorer: Any, loader: Any, decode: Callable[[bytes], Any], rows: int, count: int) -> Passport:
+    """A Passport for `count` of `rows` rows, which from now on keeps what `loader` reads of them; `decode`: see Reference."""
+    passport = Passport(rows, count, Reference(scorer, decode, scorer.load_plain))
+    loader.read = passport.wrap(loader.read)
+    return passport
+
+
+def tell_drifts(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """`compare` over the pairs that all parts' JSON holds: rows scored twice, and rows scored from saved embeddings."""
+    parts = list(parts)
+    told = {}
+    if any("passport" in part for part in parts):
+        pairs = [pair[1:] for part in parts for pair in part.get("passport", ())]
+        told["passport"] = compare([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    if any(part.get("embeddings") for part in parts):
+        pairs = [pair for part in parts for pair in part.get("embeddings", {}).get("drift", ())]
+        told["saved_embeddings"] = compare([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    return told
+
+
+def find_excess(output: pathlib.Path, most: float) -> str | None:
+    """What to say where the run in `output` drifted by more than `most`, or nothing was scored twice; None if all is well."""
+    drift = json.loads((output / "profile.json").read_text()).get("passport")
     if not drift or not drift["rows"]:
         return "max_score_drift is set, but no row was scored twice"
     if drift["max_difference"] <= most:

@@ -224,8 +224,11 @@ def test_script_without_the_addon_says_so(shapes, bundled_model, run_main, tmp_p
         if name == "addons.passport":
             raise ImportError("No module named 'addons.passport'", name=name)
         return load(name, *rest)
-    monkeypatch.setattr(script.importlib, "import_module", missing)
-    outcome = run_main("--config", shapes(rows=30, pretrained_model=bundled_model))
+    script.optional_addon.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(script.importlib, "import_module", missing)
+        outcome = run_main("--config", shapes(rows=30, pretrained_model=bundled_model))
+    script.optional_addon.cache_clear()
     assert outcome.code == 0
     assert outcome.stderr.count("no score passport") == 1
     assert "passport" not in json.loads((tmp_path / "out/profile.json").read_text())
