@@ -1,7 +1,7 @@
 """`batch_size: auto` on a GPU: the smallest batch that is nearly as fast as the fastest one that fits, found once.
 
 On the CPU there is nothing to find: with one arithmetic thread per core, batches of 8 to 64 pictures of ViT-B/32 differ by
-less than their noise (`tests/bench.py --stages` prints them), so the script keeps its default there, and starts at once.
+less than their noise (`tests/bench_stages.py` prints them), so the script keeps its default there, and starts at once.
 """
 import time
 from collections.abc import Callable, Sequence

@@ -124,7 +124,7 @@ def overlap(profile, stages, bits):
     """Wall seconds over (CPU seconds of the stages, each measured alone, / cores), for a run on the CPU."""
     pairs, model = profile["rows"], stages["model_per_s_per_core"][bits]
     loader = stages["loading"]["images_per_s_per_core"][f"loader, {profile['decode']}"]
-    alone_s = pairs / loader + pairs / model["image, batch 32"] + pairs / model["caption"]
+    alone_s = pairs / loader + pairs / model["image, batch 16"] + pairs / model["caption"]
     return profile["wall_s"] / (alone_s / len(os.sched_getaffinity(0)))
 
 
@@ -163,7 +163,7 @@ def main():
     """Make the work, measure, print ratios, write bench.json into --out and the plot where --plot says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--pairs", type=int, help="480; on a GPU 30,000, and a third of it for the larger models")
+    parser.add_argument("--pairs", type=int, help="240; on a GPU 30,000, and a third of it for the larger models")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--plot", type=pathlib.Path, help="default: throughput.png in --out")
@@ -179,7 +179,7 @@ def main():
     machine = describe_machine(options.gpu)
     print(json.dumps(machine), flush=True)
     for name in names:
-        pairs = options.pairs or (480 if not options.gpu else 30_000 if name == "clip-b32" else 10_000)
+        pairs = options.pairs or (240 if not options.gpu else 30_000 if name == "clip-b32" else 10_000)
         write_pairs(options.out, pairs, SMALL_SIZES if options.gpu else SIZES)
         write_model(options.out / name)
         rates, profiles = measure(options.out, name, options.rounds, "cuda" if options.gpu else "cpu",

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-ROUNDS, BATCH, PASSES = 3, 32, 4
+ROUNDS, BATCH, PASSES = 3, 16, 4
 
 
 def cpu_seconds(work):
@@ -177,7 +177,7 @@ def main():
     work, model = pathlib.Path(sys.argv[1]), sys.argv[2]
     ways = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
     result = {"fetching": measure_fetching(work), "loading": measure_loading(work, model), "start": measure_start(work, model)}
-    sizes = {"float32": (8, 16, BATCH, 64)}
+    sizes = {"float32": (8, BATCH, 32, 64)}
     result["model_per_s_per_core"] = {name: measure_model(work, model, keys, sizes.get(name, (BATCH,)))
                                       for name, keys in ways.items()}
     print(json.dumps(result))

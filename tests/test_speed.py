@@ -51,7 +51,7 @@ def test_first_worker_finds_the_batch_and_others_adopt_it(shapes, run_main, tmp_
 
 def test_cpu_keeps_its_default_batch(bundled_model):
     """On the CPU nothing is searched: the start must stay quick, and the size hardly matters."""
-    assert script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False)).find_batch_size() == 32
+    assert script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False)).find_batch_size() == 16
 
 
 def test_few_lengths_and_full_batches():
