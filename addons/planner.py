@@ -36,7 +36,8 @@ def plan_ahead(job: Any, make_worker: Callable[..., Any], summarise: Callable[..
     with tempfile.TemporaryDirectory() as folder:
         sample = score_sample(job, pathlib.Path(folder), make_worker)
         totals = summarise(job.config, dataclasses.replace(sample, partitions=sample.partitions[1:] or sample.partitions))
-        part_bytes = sum(p.parquet.stat().st_size + p.json.stat().st_size for p in sample.partitions)
+        part_bytes = sum(path.stat().st_size for p in sample.partitions for path in (p.parquet, p.json, p.embeddings)
+                         if path.exists())
         sampled_rows = sum(p.stop - p.start for p in sample.partitions)
     totals["rows"] = sum(p.stop - p.start for p in sample.partitions[1:] or sample.partitions)
     explained = report.explain(totals, prepare, metric)
@@ -58,7 +59,7 @@ def score_sample(job: Any, folder: pathlib.Path, make_worker: Callable[..., Any]
     pattern = job.plan.partitions[0]
     partitions = [dataclasses.replace(pattern, index=i, start=start, stop=min(rows, start + spot), folder=folder / "parts")
                   for i, start in enumerate(starts)]
-    sample = dataclasses.replace(job.plan, output=folder, partitions=partitions, manifest=dict(job.plan.manifest))
+    sample = dataclasses.replace(job.plan, output=folder, partitions=partitions, manifest={**job.plan.manifest, "parity_rows": 0})
     for _ in make_worker(job.config, sample, "sample").run(partitions):
         pass
     return sample
