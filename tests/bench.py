@@ -75,6 +75,8 @@ def run_contender(work, name, model_name, device, settings):
     if done.returncode:
         return None, done.stderr.strip().splitlines()[-1]
     profile = {} if name in LOOPS else json.loads((work / "out" / "profile.json").read_text())
+    if settings.get("decode") == "gpu" and profile["decoder"] != "card":
+        return None, next(line for line in done.stderr.splitlines() if line.startswith("decode: gpu"))
     return json.loads(done.stdout.splitlines()[-1])["pairs_per_s"], profile
 
 
