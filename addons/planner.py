@@ -59,7 +59,8 @@ def score_sample(job: Any, folder: pathlib.Path, make_worker: Callable[..., Any]
     pattern = job.plan.partitions[0]
     partitions = [dataclasses.replace(pattern, index=i, start=start, stop=min(rows, start + spot), folder=folder / "parts")
                   for i, start in enumerate(starts)]
-    sample = dataclasses.replace(job.plan, output=folder, partitions=partitions, manifest={**job.plan.manifest, "parity_rows": 0})
+    sample = dataclasses.replace(job.plan, output=folder, partitions=partitions,
+                                 manifest={**job.plan.manifest, "parity_rows": 0})
     for _ in make_worker(job.config, sample, "sample").run(partitions):
         pass
     return sample
