@@ -1,9 +1,9 @@
 # image_text_sim_clip: `make help` lists what there is. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := image_text_sim_clip.py curate.py addons challenge_set readme_imgs tests
+SOURCES := image_text_sim_clip.py curate.py addons challenge_set examples readme_imgs tests
 
-.PHONY: help demo test quick fuzz lint bench bench-scale bench-gpu pictures model clean
+.PHONY: help demo test quick fuzz lint bench bench-scale bench-gpu pictures model finetuned clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ pictures: .venv/ready-for-tests  ## draw everything in readme_imgs again, from r
 model: .venv/ready  ## train challenge_set/shapes_clip again and draw its pictures (half an hour on two cores)
 	$(BIN)/python challenge_set/draw_shapes.py
 	$(BIN)/python challenge_set/train_shapes_clip.py
+
+finetuned: .venv/ready-for-tests  ## fine-tune a tiny text-to-image pipeline with dissimilarity, from three seeds (most of an hour)
+	$(BIN)/python examples/demonstrate_finetuning.py
 
 clean:  ## remove the virtual environment, caches and the demo's results
 	rm -rf .venv scores .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,346 @@
+"""The fine-tuning example on a tiny random pipeline: only LoRA weights learn, the loss falls, a run resumes and reloads."""
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED_MODEL, ROOT
+from PIL import Image
+
+import image_text_sim_clip as script
+
+pytest.importorskip("diffusers", reason="needs examples/requirements.txt")
+pytest.importorskip("peft", reason="needs examples/requirements.txt")
+sys.path.insert(0, str(ROOT / "challenge_set"))
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from examples import finetune_text_to_image as finetune
+from examples import train_shapes_pipeline as shapes_pipeline
+
+PROMPTS = [f"a {size} {colour} {shape} on a {ground} background" for size in ("small", "large")
+           for colour in ("red", "blue") for shape in ("circle", "star") for ground in ("white", "black")]
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    """A StableDiffusionPipeline that paints 16 x 16 pixels of nothing: a random UNet, the bundled text tower."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=4)
+    folder = tmp_path_factory.mktemp("pipeline")
+    StableDiffusionPipeline(
+        vae=shapes_pipeline.build_autoencoder(), text_encoder=CLIPTextModel.from_pretrained(BUNDLED_MODEL),
+        tokenizer=CLIPTokenizer.from_pretrained(BUNDLED_MODEL), unet=unet, scheduler=shapes_pipeline.build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(pipeline_folder, tmp_path, write_config):
+    """The command line of a run of a few steps; keywords replace or, with None, remove options."""
+    (tmp_path / "prompts.csv").write_text("caption\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
+    teacher = write_config("teacher.yaml", pretrained_model=BUNDLED_MODEL)
+
+    def make(**changes):
+        options = {"model": pipeline_folder, "prompts": tmp_path / "prompts.csv", "teacher": teacher,
+                   "output": tmp_path / "tuned", "steps": 4, "batch": 2, "denoising_steps": 3, "gradient_steps": 2,
+                   "guidance": 2, "learning_rate": 0.01, "save_every": 2, "evaluate_every": 2, "cpu": "", **changes}
+        return [str(part) for key, value in options.items() if value is not None
+                for part in ([f"--{key.replace('_', '-')}", value] if value != "" else [f"--{key.replace('_', '-')}"])]
+    return make
+
+
+@pytest.fixture
+def other_model(shelf, tmp_path, write_config):
+    """The config of a judge with weights of its own."""
+    return write_config("judge.yaml", pretrained_model=str(shelf("clip-new-eos")))
+
+
+def start(arguments):
+    """A Trainer, put together but not run."""
+    return finetune.Trainer(finetune.parse_arguments(arguments))
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.painter.pipeline.unet.named_parameters()}
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_only_lora_weights_change(arguments):
+    trainer = start(arguments(stay_near=0.5))
+    before = weights_of(trainer)
+    frozen = {name: p.detach().clone() for part in (trainer.loss, trainer.painter.pipeline.text_encoder)
+              for name, p in part.named_parameters()}
+    trainer.run()
+    changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
+    assert changed == set(trainer.painter.lora()) and changed
+    after = {name: p for part in (trainer.loss, trainer.painter.pipeline.text_encoder) for name, p in part.named_parameters()}
+    assert all(torch.equal(frozen[name], after[name]) for name in frozen)
+
+
+def test_loss_falls_on_a_fixed_batch(arguments):
+    trainer = start(arguments(crop=1, noise=0, batch=4))
+    losses = [trainer.advance(0)["loss"] for _ in range(12)]  # the same step again: the same prompts from the same noise
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_gradient_checkpointing_and_bf16_change_little(arguments, tmp_path):
+    plain = start(arguments()).advance(0)["loss"]
+    assert start(arguments(gradient_checkpointing="")).advance(0)["loss"] == pytest.approx(plain, abs=1e-5)
+    accelerate_state = finetune.accelerate.state.AcceleratorState
+    accelerate_state._reset_state(True)  # a process has one precision, and this one had float32
+    try:
+        assert start(arguments(mixed_precision="bf16")).advance(0)["loss"] == pytest.approx(plain, abs=0.05)
+    finally:
+        accelerate_state._reset_state(True)
+
+
+def test_gradient_reaches_only_the_last_steps(arguments):
+    trainer = start(arguments(gradient_steps=1))
+    noise = trainer.painter.noise(2, torch.Generator().manual_seed(0)).requires_grad_()
+    images, _ = trainer.painter.paint(PROMPTS[:2], noise, 1)
+    assert torch.autograd.grad(images.sum(), noise, allow_unused=True)[0] is None  # cut before the last step
+    images, _ = trainer.painter.paint(PROMPTS[:2], noise, 3)
+    assert torch.autograd.grad(images.sum(), noise)[0].abs().sum() > 0
+
+
+def test_painting_is_what_diffusers_paints(arguments, pipeline_folder):
+    trainer = start(arguments())
+    noise = trainer.painter.noise(2, torch.Generator().manual_seed(3))
+    ours, _ = trainer.painter.paint(PROMPTS[:2], noise)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(PROMPTS[:2], latents=noise, num_inference_steps=3, guidance_scale=2, output_type="pt").images
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_distance_to_the_base_is_nothing_at_first_and_grows(arguments):
+    trainer = start(arguments(stay_near=1))
+    assert trainer.advance(0)["strayed"] == 0
+    assert trainer.advance(1)["strayed"] > 0
+
+
+def test_interrupted_run_resumes_to_the_same_weights_and_log(arguments, tmp_path):
+    whole = start(arguments(output=tmp_path / "whole"))
+    whole.run()
+    start(arguments(output=tmp_path / "halves", steps=2)).run()
+    with (tmp_path / "halves/log.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 0.0}\n')  # of a step after the last save: it will be done again
+    second = start(arguments(output=tmp_path / "halves"))
+    second.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.painter.lora().values(), second.painter.lora().values(), strict=True))
+    assert log_of(tmp_path / "halves") == log_of(tmp_path / "whole")
+
+
+def test_saved_weights_load_into_a_fresh_pipeline_and_paint_the_same(arguments, pipeline_folder, tmp_path):
+    trainer = start(arguments())
+    trainer.run()
+    noise = trainer.painter.noise(2, torch.Generator().manual_seed(3))
+    ours, _ = trainer.painter.paint(PROMPTS[:2], noise)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 2, "output_type": "pt"}
+    base = pipeline(PROMPTS[:2], **settings).images
+    pipeline.load_lora_weights(tmp_path / "tuned")
+    assert torch.allclose(pipeline(PROMPTS[:2], **settings).images, ours, atol=1e-5)
+    assert not torch.allclose(base, ours, atol=1e-3)
+
+
+@pytest.mark.slow  # the judge is built first
+def test_run_as_a_command_leaves_scores_pictures_and_weights(arguments, other_model, tmp_path):
+    command = [sys.executable, str(ROOT / "examples/finetune_text_to_image.py"), *arguments(judge=other_model)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100)
+    assert done.returncode == 0, done.stderr
+    summary, folder = json.loads(done.stdout.splitlines()[-1]), tmp_path / "tuned"
+    held_out = list(csv.DictReader((folder / "held_out.csv").open(encoding="utf-8")))
+    assert (summary["prompts"], summary["held_out"]) == (14, 2) == (14, len(held_out))
+    for name in ("teacher", "judge"):
+        for when in ("before", "after"):
+            mean = sum(float(row[f"{name}_{when}"]) for row in held_out) / 2
+            assert summary[name][when] == pytest.approx(mean, abs=1e-4)
+    assert Image.open(folder / "before.png").size == Image.open(folder / "after.png").size == (34, 16)
+    assert (folder / "pytorch_lora_weights.safetensors").exists()
+    steps = [row["step"] for row in log_of(folder) if "loss" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_scores_watched_are_the_scorers_own(arguments, tmp_path):
+    trainer = start(arguments())
+    pictures, scores = trainer.watch.look()
+    expected = 1 - trainer.loss.scorer.similarity(pictures, trainer.held_out)
+    assert scores["teacher"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_variation_keeps_a_flat_picture_and_moves_an_edge():
+    flat, generator = torch.full((3, 3, 16, 16), 0.25), torch.Generator().manual_seed(0)
+    assert torch.allclose(finetune.vary(flat, 0.5, 0, generator), flat)
+    image = torch.rand(1, 3, 8, 8)
+    assert torch.allclose(finetune.vary(image, 1, 0, generator), image, atol=1e-5)
+    half = flat.clone()
+    half[..., 8:] = 0.75
+    edges = (finetune.vary(half, 0.5, 0, generator)[:, 0, 8] > 0.5).sum(-1)
+    assert len(set(edges.tolist())) > 1  # each picture through a window of its own
+
+
+# ── Curated pictures ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def imagefolder(tmp_path, noise):
+    """Six curated pictures of mixed sizes with metadata.jsonl, as the curation exports them."""
+    folder = tmp_path / "curated/train"
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(6):
+        noise(20 + 5 * i, 30, seed=i).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": PROMPTS[i], "similarity": 0.9 - i / 10, "dissimilarity": 0.1 + i / 10})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder.parent
+
+
+def test_weights_follow_dissimilarity_and_are_one_on_average(imagefolder):
+    weights = [pair.weight for pair in finetune.read_imagefolder(imagefolder, 0.2)]
+    assert np.mean(weights) == pytest.approx(1)
+    assert [a / b for a, b in itertools.pairwise(weights)] == pytest.approx([math.exp(0.1 / 0.2)] * 5)
+    assert [pair.weight for pair in finetune.read_imagefolder(imagefolder, math.inf)] == [1] * 6
+    assert len(finetune.read_imagefolder(imagefolder / "train", 1)) == 6  # the folder of the table itself will do
+
+
+def test_curated_pictures_teach_the_lora_weights(arguments, imagefolder):
+    trainer = start(arguments(prompts=None, images=imagefolder, batch=4))
+    before = weights_of(trainer)
+    losses = [trainer.advance(0)["loss"] for _ in range(12)]
+    assert losses[-1] < losses[0]
+    changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
+    assert changed == set(trainer.painter.lora())
+
+
+def test_imitation_error_is_zero_for_a_unet_that_knows_the_answer(arguments, monkeypatch):
+    trainer = start(arguments())
+    scheduler, pictures = trainer.painter.pipeline.scheduler, torch.rand(2, 3, 16, 16) * 2 - 1
+    vae = trainer.painter.pipeline.vae
+    clean = vae.encode(pictures).latents * vae.config.scaling_factor
+
+    def know(noised, times, states):
+        share = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        noise = (noised - share.sqrt() * clean) / (1 - share).sqrt()
+        return scheduler.get_velocity(clean, noise, times)
+    monkeypatch.setattr(trainer.painter, "predict", know)
+    assert trainer.painter.imitation_errors(pictures, PROMPTS[:2], torch.Generator().manual_seed(0)).max() < 1e-4
+
+
+# ── What the user can mend is one line ────────────────────────────────────────────────────────────────────────────────
+
+def test_troubles_are_one_line_with_their_exit_code(arguments, imagefolder, tmp_path):
+    def refusal(**changes):
+        with pytest.raises(script.Trouble) as caught:
+            start(arguments(**changes))
+        assert "\n" not in str(caught.value)
+        return caught.value.exit_code, str(caught.value)
+    assert refusal(images=imagefolder)[0] == 2  # both prompts and images
+    assert refusal(prompts=None)[0] == 2
+    assert refusal(gradient_steps=4) == (2, "--gradient-steps must lie in [1, 3], got 4")
+    assert refusal(prompts=tmp_path / "none.csv")[0] == 3
+    code, message = refusal(column="text")
+    assert code == 3 and "no column 'text'" in message and "caption" in message
+    assert refusal(held_out=tmp_path / "prompts.csv") == (3, "no prompt is left to train with: all are held out")
+    assert refusal(teacher=tmp_path / "none.yaml")[0] == 2
+    assert refusal(judge=tmp_path / "teacher.yaml")[1].startswith("the judge has the teacher's weights")
+    assert refusal(model=tmp_path)[0] == 6
+    (imagefolder / "train/metadata.jsonl").write_text('{"file_name": "0.png"}\n')
+    code, message = refusal(prompts=None, images=imagefolder)
+    assert code == 3 and "file_name, text and dissimilarity" in message
+
+
+def test_broken_picture_of_a_curated_set_is_named(arguments, imagefolder):
+    for i in range(6):
+        (imagefolder / f"train/{i}.png").write_bytes(b"no picture")
+    trainer = start(arguments(prompts=None, images=imagefolder))
+    with pytest.raises(script.Trouble, match=r"cannot read the picture .*\.png: ") as caught:
+        trainer.advance(0)
+    assert caught.value.exit_code == 3
+
+
+def test_other_options_on_the_same_output_are_refused_unless_fresh(arguments):
+    start(arguments(steps=2)).run()
+    with pytest.raises(script.Trouble, match="begun with another learning_rate") as caught:
+        start(arguments(learning_rate=0.02)).run()
+    assert caught.value.exit_code == 2
+    with pytest.raises(script.Trouble, match="holds 2 steps already"):
+        start(arguments(steps=1)).run()
+    assert start(arguments(learning_rate=0.02, fresh="", steps=1)).run()["steps"] == 1
+
+
+def test_missing_library_is_one_line(arguments, tmp_path):
+    (tmp_path / "peft.py").write_text("raise ModuleNotFoundError('no', name='peft')\n")
+    done = subprocess.run([sys.executable, str(ROOT / "examples/finetune_text_to_image.py"), *arguments()], encoding="utf-8",
+                          capture_output=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""}, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == ("error: this example needs the package peft (pip install -r requirements.txt "
+                                            "-r examples/requirements.txt)")
+
+
+def test_shapes_pipeline_passes_pixels_through():
+    autoencoder = shapes_pipeline.build_autoencoder()
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    decoded = autoencoder.decode(shapes_pipeline.encode(autoencoder, pixels) / autoencoder.config.scaling_factor).sample
+    assert torch.equal(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte(), pixels)
+
+
+@pytest.mark.slow  # trains a UNet of full size for a few steps
+def test_shapes_pipeline_is_trained_and_loads(tmp_path):
+    shapes_pipeline.train(tmp_path, seed=0, drawings=32, steps=2)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, requires_safety_checker=False)
+    assert pipeline.unet.config.sample_size == 32 and pipeline.vae_scale_factor == 1
+
+
+def test_training_drawings_leave_out_what_is_held_out():
+    from draw_shapes import caption, held_out_scenes
+    _, captions = shapes_pipeline.training_drawings(300, seed=0)
+    assert len(captions) == 300 and not {caption(scene) for scene in held_out_scenes()} & set(captions)
+
+
+@pytest.mark.slow  # two processes load everything
+def test_two_processes_share_their_gradients(arguments, tmp_path):
+    def run(processes, *more):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launch, str(ROOT / "examples/finetune_text_to_image.py"), *more]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    printed = run(2, *arguments(steps=1, batch=2, crop=1, noise=0, learning_rate=1e-3, save_every=1))
+    assert len([line for line in printed.splitlines() if line.startswith("{")]) == 1
+    shared = torch.load(tmp_path / "tuned/state.pt", weights_only=True)["optimiser"]["state"]
+
+    def gradients(rank):
+        """What one process finds at step 0: Adam's first moment after one step is a tenth of the clipped gradient."""
+        trainer = start(arguments(batch=2, crop=1, noise=0, learning_rate=1e-3))
+        generator = torch.Generator().manual_seed(rank)  # seed 0, step 0: the place is the rank
+        trainer.please_teacher(generator)["loss"].backward()
+        return [weight.grad for weight in trainer.painter.lora().values()]
+    means = [(a + b) / 2 for a, b in zip(gradients(0), gradients(1), strict=True)]
+    scale = min(1.0, 1.0 / torch.stack([g.norm() for g in means]).norm().item())
+    for number, mean in enumerate(means):
+        assert torch.allclose(shared[number]["exp_avg"], 0.1 * scale * mean, atol=1e-6, rtol=1e-3)
+
+
+def test_demonstration_holds_out_what_it_scores(tmp_path):
+    sys.path.insert(0, str(ROOT / "examples"))
+    import demonstrate_finetuning as demonstration
+    demonstration.write_inputs(tmp_path)
+    training, held_out = (finetune.read_prompts(tmp_path / f"{name}.csv", "caption") for name in ("prompts", "held_out"))
+    _, drawn = shapes_pipeline.training_drawings(300, seed=0)
+    assert len(training) + len(held_out) == 8 * 6 * 3 and not set(training) & set(held_out)
+    assert set(drawn) <= set(training)
+    assert script.load_config(tmp_path / "judge.yaml").pretrained_model == str(tmp_path / "judge")
