@@ -473,7 +473,7 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     input, 5 for the output disk. One that `joins` others at work on the run leaves what they have settled.
     """
     output, inputs, trouble = pathlib.Path(config.output_path), inputs_addon(), functools.partial(Trouble, EXIT_INPUT)
-    if not (output / "manifest.json").exists():  # nothing is made for an input that is not there
+    if fresh or not _has_parts(output):  # nothing is made, and nothing discarded, for an input that is not there
         if inputs:
             inputs.check_there(config.csv_path, trouble)
         elif not pathlib.Path(config.csv_path).is_file():

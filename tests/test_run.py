@@ -363,6 +363,19 @@ def test_fresh(small, run_main, read_table, tmp_path):
     assert all(path.read_text() == "mine" for path in mine)
 
 
+def test_input_that_is_not_there_costs_no_results(small, run_main, tmp_path):
+    """A mistyped csv_path is exit 3, with --fresh as well, and discards nothing; after a run without parts, too."""
+    config, out = small(), tmp_path / "out"
+    assert run_main("--config", config).code == 0
+    before = files(out)
+    outcome = run_main("--config", config, "--fresh", "--set", f"csv_path={tmp_path / 'tabel.csv'}")
+    assert outcome.code == 3 and "tabel.csv" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    assert files(out) == before
+    for part in parts_in(out):
+        part.unlink()
+    assert run_main("--config", config, "--set", f"csv_path={tmp_path / 'tabel.csv'}").code == 3
+
+
 def test_run_that_scored_nothing_may_change(small, run_main, tmp_path):
     """A run that ended before its first part loses nothing by another setting: it is planned anew, without --fresh."""
     config = small()
