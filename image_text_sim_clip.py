@@ -34,6 +34,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -478,6 +479,9 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
             inputs.check_there(config.csv_path, trouble)
         elif not pathlib.Path(config.csv_path).is_file():
             raise trouble(f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
+    if _overlap(pathlib.Path(config.csv_path), output):
+        raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where the results in output_path {config.output_path!r} go: "
+                                   "write elsewhere with --set output_path=...")
     with locked(output):
         remove_leftovers(output)
         if fresh:
@@ -487,6 +491,12 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
             write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
     shards = inputs.open_rows(manifest, config, trouble, RowFailure) if manifest["kind"] in ("parquet", "tar") else None
     return Plan(output, manifest, cut_rows(manifest, output), shards)
+
+
+def _overlap(source: pathlib.Path, output: pathlib.Path) -> bool:
+    """Whether a run into the folder `output` would write over its own input `source`: a table, a folder or a glob."""
+    own = source.parent.resolve() == output.resolve() and any(fnmatch.fnmatch(name, source.name) for name in RUN_FILES)
+    return own or source.resolve() in (output.resolve(), (output / "parts").resolve())
 
 
 def cut_rows(manifest: dict, output: pathlib.Path) -> list[Partition]:

@@ -376,6 +376,32 @@ def test_input_that_is_not_there_costs_no_results(small, run_main, tmp_path):
     assert run_main("--config", config, "--set", f"csv_path={tmp_path / 'tabel.csv'}").code == 3
 
 
+@pytest.mark.parametrize(("source", "folder"), [
+    ("data/scores.csv", "data"), ("data/pairs.parquet", "data"), ("data", "data"), ("data/*.parquet", "data"),
+    ("link/pairs.parquet", "data")])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_results_never_go_over_the_input(small, run_main, tmp_path, source, folder, fresh):
+    """A table that has the name of a result, in the folder of the results, is refused, and stays."""
+    import pandas
+    config, data = small(), tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "link").symlink_to(data)
+    shutil.copy(tmp_path / "table.csv", data / "scores.csv")
+    pandas.read_csv(tmp_path / "table.csv").to_parquet(data / "pairs.parquet")
+    before = files(data)
+    keys = [f"csv_path={tmp_path / source}", f"output_path={tmp_path / folder}"]
+    outcome = run_main("--config", config, *(["--fresh"] if fresh else []), "--set", keys[0], "--set", keys[1])
+    assert outcome.code == 2 and "output_path" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    assert files(data) == before
+
+
+def test_results_beside_the_input(small, run_main, tmp_path):
+    """A table in the folder of the results is read where it lies, if it has a name of its own."""
+    config = small(output_path=str(tmp_path))
+    assert run_main("--config", config).result["rows"] == 10
+    assert run_main("--config", config, "--fresh").result["rows"] == 10
+
+
 def test_run_that_scored_nothing_may_change(small, run_main, tmp_path):
     """A run that ended before its first part loses nothing by another setting: it is planned anew, without --fresh."""
     config = small()
