@@ -19,6 +19,8 @@ from pyarrow import csv as arrow_csv
 from addons import tables
 from addons.tables import Batch
 
+pa.enable_signal_handlers(False)  # Arrow's own would take a Ctrl-C that comes while it parses, and lose it
+
 BLOCK_BYTES = 8_000_000  # of text that is parsed at a time
 CAREFUL_BYTES = 128_000  # a block of this size that does not keep to the grammar is read record by record
 LINE_PIECE_BYTES = 65_536  # of text that is cut into physical lines at a time

@@ -4,9 +4,12 @@ import csv
 import gzip
 import hashlib
 import io
+import os
 import shutil
+import signal
 from unittest import mock
 
+import numpy as np
 import pytest
 from conftest import stage
 from hypothesis import given, settings
@@ -216,3 +219,25 @@ def test_full_disk_while_staging(folder, monkeypatch):
     with pytest.raises(script.Trouble, match="No space left") as trouble:
         read_fast(folder, b"url,caption\n" + b"a,b\n" * 20_000)
     assert trouble.value.exit_code == 5
+
+
+def test_ctrl_c_while_arrow_parses_is_ours(monkeypatch):
+    """Arrow does not take SIGINT while it parses: its own handler lost one that came at the end of a block."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    monkeypatch.setattr(text.arrow_csv, "ParseOptions", interrupting_options(text.arrow_csv.ParseOptions))
+    try:
+        rows, bad = text.parse_clean(b"1,2\n3\n", np.array([], int), ",", ["a", "b"], 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(caught) == 1 and rows.to_pylist() == [{"a": "1", "b": "2"}] and len(bad) == 1
+
+
+def interrupting_options(real):
+    """ParseOptions whose handler of odd rows is preceded by a Ctrl-C."""
+    def make(invalid_row_handler, **options):
+        def interrupted(row):
+            os.kill(os.getpid(), signal.SIGINT)
+            return invalid_row_handler(row)
+        return real(invalid_row_handler=interrupted, **options)
+    return make
