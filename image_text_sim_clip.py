@@ -1377,8 +1377,8 @@ class PartitionRun:
     def open(cls, plan: Plan, partition: Partition, config: Config, retry: bool) -> "PartitionRun":
         """Read the rows, with `retry` those alone that failed for a passing reason, which no picture in a tar does."""
         rows, finish, null = plan.read_rows(partition.start, partition.stop), lambda table: table, None
-        if retry and (part := read_part(partition)) is not None:
-            rows, finish = addon("retry", "--retry-failed").failed_rows(rows, part)
+        if retry and part_is_done(partition):
+            rows, finish = addon("retry", "--retry-failed").failed_rows(rows, read_part(partition))
             null = (_read_json(partition.json) or {}).get("null")
         if hasattr(plan.shards, "sources"):
             return cls(partition, rows, plan.shards.sources(partition.start, partition.stop), finish, null)
@@ -1814,7 +1814,7 @@ def read_part(partition: Partition) -> Any:
         partition.parquet.unlink()
         raise Trouble(EXIT_VERIFY, f"{partition.parquet.name} was not what had been written; it is removed, and the same "
                                    "command does it again")
-    return pq.read_table(pa.BufferReader(data))
+    return pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)  # threads may not outlive the program
 
 
 def result_tables(plan: Plan) -> Iterator[Any]:

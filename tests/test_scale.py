@@ -475,6 +475,23 @@ def test_retry_on_top_of_what_is_pending(dry, run_main, tmp_path):
         assert outcome.code == 0 and outcome.result["rows"] == 120 and outcome_of(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("damage", ["cut off", "scrambled", "footer scrambled"])
+def test_retry_finds_flawed_parts(dry, run_main, tmp_path, damage):
+    """--retry-failed does a part again that is cut off; one that does not verify is exit 7, and done by the same command."""
+    assert run_main("--config", dry).code == 0
+    expected, part = outcome_of(tmp_path / "out"), tmp_path / "out/parts/part-00003.parquet"
+    data = part.read_bytes()
+    place = slice(4, len(data) // 2) if damage == "scrambled" else slice(-300, -8)
+    flawed = bytearray(data)
+    flawed[place] = bytes(byte ^ 255 for byte in data[place])
+    part.write_bytes(data[:500] if damage == "cut off" else flawed)
+    outcome = run_main("--config", dry, "--retry-failed")
+    if damage != "cut off":
+        assert outcome.code == 7 and "part-00003" in outcome.stderr, outcome
+        outcome = run_main("--config", dry, "--retry-failed")
+    assert outcome.code == 0 and outcome_of(tmp_path / "out") == expected
+
+
 @pytest.mark.slow
 def test_retried_rows_score_as_at_first(scored, run_main, read_table, tmp_path):
     """With a model, a row that is scored again gets its score, wherever in the part it stands."""
