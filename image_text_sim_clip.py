@@ -480,7 +480,7 @@ def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
         elif not pathlib.Path(config.csv_path).is_file():
             raise trouble(f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
     if _overlap(pathlib.Path(config.csv_path), output):
-        raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where the results in output_path {config.output_path!r} go: "
+        raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where results go in output_path {config.output_path!r}: "
                                    "write elsewhere with --set output_path=...")
     with locked(output):
         remove_leftovers(output)
@@ -877,8 +877,13 @@ def compute_in_one_thread() -> None:
         torch.set_num_threads(1)
 
 
+HANGS_S = 15.0  # a picture that was waited for longer than this when the run was stopped is tried in isolation by the next
+
+
 class LoaderPool:
     """Loads sources ahead of their use: `add` them, `take` them in the same order; a bounded number is in flight."""
+
+    hangs = False  # the run was stopped while it waited for a picture that does not come
 
     def __init__(self, threads: int) -> None:
         self._window = 4 * threads + 8
@@ -901,8 +906,11 @@ class LoaderPool:
         if not self._pool:
             load, source = self._waiting.popleft()
             return load(source)
-        future = self._flying.popleft()
-        wait_for(future)
+        future, since = self._flying.popleft(), time.monotonic()
+        try:
+            wait_for(future)
+        finally:
+            self.hangs = not future.done() and time.monotonic() - since > HANGS_S
         self._launch()
         return future.result()
 
@@ -1681,18 +1689,22 @@ class Worker:
 
     def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
-        pool = LoaderPool(self.threads)
+        pool, marked = LoaderPool(self.threads), []
 
         def begin(partition: Partition) -> PartitionRun:
-            run = PartitionRun.open(self.plan, partition, self.config, retry)
+            run, load = PartitionRun.open(self.plan, partition, self.config, retry), self.loader
             if self.passport:
                 captions = run.rows[column_name(self.config.caption_column)]
                 known = (_read_json(partition.json) or {}).get("passport", []) if retry else []
                 run.watch = self.passport.watch(partition, run.rows.index, run.sources, [
                     self.config.caption_template.replace("{}", caption) for caption in captions], known)
-            pool.add(self.loader.isolated if partition.trying.exists() else self.loader, run.wanted(self.config))
-            with output_disk(partition.trying):
-                partition.trying.touch()
+            if partition.trying.exists():
+                load = self.loader.isolated
+            else:
+                with output_disk(partition.trying):
+                    partition.trying.touch()  # before the first picture is decoded, which may be the one that kills
+                marked.append(partition)
+            pool.add(load, run.wanted(self.config))
             return run
         INTERRUPTION.deferred = True
         try:
@@ -1713,6 +1725,7 @@ class Worker:
                 run.partition.trying.unlink(missing_ok=True)
                 clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next's time
                 yield summary
+                INTERRUPTION.check()  # a partition without a picture to load has not looked
                 if ahead:
                     run = ahead
         finally:
@@ -1722,7 +1735,7 @@ class Worker:
                 self.loader.__dict__.pop("isolated").decode_bytes.close()
             if self.passport:
                 self.passport.close()
-            for partition in todo:  # only a process that is killed leaves one behind
+            for partition in marked if not pool.hangs else ():  # only what is killed, or hung until it was stopped, leaves them
                 partition.trying.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@ import csv
 import os
 import pathlib
 import signal
+import threading
 import time
 
 import pytest
@@ -126,3 +127,65 @@ def test_kill_minus_nine_changes_no_result(shapes, start_cli, run_cli, tmp_path)
     assert run_cli("--config", config, "--set", "limit=300").code == 0
     assert expected.startswith((tmp_path / "out" / "scores.csv").read_bytes()[:2000])
     assert (tmp_path / "out" / "scores.csv").read_bytes() in expected
+
+
+# ── Markers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def worker(write_config, write_table, picture_bytes, tmp_path, monkeypatch):
+    """A worker of a dry run over three partitions of two pictures, and an interruption of its own."""
+    config = script.load_config(write_config(partition_rows=2, loader_threads=1))
+    for number in range(6):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(picture_bytes("PNG", size=(8, 8 + number)))
+    write_table([("url", "caption"), *((f"{number}.png", "c") for number in range(6))])
+    monkeypatch.setattr(script, "INTERRUPTION", script.Interruption())
+    return script.Worker(config, script.plan(config), "local")
+
+
+def test_marker_is_there_before_the_first_picture(worker, monkeypatch):
+    """A partition is marked before any of its pictures is decoded, or one that kills at once would never be found out."""
+    marked, add = [], script.LoaderPool.add
+
+    def noting(pool, load, sources):
+        marked.append(len(list(worker.plan.output.glob("parts/*.trying"))))
+        add(pool, load, sources)
+    monkeypatch.setattr(script.LoaderPool, "add", noting)
+    assert len(list(worker.run(worker.plan.partitions))) == 3
+    assert marked == [1, 2, 2]  # its own, and that of the one before, which is at work
+
+
+def test_marker_of_an_earlier_run_outlives_an_interruption(worker):
+    """A run that is stopped before it comes to a partition left behind does not forget that partition."""
+    first, second, third = worker.plan.partitions
+    third.trying.touch()
+    summaries = worker.run(worker.plan.partitions)
+    next(summaries)
+    script.INTERRUPTION._on_signal(signal.SIGTERM, None)
+    with pytest.raises(script.Interrupted):
+        next(summaries)
+    assert first.parquet.exists() and not second.parquet.exists()
+    assert list(third.folder.glob("*.trying")) == [third.trying]
+
+
+def test_stopped_while_a_picture_hangs(worker, monkeypatch):
+    """Who stops a run that hangs, by Ctrl-C, leaves the mark that has the next run try that partition in isolation."""
+    begun = threading.Event()
+    monkeypatch.setattr(script, "HANGS_S", 0.1)
+    monkeypatch.setattr(script, "read_file", lambda *arguments: begun.set() or time.sleep(2) or b"")
+    threading.Thread(target=lambda: begun.wait() and time.sleep(0.3) or script.INTERRUPTION._on_signal(2, None)).start()
+    with pytest.raises(script.Interrupted):
+        next(worker.run(worker.plan.partitions))
+    assert worker.plan.partitions[0].trying.exists()
+
+
+def test_captions_without_pictures_can_be_interrupted(worker, write_table):
+    """Partitions that have nothing to load obey a signal as well."""
+    write_table([("url", "caption"), *((f"{number}.png", "") for number in range(6))])
+    plan = script.plan(worker.config)
+    worker.plan = plan
+    summaries = worker.run(plan.partitions)
+    next(summaries)
+    script.INTERRUPTION._on_signal(signal.SIGINT, None)
+    with pytest.raises(script.Interrupted):
+        next(summaries)
+    assert not list(plan.output.glob("parts/*.trying"))
