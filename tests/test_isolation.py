@@ -172,7 +172,7 @@ def test_stopped_while_a_picture_hangs(worker, monkeypatch):
     begun = threading.Event()
     monkeypatch.setattr(script, "HANGS_S", 0.1)
     monkeypatch.setattr(script, "read_file", lambda *arguments: begun.set() or time.sleep(2) or b"")
-    threading.Thread(target=lambda: begun.wait() and time.sleep(0.3) or script.INTERRUPTION._on_signal(2, None)).start()
+    threading.Thread(target=lambda: (begun.wait() and time.sleep(0.3)) or script.INTERRUPTION._on_signal(2, None)).start()
     with pytest.raises(script.Interrupted):
         next(worker.run(worker.plan.partitions))
     assert worker.plan.partitions[0].trying.exists()
