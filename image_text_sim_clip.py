@@ -558,6 +558,7 @@ def settle(plan: Plan, scorer: "Scorer | None") -> None:
     """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a worker that differs.
 
     A batch size that is left to be found is found by the first worker, and taken from the manifest by all others.
+    From here on there is work under way: what an earlier run summed up no longer counts.
     """
     with locked(plan.output):
         known = (_read_json(plan.output / "manifest.json") or {}).get("resolved")
@@ -572,6 +573,8 @@ def settle(plan: Plan, scorer: "Scorer | None") -> None:
                                        "discard it with --fresh, or write elsewhere with --set output_path=...")
         plan.manifest["resolved"] = resolved
         write_json(plan.output / "manifest.json", plan.manifest)
+        with output_disk(plan.output):
+            (plan.output / "profile.json").unlink(missing_ok=True)
 
 
 RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
@@ -1756,13 +1759,9 @@ class Job:
         self.plan = plan(self.config, self.fresh and not joins, joins)
 
     def pending(self) -> list[Partition]:
-        """What is left to do; a finished run's results no longer count once something is."""
+        """What is left to do."""
         may_pass = addon("retry", "--retry-failed").may_pass_in if self.retry else lambda partition: False
-        todo = [p for p in self.plan.partitions if not part_is_done(p) or may_pass(p.parquet)]
-        if todo:
-            with output_disk(self.plan.output):
-                (self.plan.output / "profile.json").unlink(missing_ok=True)
-        return todo
+        return [p for p in self.plan.partitions if not part_is_done(p) or may_pass(p.parquet)]
 
     def results_file(self) -> pathlib.Path:
         """Where `output_format` has the results go."""
@@ -1938,13 +1937,14 @@ def finalize(job: Job, curve: Any = None) -> dict | None:
                 return None
             stored = _read_json(plan.output / "profile.json") or {}
         else:
+            stored = summarise(config, plan)  # first: a part that another worker adds meanwhile does not make the run finished
             with output_disk(scores), atomic_file(scores) as file:
                 if config.output_format == "parquet":
                     addon("outputs", "output_format: parquet").write_parquet(result_tables(plan), file)
                 else:
                     write_csv(config, plan, file)
-            stored = summarise(config, plan) | {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
             keys = ("revision", "preprocess", "decode", "transparent_over", "exif_orientation")
+            stored |= {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
             stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in keys},
                        **plan.manifest.get("resolved", {}), "script": __version__}
             if report:

@@ -301,6 +301,56 @@ def test_slurm_refuses_what_tasks_would_undo(dry, run_main, monkeypatch, extra, 
     assert outcome.code == 2 and told in outcome.stderr and len(outcome.stderr.splitlines()) == 1
 
 
+def test_slurm_task_killed_before_it_finalised(dry, run_main, monkeypatch, tmp_path):
+    """A task that died after the last part, and is put into the queue again with its number, writes the results."""
+    assert run_main("--config", dry).code == 0
+    expected = outcome_of(tmp_path / "out")
+    (tmp_path / "out/profile.json").unlink()
+    (tmp_path / "out/scores.csv").unlink()
+    for name, value in (("ID", 3), ("MIN", 0), ("MAX", 3), ("COUNT", 4)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert run_main("--config", dry).result["rows"] == 120 and outcome_of(tmp_path / "out") == expected
+    assert run_main("--config", dry).stdout == ""  # others have finalised
+
+
+def test_slurm_array_with_gaps_is_refused(dry, run_main, monkeypatch):
+    """--array=0,3,7 would leave partitions that fall to no task: refused in one line; a single number does all that is left."""
+    for name, value in (("ID", 7), ("MIN", 0), ("MAX", 7), ("COUNT", 3), ("STEP", 1)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    outcome = run_main("--config", dry)
+    assert outcome.code == 2 and "no range" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    for name, value in (("MIN", 7), ("COUNT", 1)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert run_main("--config", dry).result["rows"] == 120
+
+
+def test_looking_for_work_changes_nothing(dry, run_main, tmp_path):
+    """A task that lists what is pending takes nothing from another that finalises at the same moment."""
+    assert run_main("--config", dry).code == 0
+    (tmp_path / "out/parts/part-00003.parquet").unlink()
+    job = script.Job(script.load_config(dry))
+    job.make_plan(joins=True)
+    assert [p.index for p in job.pending()] == [3] and (tmp_path / "out/profile.json").exists()
+    job.work(job.pending())
+    assert not (tmp_path / "out/profile.json").exists()
+
+
+def test_part_that_comes_while_results_are_written(dry, run_main, monkeypatch, tmp_path):
+    """A part that another worker adds while scores.csv is written without it does not make the run finished."""
+    assert run_main("--config", dry).code == 0
+    expected, last = outcome_of(tmp_path / "out"), tmp_path / "out/parts/part-00039.parquet"
+    job = script.Job(script.load_config(dry))
+    job.make_plan(joins=True)
+    (tmp_path / "out/profile.json").unlink()
+    last.rename(tmp_path / "aside")
+    write_csv = script.write_csv
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_csv", lambda *arguments: write_csv(*arguments) or (tmp_path / "aside").rename(last))
+        assert script.finalize(job)["failed"]["not_tried"] == 3
+    assert json.loads((tmp_path / "out/profile.json").read_text())["finished"] is False
+    assert run_main("--config", dry).code == 0 and outcome_of(tmp_path / "out") == expected
+
+
 def test_slurm_without_slurm(dry, run_main, monkeypatch):
     """engine: slurm outside a job array is refused in one line."""
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
