@@ -1569,7 +1569,7 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, w
                 extra: dict | None = None) -> dict:
     """Write the part: its JSON first (with what is `extra`), then its Parquet, whose existence is the mark of done.
 
-    Returns the JSON's content.
+    Returns the JSON's content. `tried` in it is how many rows the time was spent on: with --retry-failed not all of them.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -1584,7 +1584,8 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, w
         "similarity_count": table.num_rows - table["similarity"].null_count,
         "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
         "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-        "worker": worker, "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
+        "worker": worker, "tried": table.num_rows, "ended": round(time.time(), 6),
+        "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
         "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
         "null": None,
     } | (extra or {})
@@ -1716,7 +1717,7 @@ class Worker:
             for following in [*todo[1:], None]:
                 ahead = begin(following) if following else None
                 table = score_partition(self.scorer, run, pool, self.config, clock, on_loaded)
-                wall_s, extra = time.perf_counter() - since, {"null": run.null}
+                wall_s, extra = time.perf_counter() - since, {"null": run.null, "tried": len(table)}
                 if run.watch:  # a stage of its own: neither its time nor its pairs count in the rate
                     with Clock().stage("passport"):
                         extra["passport"] = run.watch.check(table["similarity"].to_pylist())
@@ -1890,17 +1891,23 @@ def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
     text.detach()
 
 
+def busy_time(parts: list[dict]) -> float:
+    """Seconds in which anybody was at work on the parts, whose JSON files these are: interruptions and company count once."""
+    busy_s, until = 0.0, -math.inf
+    for begun, ended in sorted((part["ended"] - part["wall_s"], part["ended"]) for part in parts):
+        busy_s += max(0.0, ended - max(begun, until))
+        until = max(until, ended)
+    return busy_s
+
+
 def summarise(config: Config, plan: Plan) -> dict:
-    """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate of all workers together."""
+    """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate with the number of workers it took."""
     parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
     statuses, seconds = collections.Counter[str](), collections.Counter[str]()
-    rows_of, wall_s_of = collections.Counter[str](), collections.Counter[str]()
     for part in parts:
         statuses.update(part["statuses"])
         seconds.update(part["seconds"])
-        rows_of[part["worker"]] += part["rows"]
-        wall_s_of[part["worker"]] += part["wall_s"]
-    done = sum(part["rows"] for part in parts)
+    done, tried, wall_s = sum(part["rows"] for part in parts), sum(part["tried"] for part in parts), busy_time(parts)
     if plan.rows > done:
         statuses["not_tried"] = plan.rows - done
     scored = statuses.pop("ok", 0)
@@ -1909,8 +1916,8 @@ def summarise(config: Config, plan: Plan) -> dict:
         "rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())), "malformed": plan.manifest["malformed"],
         "truncated": sum(part["truncated"] for part in parts),
         "mean_similarity": math.fsum(part["similarity_sum"] for part in parts) / cosines if cosines else None,
-        "null": null and null.describe(), "wall_s": math.fsum(wall_s_of.values()), "workers": len(rows_of),
-        "pairs_per_s": sum(rows_of[worker] / wall_s for worker, wall_s in wall_s_of.items() if wall_s),
+        "null": null and null.describe(), "tried": tried, "wall_s": wall_s, "pairs_per_s": tried / wall_s if wall_s else 0.0,
+        "workers": round(math.fsum(part["wall_s"] for part in parts) / wall_s) if wall_s else 0,
         "stage_seconds": {stage: seconds[stage] for stage in STAGES},
         "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
         "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),

@@ -13,7 +13,7 @@ def explain(totals: dict[str, Any], prepare: Sequence[str], metric: Sequence[str
 
     `totals` holds what the script adds up from the parts; `prepare` and `metric` name the stages of a pair's way.
     """
-    done = totals["rows"] - totals["failed"].get("not_tried", 0)
+    done = totals["tried"]
     rate, seconds = totals["pairs_per_s"], totals["stage_seconds"]
     per_pair = {stage: seconds[stage] / max(1, done) for stage in seconds}
     return {

@@ -576,6 +576,33 @@ def test_parquet_results(dry, run_main, read_table, tmp_path):
         [(r["url"], r["caption"], r["status"], r["detail"]) for r in rows]
 
 
+# ── Rates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_rate_counts_time_once():
+    """Workers side by side share their seconds, one after the other they add up, and a pause in between is nobody's."""
+    def part(begun, ended):
+        return {"ended": ended, "wall_s": ended - begun}
+    assert script.busy_time([]) == 0
+    assert script.busy_time([part(0, 10), part(10, 20)]) == 20
+    assert script.busy_time([part(0, 10), part(0, 10), part(2, 5)]) == 10
+    assert script.busy_time([part(1000, 1010), part(5, 10)]) == 15
+
+
+def test_rate_of_a_run_that_others_finished(dry, run_main, tmp_path):
+    """A run that was resumed under other workers' names is not the faster for it, and a retried row counts no row beside it."""
+    assert run_main("--config", dry).code == 0
+    out = tmp_path / "out"
+    for number, path in enumerate(sorted(out.glob("parts/*.json"))):
+        summary = json.loads(path.read_text()) | {"worker": f"actor {number}", "ended": 100.0 + number, "wall_s": 1.0}
+        path.write_text(json.dumps(summary))
+    (out / "profile.json").unlink()
+    assert run_main("--config", dry).result["pairs_per_s"] == pytest.approx(120 / 40)
+    change_statuses(out, {3: ("timeout", "")})
+    assert run_main("--config", dry, "--retry-failed").code == 0
+    assert json.loads((out / "parts/part-00001.json").read_text())["tried"] == 1
+    assert json.loads((out / "profile.json").read_text())["tried"] == 118
+
+
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.slow
