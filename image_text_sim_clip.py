@@ -1749,7 +1749,7 @@ class Job:
     With `once` a run that others have finalised already is not summed up again.
     """
 
-    say, trouble, script = staticmethod(say), Trouble, pathlib.Path(__file__)
+    say, trouble, script, listen = staticmethod(say), Trouble, pathlib.Path(__file__), INTERRUPTION.install
 
     def __init__(self, config: Config, fresh: bool = False, retry: bool = False) -> None:
         self.config, self.fresh, self.retry, self.once = config, fresh, retry, False
@@ -1901,7 +1901,7 @@ def busy_time(parts: list[dict]) -> float:
 
 
 def summarise(config: Config, plan: Plan) -> dict:
-    """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate with the number of workers it took."""
+    """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate and how many workers it took."""
     parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
     statuses, seconds = collections.Counter[str](), collections.Counter[str]()
     for part in parts:

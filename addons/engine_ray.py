@@ -62,6 +62,7 @@ def run(job: Any) -> bool:
         ray.init(address=job.config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR,
                  runtime_env={"working_dir": code, "env_vars": {JOB: _describe(job)}}, **mine)
         try:
+            job.listen()  # to SIGTERM, which Ray has taken over
             _quieten(ray)
             items = ray.data.from_items([{"index": p.index} for p in todo], override_num_blocks=len(todo))
             results = items.map(

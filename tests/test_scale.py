@@ -365,6 +365,21 @@ def test_ray_workers_that_are_no_range(dry, run_main, workers):
     assert outcome.code == 2 and "ray_workers" in outcome.stderr, outcome
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_sigterm_under_ray(dry, start_cli, run_main, tmp_path):
+    """Ray takes SIGTERM over when it starts; the run takes it back, ends with 143 in one line, and is finished by another."""
+    pytest.importorskip("ray")
+    process = start_cli("--config", dry, "--set", "engine=ray", "--set", "partition_rows=1")
+    while process.poll() is None and not parts_in(tmp_path / "out"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 143 and "same command" in stderr.splitlines()[-1], stderr
+    assert parts_in(tmp_path / "out") < 120
+    assert run_main("--config", dry, "--set", "partition_rows=1").result["rows"] == 120
+
+
 NODE_LOSS = """
 import json, pathlib, subprocess, sys, threading, time
 from ray.cluster_utils import Cluster
