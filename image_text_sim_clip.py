@@ -1837,7 +1837,7 @@ def result_tables(plan: Plan) -> Iterator[Any]:
     """
     import numpy as np
     written, null = 0, merge_null(plan)
-    for partition in plan.partitions:
+    for partition in plan.partitions or [Partition(0, 0, 0, plan.output)]:  # of no rows: the columns still come out
         table = read_part(partition)
         if table is None:
             rows = plan.read_rows(partition.start, partition.stop)

@@ -1,4 +1,5 @@
 """Other shapes of the results: cells that a spreadsheet will not run, and Parquet."""
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any, BinaryIO
@@ -15,10 +16,9 @@ def escape_formula(cell: str) -> str:
 
 
 def write_parquet(tables: Iterable[Any], file: BinaryIO) -> None:
-    """Stream tables of one schema into one Parquet file, a row group each."""
-    writer = None
-    for table in tables:
-        writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
-        writer.write_table(table)
-    if writer:
-        writer.close()
+    """Stream tables of one schema, at least one, into one Parquet file, a row group each."""
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
