@@ -1519,10 +1519,15 @@ def output_names(columns: Iterable[str]) -> list[str]:
 _HOST = platform.node().replace(".", "-")  # names whose half-written file it is
 
 
+def mine_beside(path: pathlib.Path) -> pathlib.Path:
+    """A name beside `path` that tells whose it is: `remove_leftovers` takes it away once this process has ended."""
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
     """Write beside, fsync, rename: `path` is either what it was or complete, whatever happens in between."""
-    beside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    beside = mine_beside(path)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -1750,6 +1755,7 @@ class Job:
     """
 
     say, trouble, script, listen = staticmethod(say), Trouble, pathlib.Path(__file__), INTERRUPTION.install
+    mine_beside = staticmethod(mine_beside)
 
     def __init__(self, config: Config, fresh: bool = False, retry: bool = False) -> None:
         self.config, self.fresh, self.retry, self.once = config, fresh, retry, False

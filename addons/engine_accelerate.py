@@ -30,29 +30,23 @@ def run(job: Any) -> bool:
     rank, world = state.process_index, state.num_processes
     if world != asked:
         raise job.trouble(2, f"the launcher speaks of {asked} processes, but this group has {world}")
+    handed_out: list[Any] = [None]
     if rank == 0:
         job.make_plan()
         job.say(f"accelerate: world size {world}")
-        _clear_marks(job.plan.output)
-    indices: list[Any] = [[p.index for p in job.pending()] if rank == 0 else None]
-    broadcast_object_list(indices, from_process=0)
+        # rank 0's own name, so that two groups on one folder do not take each other's marks for theirs
+        handed_out = [(job.mine_beside(pathlib.Path("part-rank")).name, [p.index for p in job.pending()])]
+    broadcast_object_list(handed_out, from_process=0)
     if rank > 0:
         job.make_plan(joins=True)
-    mine = [job.plan.partitions[index] for index in indices[0][rank::world]]
-    job.work(mine, f"rank {rank}", judge=rank == 0)
+    name, indices = handed_out[0]
+    marks = [job.plan.output / "parts" / name.replace("rank", f"rank-{n}", 1) for n in range(1, world)]
+    job.work([job.plan.partitions[index] for index in indices[rank::world]], f"rank {rank}", judge=rank == 0)
     if rank > 0:
-        _mark(job.plan.output, rank).touch()
+        marks[rank - 1].touch()
         return False
-    while not all(_mark(job.plan.output, other).exists() for other in range(1, world)):
+    while not all(mark.exists() for mark in marks):
         time.sleep(0.1)
-    _clear_marks(job.plan.output)
-    return True
-
-
-def _mark(output: pathlib.Path, rank: int) -> pathlib.Path:
-    return output / "parts" / f".rank-{rank}-is-done"
-
-
-def _clear_marks(output: pathlib.Path) -> None:
-    for mark in (output / "parts").glob(".rank-*-is-done"):
+    for mark in marks:
         mark.unlink(missing_ok=True)
+    return True

@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def parts_in(folder):
 
 
 def temporary_files(folder):
-    return [str(p) for p in folder.rglob("*") if p.name.endswith((".tmp", ".trying", "-is-done"))]
+    return [str(p) for p in folder.rglob("*") if p.name.endswith((".tmp", ".trying"))]
 
 
 @pytest.fixture
@@ -254,6 +255,26 @@ def test_ray_gives_the_same_bytes(scored, run_cli, run_main, tmp_path):
     assert outcome_of(tmp_path / "out") == outcome_of(tmp_path / "local")
     assert all(worker.startswith("actor ") for worker in workers_of(tmp_path / "out"))
     assert outcome.result["scored"] == 120
+
+
+@pytest.mark.slow
+def test_two_groups_on_one_folder(dry, start_cli, run_main, tmp_path):
+    """Two torchruns started by mistake on one folder both end, each by its own ranks' marks, with the right results."""
+    assert run_main("--config", dry, "--set", f"output_path={tmp_path / 'local'}").code == 0
+    groups = [start_cli("--config", dry, interpreter=(*TORCHRUN, "--master-port", port)) for port in free_ports(2)]
+    ended = [(*group.communicate(timeout=110), group.returncode) for group in groups]
+    assert [code for *_, code in ended] == [0, 0], ended
+    assert outcome_of(tmp_path / "out") == outcome_of(tmp_path / "local")
+    assert temporary_files(tmp_path / "out") == []
+
+
+def free_ports(count):
+    """Ports of the loopback address that nobody listens at, as text."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in sockets]
 
 
 @pytest.mark.slow
