@@ -237,6 +237,10 @@ class Config:
             _check_value(field, getattr(self, field.name))
         if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
+        for key in ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path"):
+            path = (getattr(self, key) or "").encode("utf-8", "surrogatepass")
+            if b"\0" in path or max(map(len, path.split(b"/"))) > 255:
+                raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
         if self.max_score_drift is not None and self.parity_rows == 0:
@@ -2023,7 +2027,8 @@ def main(arguments: list[str] | None = None) -> int:
         if curve:
             curve.stop()
     if finalises and (result := finalize(job, curve)):
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        with output_disk("the summary to stdout"):
+            print(json.dumps(result, ensure_ascii=False), flush=True)
         if config.max_score_drift is not None and config.pretrained_model != "none" and not stopped and (
                 excess := addon("passport", "max_score_drift").find_excess(job.plan.output, config.max_score_drift)):
             stopped = Trouble(EXIT_VERIFY, excess)
@@ -2035,6 +2040,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> typing.NoReturn:
     """`main` with its endings: one line for a user's mistake, 128 + n for a signal, a traceback for a bug."""
     INTERRUPTION.install()
+    sys.stderr = sys.stderr or io.StringIO()  # closed by who started us: the talk is lost, no more
     code = 0
     try:
         main()

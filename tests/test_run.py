@@ -268,6 +268,26 @@ def test_odd_pictures_are_quiet(small, run_cli, picture_bytes, tmp_path):
     assert "Warning" not in outcome.stderr
 
 
+@pytest.mark.parametrize("key", ["csv_path", "image_path", "output_path", "pretrained_model", "cache_path"])
+@pytest.mark.parametrize("name", ["a\\0b", "a" * 300, "a/" + "é" * 200])
+def test_paths_that_are_none(small, run_main, tmp_path, key, name):
+    """A path that no file system takes is exit 2 and one line."""
+    outcome = run_main("--config", small(), "--set", f'{key}="{name}"')
+    assert outcome.code == 2 and key in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_nobody_listens(small, tmp_path):
+    """With stderr closed a run goes on; with nobody at stdout it ends with exit 5 in one line, its results written."""
+    config, script_path = small(), ROOT / "image_text_sim_clip.py"
+    shell = f'"{sys.executable}" "{script_path}" --config "{config}"'
+    done = subprocess.run(["bash", "-c", f"{shell} 2>&-"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"] == 10
+    done = subprocess.run(["bash", "-c", f"{shell} >/dev/full"], capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "stdout" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (tmp_path / "out/scores.csv").exists()
+
+
 # ── Again ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.slow
