@@ -1290,6 +1290,7 @@ class Scorer:
     def _embed(self, forward: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Run `forward(model, batch)`, halving the batch when the GPU is full; normalise in fp32; redo what is not finite."""
         import torch
+        unit = None
         try:
             whole = self._compiled.pad_batch(batch, self.batch_size) if self._compiled else batch
             with torch.inference_mode():
@@ -1298,7 +1299,9 @@ class Scorer:
                 unit = torch.nn.functional.normalize(features[:len(batch)], dim=-1).cpu()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                raise
+                raise Trouble(EXIT_MODEL, f"the GPU has no room for {self.config.pretrained_model} and a single row: take a "
+                                          "smaller model, dtype: float16, or use_cuda: false") from None
+        if unit is None:  # not in the handler: the error's traceback holds on to what was computed before there was no room
             torch.cuda.empty_cache()
             self._compiled = None  # no padding to a size that does not fit
             self.oom_halvings += 1
@@ -1574,8 +1577,7 @@ def _read_json(path: pathlib.Path) -> dict | None:
         return None
 
 
-def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str,
-                extra: dict | None = None) -> dict:
+def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str, extra: dict | None = None) -> dict:
     """Write the part: its JSON first (with what is `extra`), then its Parquet, whose existence is the mark of done.
 
     Returns the JSON's content. `tried` in it is how many rows the time was spent on: with --retry-failed not all of them.
@@ -1596,7 +1598,7 @@ def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, w
         "worker": worker, "tried": table.num_rows, "ended": round(time.time(), 6),
         "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
         "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
-        "null": None,
+        "oom_halvings": 0, "null": None,
     } | (extra or {})
     write_json(partition.json, summary)
     write_bytes(partition.parquet, data)
@@ -1731,6 +1733,8 @@ class Worker:
                     with Clock().stage("passport"):
                         extra["passport"] = run.watch.check(table["similarity"].to_pylist())
                 now = time.perf_counter()
+                if self.scorer:
+                    extra["oom_halvings"], self.scorer.oom_halvings = self.scorer.oom_halvings, 0
                 if self.scorer and self.config.save_embeddings != "none":
                     extra["embeddings"] = addon("embeddings", "save_embeddings").save(
                         run.partition, self.config.save_embeddings, run.rows.index, run.embedded, write_bytes)
@@ -1931,6 +1935,7 @@ def summarise(config: Config, plan: Plan) -> dict:
         "stage_seconds": {stage: seconds[stage] for stage in STAGES},
         "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
         "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
+        "oom_halvings": sum(part["oom_halvings"] for part in parts),
         "partitions": len(plan.partitions), "finished": done == plan.rows,
         **_tell_drifts(parts),
     }

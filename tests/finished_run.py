@@ -41,7 +41,8 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
             made["random"].add(random[number::len(partitions)])
             made["matched"].add(similarities[cut])
             histograms = {name: histogram.to_json() for name, histogram in made.items()}
-        script.commit_part(partition, table, script.Clock({"fetch": 0.1, "image_encoder": 0.5}), 0.7, "local", histograms)
+        clock = script.Clock({"fetch": 0.1, "image_encoder": 0.5})
+        script.commit_part(partition, table, clock, 0.7, "local", {"null": histograms})
     plan = script.Plan(output, manifest, partitions)
     totals = script.summarise(config, plan)
     script.write_json(output / "profile.json", totals | report.explain(totals, script.PREPARE_STAGES, script.METRIC_STAGES))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 import zipfile
 
 import numpy as np
@@ -805,6 +806,38 @@ def test_memory_profiler(shapes, run_cli):
 
 
 # ── Neighbours do not matter ──────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.slow
+def test_full_gpu_halves_the_batch(shapes, run_main, read_table, monkeypatch, tmp_path):
+    """Batches that the GPU has no room for are halved until they fit, which is recorded, and give the same scores; where
+    not even a single row fits, the run ends with exit 6 and one line. The failed try's memory is free before the next."""
+    import torch
+    config, room, held = shapes(rows=60, pretrained_model=MODEL, batch_size=32), 5, []
+    assert run_main("--config", config).code == 0
+    expected = [float(row["similarity"]) for row in read_table(tmp_path / "out/scores.csv")]
+    real = script.Scorer._embed
+
+    class Activations:
+        pass
+
+    def embed(scorer, forward, batch):
+        def full(model, part):
+            mine = Activations()
+            assert all(one() is None for one in held)
+            if len(part) > room:
+                held.append(weakref.ref(mine))
+                raise torch.OutOfMemoryError
+            return forward(model, part)
+        return real(scorer, full if forward.__name__ != "full" else forward, batch)
+    monkeypatch.setattr(script.Scorer, "_embed", embed)
+    monkeypatch.setattr(script, "usable_cores", lambda: 1)
+    assert run_main("--config", config, "--fresh").code == 0
+    assert json.loads((tmp_path / "out/profile.json").read_text())["oom_halvings"] == len(held) > 0
+    assert [float(row["similarity"]) for row in read_table(tmp_path / "out/scores.csv")] == pytest.approx(expected, abs=1e-5)
+    room = 0
+    outcome = run_main("--config", config, "--fresh")
+    assert outcome.code == 6 and len(outcome.stderr.splitlines()) == 1 and "GPU" in outcome.stderr
+
 
 @pytest.mark.slow
 def test_scores_do_not_depend_on_the_cut(shapes, run_main, read_table, tmp_path):
