@@ -558,6 +558,12 @@ def _has_parts(output: pathlib.Path) -> bool:
     return any((output / "parts").glob("part-*.parquet"))
 
 
+def refuse_other_run(plan: Plan, known: dict | None) -> None:
+    """Trouble (exit 2) unless `known`, the manifest on disk, is this plan's: another process may have planned anew since."""
+    if known is None or known | {"resolved": 0} != json.loads(json.dumps(plan.manifest)) | {"resolved": 0}:
+        raise Trouble(EXIT_CONFIG, f"{plan.output} has been planned anew by another process: this run's parts are not for it")
+
+
 def settle(plan: Plan, scorer: "Scorer | None") -> None:
     """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a worker that differs.
 
@@ -565,7 +571,10 @@ def settle(plan: Plan, scorer: "Scorer | None") -> None:
     From here on there is work under way: what an earlier run summed up no longer counts.
     """
     with locked(plan.output):
-        known = (_read_json(plan.output / "manifest.json") or {}).get("resolved")
+        manifest = _read_json(plan.output / "manifest.json")
+        if manifest:
+            refuse_other_run(plan, manifest)
+        known = (manifest or {}).get("resolved")
         if scorer and scorer.config.batch_size == "auto":
             scorer.batch_size = (known or {}).get("batch_size") or scorer.find_batch_size()
         resolved = scorer.identity() if scorer else {}
@@ -1733,6 +1742,7 @@ class Worker:
                     with Clock().stage("passport"):
                         extra["passport"] = run.watch.check(table["similarity"].to_pylist())
                 now = time.perf_counter()
+                refuse_other_run(self.plan, _read_json(self.plan.output / "manifest.json"))
                 if self.scorer:
                     extra["oom_halvings"], self.scorer.oom_halvings = self.scorer.oom_halvings, 0
                 if self.scorer and self.config.save_embeddings != "none":

@@ -345,6 +345,24 @@ def test_slurm_array_with_gaps_is_refused(dry, run_main, monkeypatch):
     assert run_main("--config", dry).result["rows"] == 120
 
 
+def test_run_whose_folder_is_planned_anew(dry, tmp_path, write_table):
+    """A run ends with exit 2 when another discards its folder by --fresh: no part of the one is taken for the other's."""
+    plan = script.plan(script.load_config(dry))
+    summaries = script.Worker(script.load_config(dry), plan, "local").run(plan.partitions)
+    next(summaries)
+    late = script.plan(script.load_config(dry))
+    write_table([["url", "caption"], *(["0.png", "another table"] for _ in range(120))])
+    script.plan(script.load_config(dry), fresh=True)
+    assert parts_in(tmp_path / "out") == 0
+    with pytest.raises(script.Trouble, match="planned anew") as trouble:
+        next(summaries)
+    assert trouble.value.exit_code == 2 and parts_in(tmp_path / "out") == 0
+    with pytest.raises(script.Trouble, match="planned anew"):
+        script.Worker(script.load_config(dry), late, "local")
+    other = script.Worker(script.load_config(dry), script.plan(script.load_config(dry)), "local")
+    assert len(list(other.run(other.plan.partitions))) == 40
+
+
 def test_looking_for_work_changes_nothing(dry, run_main, tmp_path):
     """A task that lists what is pending takes nothing from another that finalises at the same moment."""
     assert run_main("--config", dry).code == 0
