@@ -1136,7 +1136,7 @@ class Scorer:
     @profile
     def __init__(self, config: Config) -> None:
         import torch
-        self.config, self.clock, self.oom_halvings = config, Clock(), 0
+        self.config, self.oom_halvings = config, 0
         self.device = choose_device(config)
         self.dtype = choose_dtype(config, self.device)
         self.batch_size = DEFAULT_BATCH[self.device] if config.batch_size == "auto" else config.batch_size
@@ -1924,7 +1924,7 @@ def busy_time(parts: list[dict]) -> float:
     return busy_s
 
 
-def summarise(config: Config, plan: Plan) -> dict:
+def summarise(plan: Plan) -> dict:
     """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate and how many workers it took."""
     parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
     statuses, seconds = collections.Counter[str](), collections.Counter[str]()
@@ -1969,7 +1969,7 @@ def finalize(job: Job, curve: Any = None) -> dict | None:
                 return None
             stored = _read_json(plan.output / "profile.json") or {}
         else:
-            stored = summarise(config, plan)  # first: a part that another worker adds meanwhile does not make the run finished
+            stored = summarise(plan)  # first: a part that another worker adds meanwhile does not make the run finished
             with output_disk(scores), atomic_file(scores) as file:
                 if config.output_format == "parquet":
                     addon("outputs", "output_format: parquet").write_parquet(result_tables(plan), file)

@@ -35,7 +35,7 @@ def plan_ahead(job: Any, make_worker: Callable[..., Any], summarise: Callable[..
         raise job.trouble(3, f"{job.config.csv_path} has no rows to plan for")
     with tempfile.TemporaryDirectory() as folder:
         sample = score_sample(job, pathlib.Path(folder), make_worker)
-        totals = summarise(job.config, dataclasses.replace(sample, partitions=sample.partitions[1:] or sample.partitions))
+        totals = summarise(dataclasses.replace(sample, partitions=sample.partitions[1:] or sample.partitions))
         part_bytes = sum(path.stat().st_size for p in sample.partitions for path in (p.parquet, p.json, p.embeddings)
                          if path.exists())
         sampled_rows = sum(p.stop - p.start for p in sample.partitions)

@@ -44,7 +44,7 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
         clock = script.Clock({"fetch": 0.1, "image_encoder": 0.5})
         script.commit_part(partition, table, clock, 0.7, "local", {"null": histograms})
     plan = script.Plan(output, manifest, partitions)
-    totals = script.summarise(config, plan)
+    totals = script.summarise(plan)
     script.write_json(output / "profile.json", totals | report.explain(totals, script.PREPARE_STAGES, script.METRIC_STAGES))
     return output
 
