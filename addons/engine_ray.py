@@ -59,8 +59,9 @@ def run(job: Any) -> bool:
         _copy_code(job.script, pathlib.Path(code))
         # a cluster of one's own listens on this machine only, and serves no page
         mine: dict[str, Any] = {} if job.config.ray_address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        shared = {} if job.config.ray_address else {"LOCAL_WORLD_SIZE": str(most)}  # actors divide this machine's cores
         ray.init(address=job.config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR,
-                 runtime_env={"working_dir": code, "env_vars": {JOB: _describe(job)}}, **mine)
+                 runtime_env={"working_dir": code, "env_vars": {JOB: _describe(job), **shared}}, **mine)
         try:
             job.listen()  # to SIGTERM, which Ray has taken over
             _quieten(ray)

@@ -21,7 +21,7 @@ from addons.tables import Batch
 
 pa.enable_signal_handlers(False)  # Arrow's own would take a Ctrl-C that comes while it parses, and lose it
 
-BLOCK_BYTES = 8_000_000  # of text that is parsed at a time
+BLOCK_BYTES = 1_000_000  # of text that is parsed at a time; larger ones are no faster and take more memory
 CAREFUL_BYTES = 128_000  # a block of this size that does not keep to the grammar is read record by record
 LINE_PIECE_BYTES = 65_536  # of text that is cut into physical lines at a time
 LONGEST_LINE_BYTES = 64_000_000  # a file with a longer line is no table; nothing is held beyond this
