@@ -426,9 +426,18 @@ def tell_notes(shown: int, scored: int) -> list[str]:
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+def check_section(kind: Any, values: dict, section: str) -> Any:
+    """The dataclass `kind` made of a section's `values`, its keys, types and ranges checked as those of Config are."""
+    scoring.check_keys(kind, values, section + ".")
+    made = kind(**values)
+    for field in dataclasses.fields(kind):
+        scoring.check_value(field, getattr(made, field.name), section + ".")
+    return made
+
+
 def curate(config: scoring.Config) -> dict:
     """Judge, write, export and show; returns what the last line on stdout says."""
-    curation = scoring.check_section(rules.Curation, config.curate or {}, "curate")
+    curation = check_section(rules.Curation, config.curate or {}, "curate")
     run = open_run(config)
     try:
         curation = rules.apply_recipe(curation, run.model)

@@ -165,7 +165,13 @@ def optional_addon(name: str, otherwise: str) -> Any:
     try:
         return importlib.import_module(f"addons.{name}")
     except ImportError as error:
-        return say(f"{otherwise}: {error}")
+        return say_alone() if error.name == "addons" else say(f"{otherwise}: {error}")
+
+
+@functools.cache
+def say_alone() -> None:
+    """One line, said once, on what a script that stands alone goes without."""
+    say("the folder addons/ is not beside the script: no progress bar, percentiles, score passport, table of times or picture")
 
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -234,7 +240,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_value(field, getattr(self, field.name))
+            check_value(field, getattr(self, field.name))
         if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
         for key in ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path"):
@@ -287,7 +293,8 @@ def _describe(kind: Any) -> str:
             dict: "a section of keys"}[kind]
 
 
-def _check_value(field: dataclasses.Field, value: Any, section: str = "") -> None:
+def check_value(field: dataclasses.Field, value: Any, section: str = "") -> None:
+    """Raise Trouble (exit 2) unless `value` is of the field's type and within its range; `section` is named before it."""
     if not _accepts(field.type, value):
         raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_describe(field.type)}, got {value!r}")
     low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
@@ -303,15 +310,6 @@ def check_keys(kind: Any, values: dict, section: str = "") -> None:
             nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
             raise Trouble(EXIT_CONFIG, f"unknown key {section + str(key)!r}"
                                        + (f"; did you mean {section + nearest[0]!r}?" if nearest else ""))
-
-
-def check_section(kind: Any, values: dict, section: str) -> Any:
-    """The dataclass `kind` made of a section's `values`, its keys, types and ranges checked as those of Config are."""
-    check_keys(kind, values, section + ".")
-    made = kind(**values)
-    for field in dataclasses.fields(kind):
-        _check_value(field, getattr(made, field.name), section + ".")
-    return made
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -1653,39 +1651,6 @@ def locked(output: pathlib.Path) -> Iterator[None]:
 
 # ── Engines: where a partition runs ───────────────────────────────────────────────────────────────────────────────────
 
-class Progress:
-    """The bar on stderr (rows done, pairs/s, time left, failures), and the judge of `max_failure_rate`."""
-
-    def __init__(self, config: Config, plan: Plan, todo: list[Partition]) -> None:
-        import tqdm
-        self.config, self.rows, self.failures, self._ahead = config, 0, collections.Counter[str](), 0
-        self.bar = tqdm.tqdm(total=plan.rows, initial=plan.rows - sum(p.stop - p.start for p in todo), unit=" pairs",
-                             smoothing=0.05, disable=not sys.stderr.isatty(), dynamic_ncols=True, mininterval=0.5)
-
-    def image_loaded(self) -> None:
-        """Move the bar by a picture; the rows that share it or need none follow with `partition_done`."""
-        self._ahead += 1
-        self.bar.update(1)
-
-    def partition_done(self, summary: dict, judge: bool = True) -> None:
-        """Count a partition's statuses; with `judge`, Trouble (exit 4) when too many rows of at least 1,000 have failed."""
-        self.bar.update(summary["rows"] - self._ahead)
-        self.rows, self._ahead = self.rows + summary["rows"], 0
-        self.failures.update({k: n for k, n in summary["statuses"].items() if k != "ok"})
-        failed = self.failures.total()
-        self.bar.set_postfix(failed=failed)
-        if judge and self.rows >= 1000 and failed > self.config.max_failure_rate * self.rows:
-            worst, count = self.failures.most_common(1)[0]
-            raise Trouble(EXIT_FAILURES, f"{failed} of {self.rows} rows failed, more than max_failure_rate "
-                                         f"({self.config.max_failure_rate}) allows; most often {worst} ({count}): "
-                                         f"{LIKELY_CAUSE.get(worst, 'see the column detail')}")
-
-
-LIKELY_CAUSE = {"missing": "is image_path the right folder?",
-                "dns": "is there a network?", "connect": "is there a network?",
-                "timeout": "is the network slow, or fetch_timeout_s short?", "forbidden": "are these addresses private?"}
-
-
 class Worker:
     """A loaded model and its loader threads: scores and commits the partitions that an engine gives it."""
 
@@ -1792,9 +1757,11 @@ class Job:
         """Where `output_format` has the results go."""
         return self.plan.output / f"scores.{self.config.output_format}"
 
-    def progress(self, todo: list[Partition]) -> Progress:
-        """The bar for `todo`."""
-        return Progress(self.config, self.plan, todo)
+    def progress(self, todo: list[Partition]) -> Any:
+        """The bar for `todo`, and the judge of `max_failure_rate`; None, and one line, without addons/progress.py."""
+        bars, done = optional_addon("progress", "no progress bar, no max_failure_rate"), sum(p.stop - p.start for p in todo)
+        too_many = functools.partial(Trouble, EXIT_FAILURES)
+        return bars and bars.Progress(self.plan.rows, self.plan.rows - done, self.config.max_failure_rate, too_many)
 
     def is_finished(self) -> bool:
         """Whether the results are there and complete."""
@@ -1805,13 +1772,15 @@ class Job:
         """Score and commit `todo` in this process; with `judge`, Trouble (exit 4) when too many rows fail."""
         if todo:
             worker, progress = Worker(self.config, self.plan, name), self.progress(todo)
-            self.follow(worker.run(todo, self.retry, progress.image_loaded), progress, judge)
+            self.follow(worker.run(todo, self.retry, progress.image_loaded if progress else lambda: None), progress, judge)
 
-    def follow(self, summaries: Iterator[dict], progress: Progress, judge: bool = True) -> None:
+    def follow(self, summaries: Iterator[dict], progress: Any, judge: bool = True) -> None:
         """Show each finished partition's summary on the bar, and judge by them (see `work`)."""
-        with contextlib.closing(summaries), contextlib.closing(progress.bar):  # type: ignore[type-var]
+        bar = contextlib.closing(progress) if progress else contextlib.nullcontext()
+        with contextlib.closing(summaries), bar:  # type: ignore[type-var]
             for summary in summaries:
-                progress.partition_done(summary, judge)
+                if progress:
+                    progress.partition_done(summary, judge)
 
 
 def run_local(job: Job) -> bool:
@@ -1915,47 +1884,18 @@ def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
     text.detach()
 
 
-def busy_time(parts: list[dict]) -> float:
-    """Seconds in which anybody was at work on the parts, whose JSON files these are: interruptions and company count once."""
-    busy_s, until = 0.0, -math.inf
-    for begun, ended in sorted((part["ended"] - part["wall_s"], part["ended"]) for part in parts):
-        busy_s += max(0.0, ended - max(begun, until))
-        until = max(until, ended)
-    return busy_s
-
-
 def summarise(plan: Plan) -> dict:
-    """Add up the parts' JSON files: rows, statuses, mean, seconds per stage, and the rate and how many workers it took."""
+    """Count the rows of the parts by status, from their JSON files; addons/report.py adds up times, scores and memory."""
     parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
-    statuses, seconds = collections.Counter[str](), collections.Counter[str]()
+    statuses = collections.Counter[str]()
     for part in parts:
         statuses.update(part["statuses"])
-        seconds.update(part["seconds"])
-    done, tried, wall_s = sum(part["rows"] for part in parts), sum(part["tried"] for part in parts), busy_time(parts)
-    if plan.rows > done:
-        statuses["not_tried"] = plan.rows - done
-    scored = statuses.pop("ok", 0)
-    cosines, null = sum(part["similarity_count"] for part in parts), merge_null(plan)
-    return {
-        "rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())), "malformed": plan.manifest["malformed"],
-        "truncated": sum(part["truncated"] for part in parts),
-        "mean_similarity": math.fsum(part["similarity_sum"] for part in parts) / cosines if cosines else None,
-        "null": null and null.describe(), "tried": tried, "wall_s": wall_s, "pairs_per_s": tried / wall_s if wall_s else 0.0,
-        "workers": round(math.fsum(part["wall_s"] for part in parts) / wall_s) if wall_s else 0,
-        "stage_seconds": {stage: seconds[stage] for stage in STAGES},
-        "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
-        "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
-        "oom_halvings": sum(part["oom_halvings"] for part in parts),
-        "partitions": len(plan.partitions), "finished": done == plan.rows,
-        **_tell_drifts(parts),
-    }
-
-
-def _tell_drifts(parts: list[dict]) -> dict[str, dict]:
-    """What shortcuts (`passport`) and fewer bits in saved embeddings (`saved_embeddings`) do to the scores of all parts."""
-    told = any("passport" in part or "embeddings" in part for part in parts)
-    passports = optional_addon("passport", "no score passport") if told else None
-    return passports.tell_drifts(parts) if passports else {}
+    if missing := plan.rows - sum(part["rows"] for part in parts):
+        statuses["not_tried"] = missing
+    scored, report = statuses.pop("ok", 0), optional_addon("report", "no table of time and memory")
+    return {"rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())),
+            "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
+            **(report.add_up(parts, STAGES) if report else {"pairs_per_s": None, "mean_similarity": None})}
 
 
 @profile

@@ -1,11 +1,42 @@
 """The run in numbers: what profile.json tells beside the totals, and the table of time and memory on stderr."""
+import math
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+from addons import null, passport
+
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow")  # what the scores depend on
 LOADED = ("fetch", "decode", "resize")  # what loader threads do; all else is the main thread's work
+
+
+def add_up(parts: list[dict[str, Any]], stages: Sequence[str]) -> dict[str, Any]:
+    """Times, scores and memory of all parts, from their JSON files; the rate is rows over the seconds of `busy_time`."""
+    seconds = {stage: math.fsum(part["seconds"].get(stage, 0.0) for part in parts) for stage in stages}
+    tried, wall_s = sum(part["tried"] for part in parts), busy_time(parts)
+    cosines, random_pairs = sum(part["similarity_count"] for part in parts), null.Null.merge_parts(parts)
+    return {
+        "truncated": sum(part["truncated"] for part in parts),
+        "mean_similarity": math.fsum(part["similarity_sum"] for part in parts) / cosines if cosines else None,
+        "null": random_pairs and random_pairs.describe(), "tried": tried, "wall_s": wall_s,
+        "pairs_per_s": tried / wall_s if wall_s else 0.0,
+        "workers": round(math.fsum(part["wall_s"] for part in parts) / wall_s) if wall_s else 0,
+        "stage_seconds": seconds,
+        "peak_rss_mib": max([part["peak_rss_mib"] for part in parts], default=0.0),
+        "peak_gpu_mib": max([part["peak_gpu_mib"] for part in parts], default=0.0),
+        "oom_halvings": sum(part["oom_halvings"] for part in parts),
+        **(passport.tell_drifts(parts) if any("passport" in part or "embeddings" in part for part in parts) else {}),
+    }
+
+
+def busy_time(parts: list[dict[str, Any]]) -> float:
+    """Seconds in which anybody was at work on the parts, whose JSON files these are: interruptions and company count once."""
+    busy_s, until = 0.0, -math.inf
+    for begun, ended in sorted((part["ended"] - part["wall_s"], part["ended"]) for part in parts):
+        busy_s += max(0.0, ended - max(begun, until))
+        until = max(until, ended)
+    return busy_s
 
 
 def explain(totals: dict[str, Any], prepare: Sequence[str], metric: Sequence[str]) -> dict[str, Any]:

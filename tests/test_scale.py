@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import image_text_sim_clip as script
-from addons import retry
+from addons import report, retry
 
 ROOT = pathlib.Path(script.__file__).parent
 MODEL = str(ROOT / "challenge_set/shapes_clip")
@@ -645,10 +645,10 @@ def test_rate_counts_time_once():
     """Workers side by side share their seconds, one after the other they add up, and a pause in between is nobody's."""
     def part(begun, ended):
         return {"ended": ended, "wall_s": ended - begun}
-    assert script.busy_time([]) == 0
-    assert script.busy_time([part(0, 10), part(10, 20)]) == 20
-    assert script.busy_time([part(0, 10), part(0, 10), part(2, 5)]) == 10
-    assert script.busy_time([part(1000, 1010), part(5, 10)]) == 15
+    assert report.busy_time([]) == 0
+    assert report.busy_time([part(0, 10), part(10, 20)]) == 20
+    assert report.busy_time([part(0, 10), part(0, 10), part(2, 5)]) == 10
+    assert report.busy_time([part(1000, 1010), part(5, 10)]) == 15
 
 
 def test_rate_of_a_run_that_others_finished(dry, run_main, tmp_path):
