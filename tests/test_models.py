@@ -509,6 +509,26 @@ def test_a_gpu_that_has_bfloat16_uses_it():
     assert np.quantile(np.abs(gpu.similarity(paths, captions) - cpu.similarity(paths, captions)), 0.99) <= 1e-2
 
 
+@pytest.mark.usefixtures("cuda")
+def test_the_default_model_fits_a_4_gb_card(tmp_path, noise):
+    """ViT-B/32 in its published shape, with the batch size that is found for it, stays within 4 GB of GPU memory."""
+    from bench_work import write_clip
+    write_clip(tmp_path / "clip-b32", "clip-b32")
+    four_gb = 4 * 10**9
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, four_gb / torch.cuda.get_device_properties(0).total_memory))
+    try:
+        scorer = script.Scorer(script.Config(pretrained_model=str(tmp_path / "clip-b32"), use_cuda=True))
+        scorer.batch_size = scorer.find_batch_size()
+        count = 2 * scorer.batch_size + 1
+        scores = scorer.similarity([noise(224, 224)] * count, [f"caption {i}" for i in range(count)])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(scores) == count and np.isfinite(scores).all()
+    assert torch.cuda.max_memory_reserved() <= four_gb
+
+
 def test_without_a_gpu_use_cuda_warns_and_runs_on_the_cpu(capfd, monkeypatch):
     """`use_cuda: true` on a machine without CUDA says so in one line and scores in float32 on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
