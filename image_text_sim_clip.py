@@ -751,7 +751,6 @@ class ImageSettings:
         long_edge = int(self.shortest_edge * max(height, width) / min(height, width))
         return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
 
-
     def knows_fast_resize(self) -> bool:
         """Whether torch's antialiased kernel has the model's way of resampling."""
         return self.resample in (2, 3)
@@ -1746,7 +1745,8 @@ class Job:
 
     def make_plan(self, joins: bool = False) -> None:
         """Plan the run, or read the plan that another process has made; see `plan`."""
-        self.plan = plan(self.config, self.fresh and not joins, joins)
+        with Clock().stage("plan"):
+            self.plan = plan(self.config, self.fresh and not joins, joins)
 
     def pending(self) -> list[Partition]:
         """What is left to do."""

@@ -70,6 +70,6 @@ def draw_memory(samples: list[tuple[float, float, float, str]], file: BinaryIO) 
     band.set_ylabel("stage", rotation=0, ha="right", va="center")
     band.set_xlabel("seconds")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[s]) for s in stages]
-    figure.legend(handles, stages, loc="outside lower center", ncols=min(8, len(stages)), frameon=False)
+    figure.legend(handles, stages, loc="outside lower center", ncols=min(5, len(stages)), frameon=False)
     figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
