@@ -261,24 +261,24 @@ class _Watchdog:
 _WATCHDOG = _Watchdog()
 
 
-class _HTTPConnection(urllib3.connection.HTTPConnection):
+class _Watched:
+    """A connection that the watchdog cuts when it is overdue at connecting, shaking hands or waiting for headers."""
+
     def connect(self) -> None:
         with _WATCHDOG.watch(self):
-            super().connect()
+            super().connect()  # type: ignore[misc]
 
     def getresponse(self) -> Any:
         with _WATCHDOG.watch(self):
-            return super().getresponse()
+            return super().getresponse()  # type: ignore[misc]
 
 
-class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    def connect(self) -> None:
-        with _WATCHDOG.watch(self):
-            super().connect()
+class _HTTPConnection(_Watched, urllib3.connection.HTTPConnection):
+    pass
 
-    def getresponse(self) -> Any:
-        with _WATCHDOG.watch(self):
-            return super().getresponse()
+
+class _HTTPSConnection(_Watched, urllib3.connection.HTTPSConnection):
+    pass
 
 
 class _HTTPPool(urllib3.HTTPConnectionPool):
