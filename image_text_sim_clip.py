@@ -1675,31 +1675,32 @@ class Worker:
                             self.loader.read)
         return passports and passports.issue(self.scorer, self.loader, plain.decode, self.plan.rows, count)
 
+    def _begin(self, partition: Partition, retry: bool, pool: LoaderPool, marked: list[Partition]) -> PartitionRun:
+        """Open the partition, mark it as being tried and queue its pictures; one marked before is decoded in isolation."""
+        run, load = PartitionRun.open(self.plan, partition, self.config, retry), self.loader
+        if self.passport:
+            captions = run.rows[column_name(self.config.caption_column)]
+            known = (_read_json(partition.json) or {}).get("passport", []) if retry else []
+            run.watch = self.passport.watch(partition, run.rows.index, run.sources, [
+                self.config.caption_template.replace("{}", caption) for caption in captions], known)
+        if partition.trying.exists():
+            load = self.loader.isolated
+        else:
+            with output_disk(partition.trying):
+                partition.trying.touch()  # before the first picture is decoded, which may be the one that kills
+            marked.append(partition)
+        pool.add(load, run.wanted(self.config))
+        return run
+
     def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
-        pool, marked = LoaderPool(self.threads), []
-
-        def begin(partition: Partition) -> PartitionRun:
-            run, load = PartitionRun.open(self.plan, partition, self.config, retry), self.loader
-            if self.passport:
-                captions = run.rows[column_name(self.config.caption_column)]
-                known = (_read_json(partition.json) or {}).get("passport", []) if retry else []
-                run.watch = self.passport.watch(partition, run.rows.index, run.sources, [
-                    self.config.caption_template.replace("{}", caption) for caption in captions], known)
-            if partition.trying.exists():
-                load = self.loader.isolated
-            else:
-                with output_disk(partition.trying):
-                    partition.trying.touch()  # before the first picture is decoded, which may be the one that kills
-                marked.append(partition)
-            pool.add(load, run.wanted(self.config))
-            return run
+        pool, marked = LoaderPool(self.threads), list[Partition]()
         INTERRUPTION.deferred = True
         try:
             clock, since = Clock(), time.perf_counter()
-            run = begin(todo[0])
+            run = self._begin(todo[0], retry, pool, marked)
             for following in [*todo[1:], None]:
-                ahead = begin(following) if following else None
+                ahead = self._begin(following, retry, pool, marked) if following else None
                 table = score_partition(self.scorer, run, pool, self.config, clock, on_loaded)
                 wall_s, extra = time.perf_counter() - since, {"null": run.null, "tried": len(table)}
                 if run.watch:  # a stage of its own: neither its time nor its pairs count in the rate
