@@ -255,8 +255,8 @@ def write_tables(run: FinishedRun, verdicts: Any, folder: pathlib.Path, escape: 
     counts, escaping = np.zeros(len(rules.RULES), np.int64), outputs.escape_formula if escape else None
     with contextlib.ExitStack() as files:
         open_file = [files.enter_context(scoring.atomic_file(folder / name)) for name in ("kept.csv", "dropped.csv")]
-        kept = export.CsvRows(open_file[0], columns, escaping, len(scoring.RESULT_COLUMNS))
-        dropped = export.CsvRows(open_file[1], [*columns, reason], escaping, len(scoring.RESULT_COLUMNS) + 1)
+        kept = scoring.CsvRows(open_file[0], columns, escaping, len(scoring.RESULT_COLUMNS))
+        dropped = scoring.CsvRows(open_file[1], [*columns, reason], escaping, len(scoring.RESULT_COLUMNS) + 1)
         for _, table, judged in judged_chunks(run, verdicts):
             counts += np.bincount(judged, minlength=len(counts))
             is_kept = judged == rules.KEPT

@@ -1861,28 +1861,49 @@ def add_percentiles(table: Any, null: Any) -> Any:
     return table
 
 
-def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
-    """Stream all results as CSV: floats in the shortest digits that read back the same float32, '' for nothing."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-    plain, quoted = csv.writer(text, lineterminator="\n"), csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    header = [*output_names(plan.manifest["columns"]), *RESULT_COLUMNS]
-    (quoted if any("\r" in name for name in header) else plain).writerow(header)
-    for table in result_tables(plan):
+class CsvRows:
+    """A CSV being written, of pyarrow tables: floats in the shortest digits that read back the same float32, '' for nothing.
+
+    `escape` is applied to each cell of all but the last `results` columns.
+    """
+
+    def __init__(self, file: typing.BinaryIO, names: list[str], escape: Callable[[str], str] | None, results: int) -> None:
+        self._text, self._escape, self._results = io.TextIOWrapper(file, "utf-8", newline=""), escape, results
+        self._plain = csv.writer(self._text, lineterminator="\n")
+        self._quoted = csv.writer(self._text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        self._write_rows([names], any("\r" in name for name in names))
+
+    def _write_rows(self, rows: Iterable[Iterable[str]], returns: bool) -> None:
+        if not returns:
+            self._plain.writerows(rows)
+        for row in rows if returns else ():
+            # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
+            (self._quoted if any("\r" in cell for cell in row) else self._plain).writerow(row)
+
+    def write(self, table: Any) -> None:
+        """Append the table's rows."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
         columns = [column.cast(pa.string()).fill_null("") for column in table.columns]
-        # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
         returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
         cells = [column.to_pylist() for column in columns]
-        if config.escape_formulas:
-            escape = addon("outputs", "escape_formulas").escape_formula
-            cells[:-len(RESULT_COLUMNS)] = [[escape(cell) for cell in column] for column in cells[:-len(RESULT_COLUMNS)]]
-        rows = zip(*cells, strict=True)
-        if not returns:
-            plain.writerows(rows)
-        for row in rows if returns else ():
-            (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
-    text.detach()
+        if self._escape:
+            inputs = len(cells) - self._results
+            cells[:inputs] = [[self._escape(cell) for cell in column] for column in cells[:inputs]]
+        self._write_rows(zip(*cells, strict=True), returns)
+
+    def close(self) -> None:
+        """Hand the file back, complete."""
+        self._text.detach()  # flushes first
+
+
+def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
+    """Stream all results as CSV."""
+    escape = addon("outputs", "escape_formulas").escape_formula if config.escape_formulas else None
+    rows = CsvRows(file, [*output_names(plan.manifest["columns"]), *RESULT_COLUMNS], escape, len(RESULT_COLUMNS))
+    for table in result_tables(plan):
+        rows.write(table)
+    rows.close()
 
 
 def summarise(plan: Plan) -> dict:

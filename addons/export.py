@@ -4,7 +4,6 @@ Pictures are written as the bytes that were scored, never encoded anew, and each
 `dissimilarity`, so that a trainer can weight by it. Every file is written beside and renamed: one that exists is complete,
 which is all of resuming, and an export that was interrupted ends with the same bytes as one that was not.
 """
-import csv
 import dataclasses
 import hashlib
 import io
@@ -52,41 +51,6 @@ class Exported:
 
     count: int = 0
     missing: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
-
-
-class CsvRows:
-    """A CSV being written in the dialect of scores.csv: pyarrow tables become rows of text."""
-
-    def __init__(self, file: BinaryIO, names: Iterable[str], escape: Callable[[str], str] | None = None,
-                 results: int = 0) -> None:
-        """`escape` is applied to each cell of all but the last `results` columns."""
-        self._text = io.TextIOWrapper(file, "utf-8", newline="", write_through=False)
-        self._plain = csv.writer(self._text, lineterminator="\n")
-        # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
-        self._quoted = csv.writer(self._text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        self._escape, self._results = escape, results
-        self._write_rows([tuple(names)])
-
-    def _write_rows(self, rows: list[tuple[str, ...]]) -> None:
-        if not any("\r" in cell for row in rows for cell in row):
-            self._plain.writerows(rows)
-            return
-        for row in rows:
-            (self._quoted if any("\r" in cell for cell in row) else self._plain).writerow(row)
-
-    def write(self, table: Any) -> None:
-        """Append the rows of a pyarrow table; floats become the shortest text that reads back the same."""
-        import pyarrow as pa
-        columns = [["" if cell is None else cell for cell in column.cast(pa.string()).to_pylist()] for column in table.columns]
-        if self._escape:
-            inputs = len(columns) - self._results
-            columns[:inputs] = [[self._escape(cell) for cell in column] for column in columns[:inputs]]
-        self._write_rows(list(zip(*columns, strict=True)))
-
-    def close(self) -> None:
-        """Hand the file back, complete."""
-        self._text.flush()
-        self._text.detach()
 
 
 def export_parquet(path: pathlib.Path, tables: Iterable[Any], schema: Any, atomic_file: AtomicFile) -> Exported:
