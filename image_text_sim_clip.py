@@ -528,7 +528,8 @@ def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
                 else stage_plain(config, output)
             (output / "parts").mkdir(parents=True, exist_ok=True)
             (output / "profile.json").unlink(missing_ok=True)  # of a run whose table was empty
-        manifest = {"version": __version__, "settings": settings, **described}
+        # as it will be read back, so that the two can be compared
+        manifest = json.loads(json.dumps({"version": __version__, "settings": settings, **described}))
         size = config.partition_rows
         if size == "auto":  # a tar is one partition
             size = max(1, manifest["rows"]) if "starts" in manifest else min(10_000, max(256, manifest["rows"] // 200))
@@ -558,7 +559,7 @@ def _has_parts(output: pathlib.Path) -> bool:
 
 def refuse_other_run(plan: Plan, known: dict | None) -> None:
     """Trouble (exit 2) unless `known`, the manifest on disk, is this plan's: another process may have planned anew since."""
-    if known is None or known | {"resolved": 0} != json.loads(json.dumps(plan.manifest)) | {"resolved": 0}:
+    if known is None or known | {"resolved": 0} != plan.manifest | {"resolved": 0}:
         raise Trouble(EXIT_CONFIG, f"{plan.output} has been planned anew by another process: this run's parts are not for it")
 
 
