@@ -1,4 +1,5 @@
 """What the tests share: the script as a command and as a module, configs, tables, pictures, and no network."""
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -124,6 +125,23 @@ def run_main(monkeypatch, capfd):
                 code = trouble.exit_code
         return Outcome(code, *capfd.readouterr())
     return run
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """While in this context, the picture of that name cannot be read in time."""
+    @contextlib.contextmanager
+    def wait_for(name):
+        read = script.read_file
+
+        def read_or_time_out(folder, source, most):
+            if source == name:
+                raise script.RowFailure("timeout", "")
+            return read(folder, source, most)
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "read_file", read_or_time_out)
+            yield
+    return wait_for
 
 
 @pytest.fixture

@@ -141,20 +141,14 @@ def test_rows_without_a_score_have_no_embeddings(bundled_model, write_table, wri
 
 
 def test_retried_rows_join_the_saved_embeddings(bundled_model, write_table, write_config, run_main, picture_bytes, tmp_path,
-                                                monkeypatch):
+                                                late):
     """--retry-failed adds to the file what it scored, and every row's embeddings give its score."""
     (tmp_path / "pictures").mkdir()
     for name, colour in (("a", (200, 30, 30)), ("late", (20, 30, 230))):
         (tmp_path / f"pictures/{name}.png").write_bytes(picture_bytes(size=(64, 64), colour=colour))
     write_table([("url", "caption"), *((f"{'late' if i % 2 else 'a'}.png", f"a red square {i}") for i in range(10))])
-    config, read = write_config(pretrained_model=bundled_model, save_embeddings="int8"), script.read_file
-
-    def slow_at_first(folder, source, most):
-        if source == "late.png":
-            raise script.RowFailure("timeout", "")
-        return read(folder, source, most)
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "read_file", slow_at_first)
+    config = write_config(pretrained_model=bundled_model, save_embeddings="int8")
+    with late("late.png"):
         assert run_main("--config", config).result["failed"] == {"timeout": 5}
     assert run_main("--config", config, "--retry-failed").result["scored"] == 10
     saved = embeddings.read_embeddings(tmp_path / "out/parts/part-00000.npz")

@@ -151,20 +151,14 @@ def test_next_row_stands_in_for_one_without_a_score(bundled_model, write_table, 
 
 
 def test_retried_rows_join_the_passport(bundled_model, write_table, write_config, run_main, picture_bytes, tmp_path,
-                                        monkeypatch):
+                                        late):
     """--retry-failed keeps the rows that were scored twice already, and adds those whose picture came only now."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(picture_bytes(size=(64, 64), colour=(200, 30, 30)))
     (tmp_path / "pictures/late.png").write_bytes(picture_bytes(size=(64, 64), colour=(20, 30, 230)))
     write_table([("url", "caption"), *((f"{'late' if i < 20 else 'a'}.png", f"a red square {i}") for i in range(40))])
-    config, read = write_config(pretrained_model=bundled_model), script.read_file
-
-    def slow_at_first(folder, source, most):
-        if source == "late.png":
-            raise script.RowFailure("timeout", "")
-        return read(folder, source, most)
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "read_file", slow_at_first)
+    config = write_config(pretrained_model=bundled_model)
+    with late("late.png"):
         assert run_main("--config", config).result["failed"] == {"timeout": 20}
     before = read_passport(tmp_path / "out")[1]
     assert run_main("--config", config, "--retry-failed").result["scored"] == 40
