@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := image_text_sim_clip.py curate.py addons challenge_set examples readme_imgs tests
 
-.PHONY: help demo test quick fuzz lint bench bench-scale bench-gpu pictures model finetuned clean
+.PHONY: help demo test quick fuzz lint bench bench-scale bench-gpu figures model finetuned clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,14 +17,14 @@ test: .venv/ready-for-tests lint  ## run linter, type checker and all tests
 quick: .venv/ready-for-tests  ## run the tests that take no time
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-fuzz: .venv/ready-for-tests  ## mutated pictures and tables, a minute each, from a new seed
+fuzz: .venv/ready-for-tests  ## mutated images and tables, a minute each, from a new seed
 	FUZZ_S=60 FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 lint: .venv/ready-for-tests  ## ruff and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-bench: .venv/ready  ## time this script beside a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
+bench: .venv/ready  ## time this script, a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
 	$(BIN)/python tests/bench.py --out scores/bench --plot readme_imgs/throughput.png
 
 bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray on the same dry run; MB/s of staging
@@ -34,10 +34,10 @@ bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray 
 bench-gpu: .venv/ready  ## the same on CUDA, with more models
 	$(BIN)/python tests/bench.py --out scores/bench --gpu --plot scores/bench/throughput-gpu.png
 
-pictures: .venv/ready-for-tests  ## draw everything in readme_imgs again, from real runs
+figures: .venv/ready-for-tests  ## draw everything in readme_imgs again, from real runs
 	$(BIN)/python readme_imgs/draw_figures.py
 
-model: .venv/ready  ## train challenge_set/shapes_clip again and draw its pictures (half an hour on two cores)
+model: .venv/ready  ## train challenge_set/shapes_clip again and draw its images (half an hour on two cores)
 	$(BIN)/python challenge_set/draw_shapes.py
 	$(BIN)/python challenge_set/train_shapes_clip.py
 
@@ -53,6 +53,6 @@ clean:  ## remove the virtual environment, caches and the demo's results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/ready-for-tests: .venv/ready tests/requirements.txt addons/requirements.txt examples/requirements.txt requirements-scale.txt
+.venv/ready-for-tests: .venv/ready tests/requirements.txt addons/requirements.txt examples/requirements.txt addons/requirements-scale.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@

@@ -1,35 +1,60 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "transformers==5.23.0",
+#   "huggingface_hub==2.4.0",
+#   "safetensors==0.8.0",
+#   "sentencepiece==0.2.3",
+#   "protobuf==7.36.2",
+#   "pillow==13.0.0",
+#   "numpy==2.4.6",
+#   "pandas==3.1.1",
+#   "pyarrow==26.0.1",
+#   "pyyaml==6.0.3",
+#   "requests==2.34.2",
+#   "requests-hardened==1.3.0",
+#   "filelock==4.2.12",
+#   "pebble==5.2.3",
+#   "psutil==7.2.2",
+#   "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
+#   "memory_profiler==0.61.0",
+# ]
+# ///
 """How well do an image and a caption belong together?  One number per row, from a pretrained CLIP or SigLIP model.
 
     python image_text_sim_clip.py --config config.yaml
 
 `similarity` is the cosine of the angle between the image's and the caption's embedding, in [-1, 1]; higher means a
-better match. It compares rows scored by one model; it is no percentage, and two models' numbers do not compare.
+better match. Compare it among rows scored by one model: it is not a percentage, and two models' numbers do not compare.
 For SigLIP, `probability` is sigmoid(scale * cosine + bias): the model's own chance that the two belong together.
 
-    pairs: CSV, JSON Lines | Parquet, webdataset tars
-        | stage + plan    text: one streaming pass into Parquet, malformed lines aside; fixed row ranges; manifest.json
+    pairs: CSV                (addons/inputs: every other kind of table)
+        | stage + plan        one streaming pass into Parquet, malformed lines aside; fixed row ranges; manifest.json
         v
-    partition 00000 ... N      an engine only decides WHERE a partition runs
+    partition 00000 ... N     an engine only decides WHERE a partition runs
         |
-        v   Scorer(config)(partition)
-        |      rows -> loader threads: fetch, decode, resize to uint8   (bounded, in order, across partition edges)
-        |           -> batch -> image encoder, text encoder (fp32 normalise, fp32 dot)
+        v   Worker(config, plan)
+        |      rows -> loader threads: read, decode, resize to uint8   (bounded, in order, across partition edges)
+        |           -> batch -> image encoder, text encoder (normalised and multiplied in float32)
         |      every row ends as a score or as a reason
         v
-    parts/part-00012.json, then parts/part-00012.parquet    written beside, fsync, renamed: "it exists" = "done" = resume
+    parts/part-00012.parquet  one file that appears whole and bears the mark of its run: it exists = done = resume
         | finalize
         v
     scores.csv (input order) . profile.json . memory-time.png . summary
 
-The file reads in that order: trouble, config, pairs, images, model, one partition, parts, engines, results, main.
-Heavy libraries are imported where they are used, so that a mistake in the config is answered at once.
+The file reads in that order: trouble, config, pairs, plan, images, model, one partition, parts, engines, results, main.
+Heavy libraries are imported where they are used, so that a mistake in the config is answered at once. What only some
+runs need lies in addons/, one folder for each role; add-ons import their names from here.
 """
 import argparse
 import builtins
+import codecs
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import csv
 import ctypes
 import dataclasses
@@ -38,7 +63,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib
-import importlib.util
 import io
 import itertools
 import json
@@ -58,25 +82,42 @@ import types
 import typing
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import yaml
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+    import torch
+    from PIL import Image
+
+    from addons.inputs import Reader, Rows
+    from addons.measures import Measure
+    from addons.results.memory_curve import MemoryCurve
+    from addons.results.progress import ProgressBar
+
+__version__ = "0.2.0"
 
 # memory_profiler (-m, mprof) and kernprof put `profile` among the builtins; without them it does nothing. Tracing two
 # profiled functions in two threads crashes the run, so PROFILED also turns the loader threads off; and where a profiled
 # function calls another, the caller's table shows wrong increments, so none of those marked here calls another.
 PROFILED = hasattr(builtins, "profile")
-profile: Callable[[Callable], Callable] = getattr(builtins, "profile", lambda function: function)
+profile: Callable[[Callable[..., Any]], Callable[..., Any]] = getattr(builtins, "profile", lambda function: function)
 
 
 # ── Trouble ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Three kinds, three fates: a user's mistake is one line and an exit code, a row's failure is a status, a bug is a traceback.
 
-EXIT_CONFIG, EXIT_INPUT, EXIT_FAILURES, EXIT_DISK, EXIT_MODEL, EXIT_VERIFY = 2, 3, 4, 5, 6, 7
+EXIT_CONFIG = 2
+EXIT_INPUT = 3
+EXIT_FAILURES = 4
+EXIT_DISK = 5
+EXIT_MODEL = 6
+EXIT_VERIFY = 7
 
 STATUSES = ("ok", "missing", "forbidden", "timeout", "dns", "connect", "http_4xx", "http_5xx", "too_large", "not_image",
             "unsupported", "corrupt", "bomb", "empty_caption", "opted_out", "non_finite", "oom", "crashed", "not_tried")
@@ -94,8 +135,12 @@ class RowFailure(Exception):
     """Why one row gets no score: a `status` of STATUSES and a `detail` without times, addresses or absolute paths."""
 
     def __init__(self, status: str, detail: str) -> None:
-        super().__init__(f"{status}: {detail}")
-        self.status, self.detail = status, detail
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.detail}"
 
 
 class Interrupted(BaseException):
@@ -110,14 +155,15 @@ class Interruption:
     """Turns the first signal into a wish to stop that `check` obeys between batches; the second one stops at once."""
 
     def __init__(self) -> None:
-        self.signum, self.deferred = 0, False
+        self.signum = 0
+        self.deferred = False
 
     def install(self) -> None:
         """Listen to SIGINT and SIGTERM (main thread only)."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._on_signal)
 
-    def _on_signal(self, signum: int, frame: object) -> None:
+    def _on_signal(self, signum: int, frame: types.FrameType | None) -> None:
         if self.signum or not self.deferred:
             raise Interrupted(signum)
         self.signum = signum
@@ -133,12 +179,12 @@ INTERRUPTION = Interruption()
 
 
 def say(message: str) -> None:
-    """One line of talk, on stderr (stdout belongs to the result)."""
+    """Write one line of talk to stderr (stdout belongs to the result)."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def output_disk(path: os.PathLike | str) -> Iterator[None]:
+def output_disk(path: os.PathLike[str] | str) -> Iterator[None]:
     """Turn an OSError while writing `path` into Trouble with the exit code for a full or broken output disk."""
     try:
         yield
@@ -146,37 +192,36 @@ def output_disk(path: os.PathLike | str) -> Iterator[None]:
         raise Trouble(EXIT_DISK, f"cannot write {path}: {error.strerror or error}") from error
 
 
-def addon(name: str, key: str) -> Any:
-    """Import addons/<name>.py because `key` asks for it; Trouble (exit 2) says what is missing.
+# ── Add-ons: what only some runs need ─────────────────────────────────────────────────────────────────────────────────
 
-    An addon gets what it needs as arguments and never imports this script, which, run as __main__, would be loaded twice.
-    """
+ADDONS = pathlib.Path(__file__).resolve().parent / "addons"  # missing where the script was copied alone
+
+
+def addon(name: str, key: str) -> types.ModuleType:
+    """Import addons/<name> because `key` asks for it; Trouble (exit 2) says what is missing."""
     try:
         return importlib.import_module(f"addons.{name}")
     except ImportError as error:
-        missing = f"the file addons/{name}.py beside the script" if (error.name or "").startswith("addons") else \
-            f"the package {error.name} (pip install -r requirements.txt)"
-        raise Trouble(EXIT_CONFIG, f"{key} needs {missing}") from error
+        missing = error.name or ""
+        if missing.split(".")[0] == "addons":
+            raise Trouble(EXIT_CONFIG, f"{key} needs {missing.replace('.', '/')}, which is not next to the script") from error
+        file = "addons/requirements-scale.txt" if name.startswith("engines.") else "requirements.txt"
+        raise Trouble(EXIT_CONFIG, f"{key} needs the package {missing} (pip install -r {file})") from error
 
 
-@functools.cache
-def optional_addon(name: str, otherwise: str) -> Any:
-    """addons/<name>.py, or None and one line, said once, on what the run goes without."""
-    try:
-        return importlib.import_module(f"addons.{name}")
-    except ImportError as error:
-        return say_alone() if error.name == "addons" else say(f"{otherwise}: {error}")
+def room_names(room_name: str) -> list[str]:
+    """The names of the files in addons/<room_name>, in order; none for a script that stands alone."""
+    return sorted(path.stem for path in (ADDONS / room_name).glob("[a-z]*.py"))
 
 
-@functools.cache
-def say_alone() -> None:
-    """One line, said once, on what a script that stands alone goes without."""
-    say("the folder addons/ is not beside the script: no progress bar, percentiles, score passport, table of times or picture")
+def room(room_name: str) -> list[types.ModuleType]:
+    """Every module of addons/<room_name>, in the order of their file names."""
+    return [addon(f"{room_name}.{name}", f"addons/{room_name}") for name in room_names(room_name)]
 
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def _setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+def setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
     """A config key with a default and, for numbers, the range it must lie in (both ends included)."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
@@ -197,12 +242,12 @@ class Config:
     quantization: Literal["none", "int8"] = "none"
     compile: bool = False
     # the table
-    url_column: str | int = _setting("url", 0)
-    caption_column: str | int = _setting("caption", 0)
+    url_column: str | int = setting("url", 0)
+    caption_column: str | int = setting("caption", 0)
     caption_template: str = "{}"
     separator: str = "auto"
     encoding: str = "utf-8"
-    limit: int | None = _setting(None, 1)
+    limit: int | None = setting(None, 1)
     escape_formulas: bool = False
     # images
     preprocess: Literal["fast", "exact"] = "fast"
@@ -210,33 +255,34 @@ class Config:
     transparent_over: str = "white"
     exif_orientation: bool = False
     avif: bool = False
-    max_image_bytes: int = _setting(50_000_000, 1)
-    max_image_pixels: int = _setting(50_000_000, 1)
+    max_image_bytes: int = setting(50_000_000, 1)
+    max_image_pixels: int = setting(50_000_000, 1)
     # fetching (image_path: url)
-    fetch_timeout_s: float = _setting(30.0, 0.01, 3600)
-    fetch_retries: int = _setting(2, 0, 100)
-    user_agent: str = "image_text_sim_clip/0.1 (image-caption similarity; respects X-Robots-Tag: noai)"
+    fetch_timeout_s: float = setting(30.0, 0.01, 3600)
+    fetch_retries: int = setting(2, 0, 100)
+    user_agent: str = "image_text_sim_clip/0.2 (image-caption similarity; respects X-Robots-Tag: noai)"
     respect_opt_out: bool = True
-    max_per_host: int = _setting(16, 1, 1024)
+    max_per_host: int = setting(16, 1, 1024)
     cache_path: str | None = None
     use_environment_proxies: bool = False
     allow_private_hosts: bool = False
     # the run
     output_path: str = "scores"
-    batch_size: int | Literal["auto"] = _setting("auto", 1, 65536)
-    partition_rows: int | Literal["auto"] = _setting("auto", 1, 10_000_000)
-    loader_threads: int | Literal["auto"] = _setting("auto", 0, 1024)
-    engine: Literal["auto", "local", "accelerate", "slurm", "ray"] = "auto"
+    batch_size: int | Literal["auto"] = setting("auto", 1, 65536)
+    partition_rows: int | Literal["auto"] = setting("auto", 1, 10_000_000)
+    loader_threads: int | Literal["auto"] = setting("auto", 0, 1024)
+    engine: str = "auto"
     ray_address: str | None = None
-    ray_workers: str | int = _setting(1, 1)
-    ray_gpus: float = _setting(0.0, 0.0, 64)
-    output_format: Literal["csv", "parquet"] = "csv"
+    ray_workers: str | int = setting(1, 1)
+    ray_gpus: float = setting(0.0, 0.0, 64)
+    output_format: str = "csv"
     save_embeddings: Literal["none", "float32", "float16", "int8"] = "none"
-    parity_rows: int | Literal["auto"] = _setting("auto", 0, 10_000)
-    max_score_drift: float | None = _setting(None, 0.0, 2.0)
-    max_failure_rate: float = _setting(0.9, 0.0, 1.0)
-    # the second job, curate.py, which checks what is in it (addons/curation.py)
-    curate: dict | None = None
+    measures: dict[str, Any] | None = None
+    parity_rows: int | Literal["auto"] = setting("auto", 0, 10_000)
+    max_score_drift: float | None = setting(None, 0.0, 2.0)
+    max_failure_rate: float = setting(0.9, 0.0, 1.0)
+    # the second job, curate.py, which checks what is in it (addons/curation/rules.py)
+    curate: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -244,15 +290,17 @@ class Config:
         if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
         for key in ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path"):
-            path = (getattr(self, key) or "").encode("utf-8", "surrogatepass")
-            if b"\0" in path or max(map(len, path.split(b"/"))) > 255:
-                raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
+            check_path(key, getattr(self, key) or "")
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
         if self.max_score_drift is not None and self.parity_rows == 0:
             raise Trouble(EXIT_CONFIG, "max_score_drift needs parity_rows: with 0 nothing is scored twice")
         if self.separator != "auto" and (len(self.separator) != 1 or self.separator in '"\r\n'):
             raise Trouble(EXIT_CONFIG, f"separator must be auto or one character that can separate, got {self.separator!r}")
+        choices = {"engine": ["auto", "local", *room_names("engines")], "output_format": ["csv", *room_names("results")]}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise Trouble(EXIT_CONFIG, f"{key} must be {' | '.join(known)}, got {getattr(self, key)!r}")
         try:
             "a".encode(self.encoding)
         except (LookupError, ValueError):
@@ -265,58 +313,80 @@ class Config:
                                        f"{self.transparent_over!r}") from None
 
 
-# Keys that may differ between a run and its resumption, because no score and no status hangs on them. `use_cuda` is here
+# Keys that may differ between a run and its resumption, because no score and no status depends on them. `use_cuda` is here
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
                  "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
                  "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
 
 
-def _accepts(kind: Any, value: Any) -> bool:
-    """Whether `value` is of the annotated `kind`; True is no int, 3 is a float."""
-    if typing.get_origin(kind) is Literal:
+def check_path(key: str, value: str) -> None:
+    """Raise Trouble (exit 2) for a path that no file system takes."""
+    path = value.encode("utf-8", "surrogatepass")
+    if b"\0" in path or max(len(name) for name in path.split(b"/")) > 255:
+        raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
+
+
+def _accepts(kind: Any, value: object) -> bool:
+    """Whether `value` is of the annotated `kind`; True is not an int, 3 is a float."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
         return isinstance(value, str) and value in typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    if origin in (typing.Union, types.UnionType):
         return any(_accepts(k, value) for k in typing.get_args(kind))
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    return isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
 
 
-def _describe(kind: Any) -> str:
+def _in_words(kind: Any) -> str:
     """The annotated `kind` in a user's words."""
-    if typing.get_origin(kind) is Literal:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
         return " | ".join(typing.get_args(kind))
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " | ".join(_describe(k) for k in typing.get_args(kind))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_in_words(k) for k in typing.get_args(kind))
     return {str: "text", bool: "true | false", int: "a whole number", float: "a number", type(None): "null",
-            dict: "a section of keys"}[kind]
+            dict: "a section of keys", list: "a list"}[origin or kind]
 
 
-def check_value(field: dataclasses.Field, value: Any, section: str = "") -> None:
+def check_value(field: "dataclasses.Field[Any]", value: object, section: str = "") -> None:
     """Raise Trouble (exit 2) unless `value` is of the field's type and within its range; `section` is named before it."""
     if not _accepts(field.type, value):
-        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_describe(field.type)}, got {value!r}")
-    low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
+        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}, got {value!r}")
+    low = field.metadata.get("low", -math.inf)
+    high = field.metadata.get("high", math.inf)
     if isinstance(value, (int, float)) and not low <= value <= high:
         raise Trouble(EXIT_CONFIG, f"{section}{field.name} must lie in [{low}, {high}], got {value}")
 
 
-def check_keys(kind: Any, values: dict, section: str = "") -> None:
+def check_keys(kind: type, values: dict[Any, Any], section: str = "") -> None:
     """Raise Trouble (exit 2) for a key that the dataclass `kind` does not have, and name the nearest one it has."""
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
-            raise Trouble(EXIT_CONFIG, f"unknown key {section + str(key)!r}"
-                                       + (f"; did you mean {section + nearest[0]!r}?" if nearest else ""))
+            hint = f"; did you mean {section + nearest[0]!r}?" if nearest else ""
+            raise Trouble(EXIT_CONFIG, f"unknown key {section + str(key)!r}{hint}")
+
+
+Section = typing.TypeVar("Section")
+
+
+def check_section(kind: type[Section], values: dict[Any, Any], section: str) -> Section:
+    """The dataclass `kind` made of a section's `values`, its keys, types and ranges checked as those of Config are."""
+    check_keys(kind, values, section + ".")
+    made = kind(**values)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        check_value(field, getattr(made, field.name), section + ".")
+    return made
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice instead of silently keeping the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
@@ -329,7 +399,7 @@ class _UniqueKeys(yaml.SafeLoader):
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
-def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> Config:
     """Read the YAML file at `path`, apply `overrides` ("key=value", value as YAML) and return the checked Config.
 
     Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
@@ -341,23 +411,12 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
     except _YAML_ERRORS as error:
         raise Trouble(EXIT_CONFIG, f"{path} is not valid YAML: {error}") from None
-    values = {} if values is None else values
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise Trouble(EXIT_CONFIG, f"{path} must hold 'key: value' lines")
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
-        try:
-            loaded = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
-        except _YAML_ERRORS:
-            raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
-        section, dot, inner = key.strip().partition(".")
-        held = values.get(section) or {}
-        if dot and isinstance(held, dict):
-            values[section] = held | {inner: loaded}
-        else:
-            values[key.strip()] = loaded
+        _apply_override(values, override)
     check_keys(Config, values)
     drift = values.get("max_score_drift")
     if isinstance(drift, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", drift):
@@ -365,16 +424,496 @@ def load_config(path: os.PathLike | str, overrides: Iterable[str] = ()) -> Confi
     return Config(**values)
 
 
-# ── Pairs: stage and plan ─────────────────────────────────────────────────────────────────────────────────────────────
+def _apply_override(values: dict[Any, Any], override: str) -> None:
+    """Set one key of `values`, or one of a section (`curate.export=csv`), as `--set` asks."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
+    try:
+        loaded = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except _YAML_ERRORS:
+        raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
+    section, dot, inner = key.strip().partition(".")
+    held = values.get(section) or {}
+    if dot and isinstance(held, dict):
+        values[section] = held | {inner: loaded}
+    else:
+        values[key.strip()] = loaded
 
-STAGE_ROWS = 8192  # rows of one Parquet row group of the staged table: what is held in memory at a time
-RESULT_COLUMNS = ("similarity", "dissimilarity", "probability", "percentile", "random_percentile", "truncated", "status",
-                  "detail")  # a part holds all but the two percentiles, which only the whole run can tell
+
+# ── Columns of the results ────────────────────────────────────────────────────────────────────────────────────────────
+
+class Column(NamedTuple):
+    """A column of scores.csv: its name, its type ("float", "bool" or "text") and what it says."""
+
+    name: str
+    type: str
+    meaning: str
+
+
+SCORE_COLUMNS = (
+    Column("similarity", "float", "cosine of the two embeddings, in [-1, 1]"),
+    Column("dissimilarity", "float", "1 - similarity"),
+    Column("probability", "float", "SigLIP only: sigmoid(scale * cosine + bias)"),
+    # of these two only the whole run can tell; addons/measures/random_pairs.py fills them
+    Column("percentile", "float", "share of this run's scored rows that score below, in [0, 1]"),
+    Column("random_percentile", "float", "share of random pairs that score below, in [0, 1]"),
+)
+STATUS_COLUMNS = (
+    Column("truncated", "bool", "the caption is longer than the model reads"),
+    Column("status", "text", "ok, or why there is no score"),
+    Column("detail", "text", "more about the status"),
+)
+RESULT_COLUMNS = (*SCORE_COLUMNS, *STATUS_COLUMNS)  # a run's own; those of further measures stand between the two
+
+
+def find_measures(config: Config) -> "list[type[Measure]]":
+    """What is computed besides the similarity (addons/measures), as the config asks for; nothing for a script alone."""
+    if ADDONS.is_dir():
+        measures: list[type[Measure]] = addon("measures", "measures").find_measures(config)
+        return measures
+    for key, asks in (("measures", config.measures), ("save_embeddings", config.save_embeddings != "none"),
+                      ("max_score_drift", config.max_score_drift is not None)):
+        if asks:
+            addon("measures", key)
+    return []
+
+
+def result_columns(config: Config) -> tuple[Column, ...]:
+    """The columns that a run adds to its input, in order; they depend on the config alone."""
+    measured = itertools.chain.from_iterable(measure.columns for measure in find_measures(config))
+    return (*SCORE_COLUMNS, *measured, *STATUS_COLUMNS)
+
+
+def column_names(columns: Iterable[Column]) -> list[str]:
+    """The names of `columns`."""
+    return [column.name for column in columns]
+
+
+def arrow_type(column: Column) -> "pa.DataType":
+    """The pyarrow type of a column's cells."""
+    import pyarrow as pa
+    return {"float": pa.float32(), "bool": pa.bool_(), "text": pa.string()}[column.type]
+
+
+def output_names(columns: Iterable[str], results: Iterable[str]) -> list[str]:
+    """The input's column names as scores.csv shows them: one that is in `results` becomes input_<name>."""
+    names = list(columns)
+    reserved = set(results)
+    taken = {*names, *reserved}
+    shown = []
+    for name in names:
+        if name in reserved:
+            name = "input_" + name
+            while name in taken:
+                name = "input_" + name
+            taken.add(name)
+        shown.append(name)
+    return shown
+
+
+# ── Pairs: read a CSV with care ───────────────────────────────────────────────────────────────────────────────────────
+# One stray quote, or a byte that is not text, costs its own line and no other. What is a row, what is malformed and why is
+# decided here; addons/inputs/csv_blocks.py reads clean stretches faster, to the same rows.
+
+MAX_RECORD_CHARS = 16_000_000  # a record longer than this is an unbalanced quote, not a caption
+MAX_LINE_CHARS = 64_000_000  # a file with a longer line is not a table; nothing is held beyond this
+BATCH_ROWS = 8192  # rows handed over at a time
+
+Malformed = tuple[int, int, str, str]  # rows before it in its batch, its line, the reason, its text
+Batch = tuple["pa.Table", list[Malformed]]  # rows as a table of text, and the malformed records among them
+
+
+class Record(NamedTuple):
+    """A record of a CSV: the number of its first line, its fields (None where it cannot be parsed) and its raw text.
+
+    `settled` says that no line waits to be read again: what comes next is the start of a record for any reader.
+    """
+
+    line: int
+    fields: list[str] | None
+    raw: str
+    settled: bool
+
+
+class TextTable(NamedTuple):
+    """A table of text, opened: its columns, its rows in batches, and the sha256 of its file once all are read."""
+
+    columns: list[str]
+    batches: Iterator[Batch]
+    sha256: Callable[[], str]
+
+
+class Lines(Iterator[str]):
+    """The physical lines of a text file, their ends kept; bytes that are not text become lone surrogates."""
+
+    def __init__(self, path: pathlib.Path, encoding: str) -> None:
+        self._path = path
+        self.taken = 0
+        codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        try:
+            self._file = path.open(encoding=codec, errors="surrogateescape", newline="")
+        except OSError as error:
+            raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
+
+    def __next__(self) -> str:
+        if self._file.closed:
+            raise StopIteration
+        try:
+            line = self._file.readline(MAX_LINE_CHARS)
+        except OSError as error:
+            raise Trouble(EXIT_INPUT, f"cannot read csv_path {self._path} to its end: {error}") from None
+        except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
+            raise Trouble(EXIT_INPUT, f"{self._path} is not in its encoding: {error}") from None
+        if not line:
+            self._file.close()
+            raise StopIteration
+        self.taken += 1
+        if len(line) == MAX_LINE_CHARS:
+            raise Trouble(EXIT_INPUT, f"{self._path} is not a table: line {self.taken} is longer than {MAX_LINE_CHARS} bytes")
+        return line
+
+
+class _Feed(Iterator[str]):
+    """What `csv_records` gives to csv.reader: lines one by one, those of the record at hand kept in `taken`."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines = lines
+        self.again: collections.deque[str] = collections.deque()  # lines that an unbalanced quote had swallowed
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a new record. Where lines are read again, limits are shorter, or many stray quotes would take for ever."""
+        self.taken: list[str] = []
+        self.chars = 0
+        self.most_lines = 100 if self.again else sys.maxsize
+        self.most_chars = 1_000_000 if self.again else MAX_RECORD_CHARS
+
+    def give_back(self) -> None:
+        """Have all lines of the record but its first one read again."""
+        self.again.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.lines)
+        self.taken.append(line)
+        self.chars += len(line)
+        if self.chars > self.most_chars or len(self.taken) > self.most_lines:
+            raise csv.Error("record too long")
+        return line
+
+
+def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterator[Record]:
+    """Yield the records in `lines`; `number` is that of the first line.
+
+    A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines after
+    it are read again, so that one stray quote does not take a neighbour with it.
+    """
+    csv.field_size_limit(MAX_RECORD_CHARS)
+    feed = _Feed(lines)
+    reader = csv.reader(feed, delimiter=separator, strict=True)
+    while True:
+        fields: list[str] | None
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            fields = None
+            feed.give_back()
+            reader = csv.reader(feed, delimiter=separator, strict=True)
+        raw = "".join(feed.taken)
+        count = len(feed.taken)
+        is_blank = fields == [] or not raw.strip("\r\n")
+        if not is_blank:
+            yield Record(number, fields, raw, settled=not feed.again)
+        number += count
+        feed.begin()
+
+
+def careful_batches(records: Iterable[Record], columns: list[str], until: Callable[[], bool]) -> Iterator[Batch]:
+    """Sort records into rows and malformed ones; stop when `until()` is true and a record has ended for sure."""
+    rows: list[list[str]] = []
+    malformed: list[Malformed] = []
+    for record in records:
+        fields = record.fields
+        if fields is not None and len(fields) == len(columns) and is_text("".join(fields)):
+            rows.append(fields)
+        else:
+            reason = why_malformed(fields, len(columns))
+            malformed.append((len(rows), record.line, reason, record.raw.rstrip("\r\n")))
+        done = record.settled and until()
+        if done or len(rows) == BATCH_ROWS or len(malformed) == BATCH_ROWS:
+            yield to_table(rows, columns), malformed
+            rows = []
+            malformed = []
+        if done:
+            return
+    yield to_table(rows, columns), malformed
+
+
+def to_table(rows: list[list[str]], columns: list[str]) -> "pa.Table":
+    """Rows of text to a table of string columns; TypeError or ValueError for cells that are not text (None becomes "")."""
+    import pyarrow as pa
+    cells = zip(*rows, strict=True) if rows else [()] * len(columns)
+    return pa.Table.from_arrays([pa.array(column, pa.string()).fill_null("") for column in cells], names=columns)
+
+
+def is_text(text: str) -> bool:
+    """Whether the text decoded cleanly: undecodable bytes arrive as lone surrogates."""
+    try:
+        text.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def why_malformed(fields: list[str] | None, expected: int) -> str:
+    """The reason that bad_rows.csv gives; `fields` is None where the quotes do not balance."""
+    if fields is None:
+        return "quotes do not balance"
+    return f"{len(fields)} fields instead of {expected}" if len(fields) != expected else "bytes that are not text"
+
+
+def column_name(column: str | int) -> str:
+    """A column's name in the staged table; a number means a table without a header, counted from 0."""
+    return column if isinstance(column, str) else f"column_{column}"
+
+
+def name_columns(first: Sequence[str], config: Config) -> list[str]:
+    """The columns' names, all different, from a table's first record; Trouble (exit 3) unless both needed are there once."""
+    is_numbered = isinstance(config.url_column, int)
+    if not first:
+        raise Trouble(EXIT_INPUT, f"{config.csv_path} has no readable {'row' if is_numbered else 'header line'}")
+    names = [f"column_{n}" for n in range(len(first))] if is_numbered else [name.strip() for name in first]
+    for key in ("url_column", "caption_column"):
+        wanted = column_name(getattr(config, key))
+        if names.count(wanted) != 1:
+            problem = "has no column" if wanted not in names else "has more than one column"
+            raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
+    unique: list[str] = []
+    taken = set(names)
+    for name in names:
+        if name in unique:
+            number = 2
+            while f"{name}_{number}" in taken:
+                number += 1
+            name = f"{name}_{number}"
+            taken.add(name)
+        unique.append(name)
+    return unique
+
+
+def separator_of(config: Config) -> str:
+    """The character between two fields."""
+    if config.separator != "auto":
+        return config.separator
+    return "\t" if config.csv_path.lower().removesuffix(".gz").endswith(".tsv") else ","
+
+
+class CsvReader:
+    """The reader of CSV and TSV: staged into Parquet once, then read by row number. See addons/inputs for the others."""
+
+    kind: str = "csv"
+    suffixes: tuple[str, ...] = (".csv", ".tsv", ".txt")
+
+    def describe(self, config: Config, output: pathlib.Path) -> dict[str, Any]:
+        """Stage the table into `output`; returns what the manifest says of it."""
+        return stage(config, output, self.kind, functools.partial(self.open_table, config))
+
+    def open_table(self, config: Config, known: list[str]) -> TextTable:
+        """Open the table: in blocks where addons/ is there, record by record otherwise, to the same rows."""
+        if ADDONS.is_dir():
+            table: TextTable = addon("inputs.csv_blocks", "csv_path").open_table(config, known)
+            return table
+        path = pathlib.Path(config.csv_path)
+        lines = Lines(path, config.encoding)
+        separator = separator_of(config)
+        first = next(csv_records(lines, separator), None)
+        fields = (first.fields if first else None) or []
+        columns = name_columns(fields if is_text("".join(fields)) else [], config)
+        if isinstance(config.url_column, int):  # no header: the first record is a row, too
+            lines = Lines(path, config.encoding)
+        records = csv_records(lines, separator, lines.taken + 1)
+        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path))
+
+    def open(self, manifest: dict[str, Any], config: Config, output: pathlib.Path) -> "StagedRows":
+        """The staged rows by number."""
+        return StagedRows(output / "pairs.parquet")
+
+    def differences(self, manifest: dict[str, Any], config: Config) -> list[str]:
+        """What differs between the table that was staged and the one that is there now, in words."""
+        return same_text_table(manifest, config.csv_path)
+
+
+# ── Pairs: stage ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STAGE_ROWS = 8192  # rows of one row group of the staged table: what is held in memory at a time
+
+
+class StagedTable:
+    """The Parquet file that a text table is staged into, written by a thread of its own while the next rows are parsed."""
+
+    def __init__(self, file: BinaryIO, columns: list[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        schema = pa.schema([(name, pa.string()) for name in columns])
+        self._held: pa.Table = schema.empty_table()
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False)
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def append(self, rows: "pa.Table") -> None:
+        """Add rows; whole row groups are written, the rest is held."""
+        import pyarrow as pa
+        self._held = pa.concat_tables([self._held, rows])
+        self._write(len(self._held) - len(self._held) % STAGE_ROWS)
+
+    def _write(self, count: int) -> None:
+        if self._writing:
+            self._writing.result()  # no more than one block waits to be written
+            self._writing = None
+        if count:
+            self._writing = self._pool.submit(self._writer.write_table, self._held.slice(0, count), STAGE_ROWS)
+            self._held = self._held.slice(count)
+
+    def finish(self) -> None:
+        """Write what is held, and the footer."""
+        self._write(len(self._held))
+        self._write(0)
+        self._writer.close()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown()
+        self._writer.close()
+
+
+class BadRows:
+    """bad_rows.csv: the malformed records, a line each."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", "", write_through=True)
+        self._writer = csv.writer(text, lineterminator="\n")
+        self._writer.writerow(("line", "reason", "text"))
+        self._text = text  # a wrapper that is collected would close the file
+        self.count = 0
+        self.undecodable = 0
+
+    def add(self, line: int, reason: str, raw: str) -> None:
+        """Write one record."""
+        self.count += 1
+        self.undecodable += not is_text(raw)
+        self._writer.writerow((line, reason, raw[:1000]))
+
+
+def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> dict[str, Any]:
+    """Stream a text table into pairs.parquet, and its malformed records into bad_rows.csv, both in `output`.
+
+    `open_table(known)` opens it; where a batch has other columns than promised (JSON Lines: late lines have keys that the
+    first ones lack), it is opened again and told those columns. Returns what the manifest says of the input: kind, columns,
+    rows, malformed, files (name, rows, bytes, time, sha256).
+    """
+    path = pathlib.Path(config.csv_path)
+    info = path.stat()
+    table = open_table([])
+    found, rows, bad = _stage_once(config, output, table)
+    if found != table.columns:
+        table = open_table(found)
+        found, rows, bad = _stage_once(config, output, table)
+    if bad.undecodable:
+        place = ""
+        if ADDONS.is_dir():
+            offset = addon("inputs.csv_blocks", "csv_path").find_first_bad_byte(path, config.encoding)
+            place = f"; the first such byte is at offset {offset}"
+        say(f"{bad.undecodable} lines of {path} are not {config.encoding}{place} "
+            "(if the file is latin-1, set encoding: latin-1)")
+    file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
+            "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
+    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "files": [file]}
+
+
+def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows]:
+    """Write both files; returns the columns of the last batch (others than the table's: begin again), rows, bad rows."""
+    found = table.columns
+    rows = 0
+    with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
+        bad = BadRows(bad_file)
+        staged = StagedTable(staged_file, table.columns)
+        try:
+            for batch, malformed in table.batches:
+                found = batch.column_names
+                if found != table.columns:
+                    break
+                left = config.limit - rows if config.limit else len(batch) + 1
+                kept = batch.slice(0, left)
+                staged.append(kept)
+                rows += len(kept)
+                for before, line, reason, raw in malformed:
+                    if before < left:  # what comes after the last row is not even judged
+                        bad.add(line, reason, raw)
+                if rows == config.limit:
+                    break
+            staged.finish()
+        finally:
+            staged.close()
+    return found, rows, bad
+
+
+def same_text_table(manifest: dict[str, Any], csv_path: str) -> list[str]:
+    """What differs between the text table that was staged and the one that is there now, in words; nothing if it is the same.
+
+    Size and both times answer at once (a write that keeps the modification time still moves the change time); otherwise the
+    sha256 decides.
+    """
+    path = pathlib.Path(csv_path)
+    file = manifest["files"][0]
+    if not path.is_file():
+        return [f"the input {path} is gone"]
+    info = path.stat()
+    if (info.st_size, info.st_mtime_ns, info.st_ctime_ns) == (file["bytes"], file["mtime_ns"], file.get("ctime_ns")):
+        return []
+    return [] if file_sha256(path) == file["sha256"] else [f"the content of {path} has changed"]
+
+
+class StagedRows:
+    """The rows of pairs.parquet by number."""
+
+    brings_images = False
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+
+    def read(self, start: int, stop: int) -> "pd.DataFrame":
+        """Rows [start, stop) as a DataFrame of text columns."""
+        import pyarrow.parquet as pq
+        with self._path.open("rb") as file, pq.ParquetFile(file) as staged:
+            step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
+            first = start // step
+            last = max(start, stop - 1) // step
+            groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
+            table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
+        return table.slice(start - first * step, stop - start).to_pandas()
+
+    def sources(self, start: int, stop: int) -> list[str]:
+        """Not asked for: the images lie elsewhere."""
+        raise NotImplementedError
+
+    def read_bytes(self, source: str) -> bytes:
+        """Not asked for: the images lie elsewhere."""
+        raise NotImplementedError
+
+
+# ── Plan: what a run is ───────────────────────────────────────────────────────────────────────────────────────────────
+
+FORMAT = 2  # of the output folder; 0.1 wrote format 1, whose parts were two files
+RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
+             "memory-time.png")
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A fixed range of rows, [start, stop), and the part files its results go to."""
+    """A fixed range of rows, [start, stop), and the files its results go to."""
 
     index: int
     start: int
@@ -383,17 +922,17 @@ class Partition:
 
     @property
     def parquet(self) -> pathlib.Path:
-        """The rows and their results; that it exists is the mark of done."""
+        """The part: the rows and their results. It appears whole; that it is there is the mark of done."""
         return self.folder / f"part-{self.index:05d}.parquet"
 
     @property
-    def json(self) -> pathlib.Path:
-        """Its sha256, counts and seconds; written first."""
-        return self.folder / f"part-{self.index:05d}.json"
+    def times(self) -> pathlib.Path:
+        """Seconds, worker and memory peaks of the part; it may be missing, and no score depends on it."""
+        return self.folder / f"part-{self.index:05d}.times.json"
 
     @property
     def embeddings(self) -> pathlib.Path:
-        """With save_embeddings: the embeddings of its pictures and captions; written before both."""
+        """With save_embeddings: the embeddings of its images and captions; written before the part."""
         return self.folder / f"part-{self.index:05d}.npz"
 
     @property
@@ -402,240 +941,297 @@ class Partition:
         return self.folder / f"part-{self.index:05d}.trying"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Plan:
-    """What a run is: the manifest (see `plan`) and its partitions, the same for every engine and every resumption."""
+    """What a run is: its manifest and its partitions, the same for every engine and every resumption.
 
+    `manifest` holds the input's identity, the settings that decide a score (`settings`) and what only the loaded model can
+    tell (`resolved`, see `settle`); `fingerprint`, a hash of it, is what the parts of this run are marked with.
+    """
+
+    config: Config
     output: pathlib.Path
-    manifest: dict
+    manifest: dict[str, Any]
     partitions: list[Partition]
-    shards: Any = None  # reads an input that is not staged (addons/inputs.py)
+    table: "Rows"
+
+    def __post_init__(self) -> None:
+        self.fingerprint = fingerprint_of(self.manifest)
 
     @property
-    def rows(self) -> int:
+    def row_count(self) -> int:
         """How many rows came in."""
-        return self.manifest["rows"]
+        count: int = self.manifest["rows"]
+        return count
 
-    def read_rows(self, start: int, stop: int) -> Any:
-        """Rows [start, stop) of the input as a pandas DataFrame of text columns."""
-        import pyarrow.parquet as pq
-        if self.shards:
-            return self.shards.read(start, stop)
-        with pq.ParquetFile(self.output / "pairs.parquet") as staged:
-            step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
-            first, last = start // step, (max(start, stop - 1)) // step
-            groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
-            table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
-        return table.slice(start - first * step, stop - start).to_pandas()
+    def resolve(self, resolved: dict[str, Any]) -> None:
+        """Take in what only a loaded model could tell."""
+        self.manifest["resolved"] = resolved
+        self.fingerprint = fingerprint_of(self.manifest)
 
-
-def column_name(column: str | int) -> str:
-    """A column's name in the staged table; a number means a table without a header, counted from 0."""
-    return column if isinstance(column, str) else f"column_{column}"
+    def refresh(self) -> None:
+        """Take in what other processes have settled since; Trouble (exit 2) if they have planned another run."""
+        refuse_other_run(self, ("staged", "resolved"))
+        known = read_json(self.output / "manifest.json") or {}
+        if "resolved" in known:
+            self.resolve(known["resolved"])
 
 
-def stage_plain(config: Config, output: pathlib.Path) -> dict:
-    """Stage a CSV without a flaw, as addons/inputs.py would: all that a script without it reads; else Trouble (exit 3)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    path, rows, info = pathlib.Path(config.csv_path), 0, pathlib.Path(config.csv_path).stat()
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as text, output_disk(output), \
-                atomic_file(output / "bad_rows.csv") as bad, atomic_file(output / "pairs.parquet") as staged:
-            bad.write(b"line,reason,text\n")
-            csv.field_size_limit(16_000_000)
-            records: Iterator[list[str]] = filter(None, csv.reader(text, strict=True))
-            columns = [name.strip() for name in next(records, [])]
-            if any(columns.count(column_name(name)) != 1 for name in (config.url_column, config.caption_column)):
-                raise ValueError(f"no columns {config.url_column!r} and {config.caption_column!r} among {columns}")
-            schema = pa.schema([(name, pa.string()) for name in columns])
-            with pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=False) as writer:
-                records = itertools.islice(records, config.limit)
-                while batch := list(itertools.islice(records, STAGE_ROWS)):
-                    writer.write_table(pa.table([pa.array(cells) for cells in zip(*batch, strict=True)], schema=schema))
-                    rows += len(batch)
-    except (csv.Error, ValueError) as error:
-        raise Trouble(EXIT_INPUT, f"{path}: {error}; other tables than a plain CSV need the folder addons/ beside the script") \
-            from None
-    file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": file_sha256(path)}
-    return {"kind": "csv", "columns": columns, "rows": rows, "malformed": 0, "files": [file]}
+def fingerprint_of(manifest: dict[str, Any]) -> str:
+    """A hash of everything in the manifest that decides a row or its score, in hexadecimal."""
+    decisive = {key: value for key, value in manifest.items() if key not in ("version", "staged", "files")}
+    decisive["files"] = [{key: value for key, value in file.items() if not key.endswith("time_ns")}
+                         for file in manifest["files"]]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def inputs_addon() -> Any:
-    """addons/inputs.py, which reads every kind of input at speed; None for a script that stands alone."""
-    there = importlib.util.find_spec("addons") and importlib.util.find_spec("addons.inputs")
-    return importlib.import_module("addons.inputs") if there else None
+def find_reader(csv_path: str) -> "Reader":
+    """The reader for `csv_path`: CsvReader for a script alone, else the one of addons/inputs that its name asks for."""
+    if ADDONS.is_dir():
+        reader: Reader = addon("inputs", "csv_path").find_reader(csv_path)
+        return reader
+    if not csv_path.lower().endswith(CsvReader.suffixes):
+        addon("inputs", f"csv_path {csv_path!r}")
+    return CsvReader()
+
+
+def check_input(csv_path: str) -> None:
+    """Raise Trouble (exit 3) where there is no input, before anything is made or discarded for it."""
+    if ADDONS.is_dir():
+        addon("inputs", "csv_path").check_there(csv_path)
+    elif not pathlib.Path(csv_path).is_file():
+        raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file (in {pathlib.Path.cwd().name}/)")
 
 
 @profile
-def plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
+def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     """Stage the input, or check that `output_path` holds this very run; cut the rows into partitions.
 
-    The manifest holds the input's identity, the settings that decide a score (`settings`) and what only the loaded
-    model can tell (`resolved`, added by `settle`). Raises Trouble: exit 2 if the folder holds another run, 3 for the
-    input, 5 for the output disk. One that `joins` others at work on the run leaves what they have settled.
+    Raises Trouble: exit 2 if the folder holds another run, 3 for the input, 5 for the output disk. A process that `joins`
+    others at work on the run leaves what they have settled.
     """
-    output, inputs, trouble = pathlib.Path(config.output_path), inputs_addon(), functools.partial(Trouble, EXIT_INPUT)
-    if fresh or not _has_parts(output):  # nothing is made, and nothing discarded, for an input that is not there
-        if inputs:
-            inputs.check_there(config.csv_path, trouble)
-        elif not pathlib.Path(config.csv_path).is_file():
-            raise trouble(f"csv_path {config.csv_path!r} is no file here (in {pathlib.Path.cwd().name}/)")
-    if _overlap(pathlib.Path(config.csv_path), output):
+    output = pathlib.Path(config.output_path)
+    if fresh or not has_parts(output):
+        check_input(config.csv_path)
+    if would_overwrite(pathlib.Path(config.csv_path), output):
         raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where results go in output_path {config.output_path!r}: "
                                    "write elsewhere with --set output_path=...")
     with locked(output):
         remove_leftovers(output)
         if fresh:
             discard_run(output)
-        manifest = _find_or_make_manifest(config, output)
-        if not joins and not _has_parts(output) and manifest.pop("resolved", None):
+        manifest = read_json(output / "manifest.json")
+        if manifest is not None or has_parts(output):
+            manifest = _check_manifest(manifest, config, output)
+        if manifest is None:
+            manifest = _write_manifest(config, output)
+        elif not joins and not has_parts(output) and manifest.pop("resolved", None):
             write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
-    shards = inputs.open_rows(manifest, config, trouble, RowFailure) if manifest["kind"] in ("parquet", "tar") else None
-    return Plan(output, manifest, cut_rows(manifest, output), shards)
+    table = find_reader(config.csv_path).open(manifest, config, output)
+    return Plan(config, output, manifest, cut_rows(manifest, output), table)
 
 
-def _overlap(source: pathlib.Path, output: pathlib.Path) -> bool:
+def would_overwrite(source: pathlib.Path, output: pathlib.Path) -> bool:
     """Whether a run into the folder `output` would write over its own input `source`: a table, a folder or a glob."""
-    own = source.parent.resolve() == output.resolve() and any(fnmatch.fnmatch(name, source.name) for name in RUN_FILES)
-    return own or source.resolve() in (output.resolve(), (output / "parts").resolve())
+    is_own_file = source.parent.resolve() == output.resolve() and any(fnmatch.fnmatch(name, source.name) for name in RUN_FILES)
+    return is_own_file or source.resolve() in (output.resolve(), (output / "parts").resolve())
 
 
-def cut_rows(manifest: dict, output: pathlib.Path) -> list[Partition]:
+def cut_rows(manifest: dict[str, Any], output: pathlib.Path) -> list[Partition]:
     """The partitions of the run that `manifest` describes."""
-    step, rows = manifest["partition_rows"], manifest["rows"]
-    edges = [*manifest.get("starts", [0][:rows]), rows]  # of tars, which no partition crosses
-    starts = [start for a, b in itertools.pairwise(edges) for start in range(a, b, step)]
-    return [Partition(i, a, b, output / "parts") for i, (a, b) in enumerate(itertools.pairwise([*starts, rows]))]
+    rows = manifest["rows"]
+    edges = [*manifest.get("starts", [0][:rows]), rows]  # the starts of tars, whose edges no partition crosses
+    starts: list[int] = []
+    for edge, following in itertools.pairwise(edges):
+        starts.extend(range(edge, following, manifest["partition_rows"]))
+    ranges = itertools.pairwise([*starts, rows])
+    return [Partition(index, start, stop, output / "parts") for index, (start, stop) in enumerate(ranges)]
 
 
-def _find_or_make_manifest(config: Config, output: pathlib.Path) -> dict:
-    """The manifest of the run that `output` holds, if it is this one; a new one where nothing is scored yet."""
-    settings, inputs = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS_KEYS}, inputs_addon()
-    manifest = _read_json(output / "manifest.json")
-    if manifest is not None:
-        differences = _differences(manifest, settings, config)
-        if differences and _has_parts(output):
-            raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): discard it with --fresh, "
-                                       "or write elsewhere with --set output_path=...")
-        manifest = None if differences else manifest  # nothing scored yet, so nothing is lost by planning anew
-    if manifest is None:
-        if _has_parts(output):
-            raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: discard it with --fresh, "
-                                       "or write elsewhere with --set output_path=...")
-        with output_disk(output):
-            described = inputs.describe(config, output, functools.partial(Trouble, EXIT_INPUT), say, atomic_file) if inputs \
-                else stage_plain(config, output)
-            (output / "parts").mkdir(parents=True, exist_ok=True)
-            (output / "profile.json").unlink(missing_ok=True)  # of a run whose table was empty
-        # as it will be read back, so that the two can be compared
-        manifest = json.loads(json.dumps({"version": __version__, "settings": settings, **described}))
-        size = config.partition_rows
-        if size == "auto":  # a tar is one partition
-            size = max(1, manifest["rows"]) if "starts" in manifest else min(10_000, max(256, manifest["rows"] // 200))
-        manifest["partition_rows"] = size
-        if config.pretrained_model != "none" and (passport := optional_addon("passport", "no score passport")):
-            manifest["parity_rows"] = passport.count_rows(manifest["rows"], config.parity_rows)
-        write_json(output / "manifest.json", manifest)
-        if manifest["malformed"]:
-            say(f"{manifest['malformed']} lines of {config.csv_path} are no rows: see {output / 'bad_rows.csv'}")
-    return manifest
-
-
-def _differences(manifest: dict, settings: dict, config: Config) -> list[str]:
-    """What differs between the run that `manifest` describes and the one asked for now, in words."""
-    differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
-                   for key, value in settings.items() if manifest["settings"].get(key) != value]
-    inputs, path, recorded = inputs_addon(), pathlib.Path(config.csv_path), manifest["files"]
-    if inputs:
-        return differences + inputs.same_input(manifest, config)
-    same = path.is_file() and file_sha256(path) == recorded[0]["sha256"]
-    return differences + ([] if same else [f"the content of {path} has changed"])
-
-
-def _has_parts(output: pathlib.Path) -> bool:
+def has_parts(output: pathlib.Path) -> bool:
+    """Whether anything is scored in `output` already."""
     return any((output / "parts").glob("part-*.parquet"))
 
 
-def refuse_other_run(plan: Plan, known: dict | None) -> None:
-    """Trouble (exit 2) unless `known`, the manifest on disk, is this plan's: another process may have planned anew since."""
-    if known is None or known | {"resolved": 0} != plan.manifest | {"resolved": 0}:
+def refuse_other_format(manifest: dict[str, Any], output: pathlib.Path) -> None:
+    """Raise Trouble (exit 2) for a folder that another version wrote in another format."""
+    if manifest.get("format") != FORMAT:
+        raise Trouble(EXIT_CONFIG, f"{output} was written by version {manifest.get('version', 'unknown')}, whose parts this "
+                                   f"version ({__version__}) does not read: use that version, discard the folder with --fresh, "
+                                   "or write elsewhere with --set output_path=...")
+
+
+def _settings_of(config: Config) -> dict[str, Any]:
+    """The keys that decide a score or a status."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS_KEYS}
+
+
+def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of `output` if it describes this very run; None where another one can be planned without a loss."""
+    elsewhere = "discard it with --fresh, or write elsewhere with --set output_path=..."
+    if manifest is None:
+        raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: {elsewhere}")
+    if not has_parts(output) and manifest.get("format") != FORMAT:
+        return None
+    refuse_other_format(manifest, output)
+    differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
+                   for key, value in json.loads(json.dumps(_settings_of(config))).items()
+                   if manifest["settings"].get(key) != value]
+    try:
+        reader = find_reader(config.csv_path)
+        if reader.kind == manifest["kind"]:
+            differences += reader.differences(manifest, config)
+        else:
+            differences.append(f"the input was {manifest['kind']}, now {reader.kind}")
+    except Trouble as trouble:  # there is no input any more
+        differences.append(str(trouble))
+    if differences and has_parts(output):
+        raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): {elsewhere}")
+    if differences:
+        return None  # nothing scored yet, so nothing is lost by planning anew
+    if "staged" in manifest and not _is_staged(manifest, output):
+        say(f"{output / 'pairs.parquet'} is not what had been staged: the table is staged again")
+        with output_disk(output):
+            remove_path(output / "pairs.parquet")
+            reader.describe(config, output)
+        manifest["staged"] = _describe_staged(output)
+        write_json(output / "manifest.json", manifest)
+    return manifest
+
+
+def _is_staged(manifest: dict[str, Any], output: pathlib.Path) -> bool:
+    """Whether pairs.parquet is still the file that was staged."""
+    path = output / "pairs.parquet"
+    try:
+        return path.stat().st_size == manifest["staged"]["bytes"] and file_sha256(path) == manifest["staged"]["sha256"]
+    except OSError:  # missing, or a folder
+        return False
+
+
+def _describe_staged(output: pathlib.Path) -> dict[str, Any]:
+    path = output / "pairs.parquet"
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
+    """Describe (and stage) the input, and write the manifest of a new run."""
+    with output_disk(output):
+        forget_results(output)  # of a run whose table was empty
+        remove_path(output / "pairs.parquet")  # of a run that was planned and never scored
+        described = find_reader(config.csv_path).describe(config, output)
+        (output / "parts").mkdir(parents=True, exist_ok=True)
+    size = config.partition_rows
+    if size == "auto" and "starts" in described:
+        size = max(1, described["rows"])  # a tar is one partition
+    elif size == "auto":
+        size = min(10_000, max(256, described["rows"] // 200))
+    manifest = {"version": __version__, "format": FORMAT, "settings": _settings_of(config), **described, "partition_rows": size}
+    if (output / "pairs.parquet").exists():
+        manifest["staged"] = _describe_staged(output)
+    write_json(output / "manifest.json", manifest)
+    if described["malformed"]:
+        say(f"{described['malformed']} lines of {config.csv_path} are not rows: see {output / 'bad_rows.csv'}")
+    return typing.cast(dict[str, Any], json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
+
+
+def refuse_other_run(plan: Plan, besides: Sequence[str] = ("staged",)) -> None:
+    """Trouble (exit 2) unless the manifest on disk is this plan's, `besides` some keys: it may have been planned anew since."""
+    known = read_json(plan.output / "manifest.json")
+    ignored = dict.fromkeys(besides, 0)
+    if known is None or known | ignored != plan.manifest | ignored:
         raise Trouble(EXIT_CONFIG, f"{plan.output} has been planned anew by another process: this run's parts are not for it")
 
 
 def settle(plan: Plan, scorer: "Scorer | None") -> None:
-    """Record what only the loaded model could tell (weights, device, dtype, batch size), or refuse a worker that differs.
-
-    A batch size that is left to be found is found by the first worker, and taken from the manifest by all others.
-    From here on there is work under way: what an earlier run summed up no longer counts.
-    """
+    """Record in the manifest what only the loaded model could tell, or refuse a worker that differs from the first one."""
     with locked(plan.output):
-        manifest = _read_json(plan.output / "manifest.json")
-        if manifest:
-            refuse_other_run(plan, manifest)
-        known = (manifest or {}).get("resolved")
+        manifest = read_json(plan.output / "manifest.json")
+        if manifest is not None:
+            refuse_other_run(plan, ("staged", "resolved"))
+        recorded = (manifest or {}).get("resolved")
         if scorer and scorer.config.batch_size == "auto":
-            scorer.batch_size = (known or {}).get("batch_size") or scorer.find_batch_size()
+            scorer.batch_size = (recorded or {}).get("batch_size") or scorer.find_batch_size()
         resolved = scorer.identity() if scorer else {}
-        recorded = resolved if known is None else known
-        differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
-                       for key, value in resolved.items() if recorded.get(key) != value]
-        if differences:
-            raise Trouble(EXIT_CONFIG, f"{plan.output} was begun with another model or device ({'; '.join(differences)}): "
-                                       "discard it with --fresh, or write elsewhere with --set output_path=...")
-        plan.manifest["resolved"] = resolved
+        refuse_other_model(plan.output, resolved, recorded)
+        plan.resolve(resolved)
         write_json(plan.output / "manifest.json", plan.manifest)
-        with output_disk(plan.output):
-            (plan.output / "profile.json").unlink(missing_ok=True)
+        forget_results(plan.output)
 
 
-RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
-             "memory-time.png")
+def refuse_other_model(output: pathlib.Path, resolved: dict[str, Any], recorded: dict[str, Any] | None) -> None:
+    """Trouble (exit 2) where a run was begun with another model or device than the one loaded now."""
+    if recorded is None:
+        return
+    differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
+                   for key, value in resolved.items() if recorded.get(key) != value]
+    if differences:
+        raise Trouble(EXIT_CONFIG, f"{output} was begun with another model or device ({'; '.join(differences)}): "
+                                   "discard it with --fresh, or write elsewhere with --set output_path=...")
+
+
+def forget_results(output: pathlib.Path) -> None:
+    """Take away what an earlier run summed up: from here on there is work under way."""
+    with output_disk(output):
+        (output / "profile.json").unlink(missing_ok=True)
 
 
 def discard_run(output: pathlib.Path) -> None:
-    """Remove this program's own files from `output`, the manifest last; anything else there stays."""
-    with output_disk(output):
-        for path in [*(output / "parts").glob("part-*"), *(output / name for name in reversed(RUN_FILES))]:
-            path.unlink(missing_ok=True)
+    """Remove this program's own files from `output`; anything else there stays.
+
+    The manifest goes first, and no part can be committed meanwhile: a worker of the old run then finds that it is gone.
+    """
+    with output_disk(output), locked(output, COMMIT_LOCK):
+        for name in RUN_FILES:
+            remove_path(output / name)
+        for path in (output / "parts").glob("part-*"):
+            remove_path(path)
 
 
-# ── Images: find, fetch, decode ───────────────────────────────────────────────────────────────────────────────────────
+def remove_path(path: pathlib.Path) -> None:
+    """Remove a file, or an empty folder that stands in its place; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ── Images: find and decode ───────────────────────────────────────────────────────────────────────────────────────────
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-LARGE_PIXELS = 16_000_000  # pictures above this are decoded one at a time: 50 megapixels are 150 MB as RGB
+LARGE_PIXELS = 16_000_000  # images above this are decoded one at a time: 50 megapixels are 150 MB as RGB
 MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out; so that is cut first
+
+
+def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
+    """What reads an image's bytes: a folder, or what addons/images knows under the name that `image_path` gives (url)."""
+    if pathlib.Path(config.image_path).is_dir():
+        folder = pathlib.Path(config.image_path).resolve()
+        return functools.partial(read_file, folder, max_bytes=config.max_image_bytes)
+    if config.image_path == "url":
+        addon("images.fetch", "image_path: url")  # says so where it is missing
+    for module in room("images"):
+        if config.image_path in getattr(module, "SOURCES", ()):
+            source: Callable[[str], bytes] = module.open_source(config, threads)
+            return source
+    raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/)")
 
 
 def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
     """The bytes of the file that `source` (a relative path, or a URL whose last segment counts) names inside `folder`."""
+    is_url = "://" in source
     try:
-        is_url = "://" in source
         last = (urllib.parse.urlsplit(source).path if is_url else source).rsplit("/", 1)[-1]
     except ValueError:
         raise RowFailure("missing", "not a URL") from None
     if not last:
         raise RowFailure("missing", "no file name")
-    for name in dict.fromkeys((last, urllib.parse.unquote(last)) if is_url else (source, last)):
-        try:
-            path = (folder / name).resolve()
-            if not path.is_relative_to(folder):
-                raise RowFailure("forbidden", "outside image_path")
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block the open
-        except (FileNotFoundError, NotADirectoryError):
+    names = (last, urllib.parse.unquote(last)) if is_url else (source, last)
+    for name in dict.fromkeys(names):
+        handle = _open_inside(folder, name)
+        if handle is None:
             continue
-        except PermissionError:
-            raise RowFailure("forbidden", "no permission to read the file") from None
-        except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
-            raise RowFailure("missing", "no usable file name") from None
         try:
-            info = os.fstat(handle)
-            if not stat.S_ISREG(info.st_mode):
-                raise RowFailure("forbidden", "not a regular file")
-            if info.st_size > max_bytes:
-                raise RowFailure("too_large", f"{info.st_size} bytes")
-            with open(handle, "rb", closefd=False) as file:
-                return file.read(max_bytes + 1)
+            return _read_regular(handle, max_bytes)
         except OSError:
             raise RowFailure("corrupt", "the disk cannot read the file") from None
         finally:
@@ -643,16 +1239,41 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
     raise RowFailure("missing", "no such file in image_path")
 
 
-def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
-                 holding: contextlib.ExitStack | None = None) -> Any:
-    """Bytes to an 8-bit RGB PIL picture; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
+def _open_inside(folder: pathlib.Path, name: str) -> int | None:
+    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read."""
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise RowFailure("forbidden", "outside image_path")
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block the open
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError:
+        raise RowFailure("forbidden", "no permission to read the file") from None
+    except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
+        raise RowFailure("missing", "no usable file name") from None
 
-    A caller that goes on to work with the picture gives `holding`, in which the turn of a large one is kept.
+
+def _read_regular(handle: int, max_bytes: int) -> bytes:
+    info = os.fstat(handle)
+    if not stat.S_ISREG(info.st_mode):
+        raise RowFailure("forbidden", "not a regular file")
+    if info.st_size > max_bytes:
+        raise RowFailure("too_large", f"{info.st_size} bytes")
+    with open(handle, "rb", closefd=False) as file:
+        return file.read(max_bytes + 1)
+
+
+def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
+                 holding: contextlib.ExitStack | None = None) -> "Image.Image":
+    """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
+
+    A caller that goes on to work with the image gives `holding`, in which the turn of a large one is kept.
     """
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
+    formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
     try:
-        formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
         with contextlib.ExitStack() as mine, Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
@@ -660,15 +1281,15 @@ def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = N
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
             if pixels > LARGE_PIXELS:
-                stack = holding or mine
-                stack.enter_context(_LARGE_IMAGE)
-                stack.callback(trim_memory)
+                turn = holding or mine
+                turn.enter_context(_LARGE_IMAGE)
+                turn.callback(trim_memory)
             image.load()
             return to_rgb(image, config)
     except RowFailure:
         raise
     except UnidentifiedImageError:
-        raise RowFailure(*_odd_pictures().why_unidentified(data)) from None
+        raise RowFailure(*_odd_images().why_unidentified(data)) from None
     except Image.DecompressionBombError:
         raise RowFailure("bomb", "too many pixels") from None
     except MemoryError:
@@ -683,7 +1304,7 @@ _LARGE_IMAGE = threading.Lock()
 
 @functools.cache
 def _prepare_pillow(max_pixels: int) -> None:
-    """Keep Pillow's own pixel limit from lying below ours, and its warnings about strangers' pictures off stderr."""
+    """Keep Pillow's own pixel limit from lying below ours, and its warnings about strangers' images off stderr."""
     from PIL import Image
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
@@ -691,21 +1312,21 @@ def _prepare_pillow(max_pixels: int) -> None:
 
 
 def trim_memory() -> None:
-    """Have the C library give freed memory back: without it, each thread keeps what its largest picture took."""
+    """Have the C library give freed memory back: without it, each thread keeps what its largest image took."""
     with contextlib.suppress(OSError, AttributeError):  # glibc has it, others do not
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _odd_pictures() -> Any:
-    """The addon for pictures that are rarely met; without it beside the script, such a picture is `unsupported`."""
+def _odd_images() -> types.ModuleType:
+    """The add-on for images that are rarely met; for a script alone, such an image is `unsupported`."""
     try:
-        return importlib.import_module("addons.odd_pictures")
+        return importlib.import_module("addons.images.odd_images")
     except ImportError:
-        raise RowFailure("unsupported", "needs addons/odd_pictures.py beside the script") from None
+        raise RowFailure("unsupported", "needs addons/images/odd_images.py next to the script") from None
 
 
-def to_rgb(image: Any, config: Config) -> Any:
-    """Any PIL picture (first frame) as 8-bit RGB, where a bare `convert` would give silent white or black.
+def to_rgb(image: "Image.Image", config: Config) -> "Image.Image":
+    """Any PIL image (first frame) as 8-bit RGB, where a bare `convert` would give silent white or black.
 
     16-bit grey is scaled by 1/257, wider integers and floats by the range they fill ([0, 1], [0, 255] and [0, 65535] are
     kept as scales, anything else is stretched), transparency is laid over `transparent_over`.
@@ -714,11 +1335,12 @@ def to_rgb(image: Any, config: Config) -> Any:
     if config.exif_orientation:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _odd_pictures().grey_from_numbers(image).convert("RGB")
+        grey: Image.Image = _odd_images().grey_from_numbers(image)
+        return grey.convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        below = Image.new("RGB", image.size, config.transparent_over)
-        below.paste(image, mask=image.getchannel("A"))
+        above = image if image.mode == "RGBA" else image.convert("RGBA")
+        below = Image.new("RGB", above.size, config.transparent_over)
+        below.paste(above, mask=above.getchannel("A"))
         return below
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -737,10 +1359,12 @@ class ImageSettings:
     @classmethod
     def of(cls, processor: Any) -> "ImageSettings":
         """Read them from a transformers image processor; raises Trouble (exit 6) for steps this program does not know."""
-        size, edge = dict(processor.size), processor.size.get("shortest_edge")
+        size = dict(processor.size)
+        edge = size.get("shortest_edge")
         pair = (size["height"], size["width"]) if size.get("height") and size.get("width") else None
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-        if not processor.do_resize or size.get("longest_edge") or not (edge or pair) or getattr(processor, "do_pad", False):
+        pads = getattr(processor, "do_pad", False)
+        if not processor.do_resize or size.get("longest_edge") or not (edge or pair) or pads:
             raise Trouble(EXIT_MODEL, f"the model's image processor asks for an unknown resize: {size}")
         return cls(edge, pair, (crop["height"], crop["width"]) if crop else None, int(processor.resample))
 
@@ -752,35 +1376,75 @@ class ImageSettings:
         long_edge = int(self.shortest_edge * max(height, width) / min(height, width))
         return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
 
+    def target(self) -> tuple[int, int] | None:
+        """The size that `decode: scaled` must not go below twice of."""
+        return (self.shortest_edge, self.shortest_edge) if self.shortest_edge else self.size
+
     def knows_fast_resize(self) -> bool:
         """Whether torch's antialiased kernel has the model's way of resampling."""
-        return self.resample in (2, 3)
+        return self.resample in RESAMPLE_MODES
 
-    def without_ends(self, image: Any) -> Any:
-        """A strip longer than MAX_ASPECT cut to its centre, where the crop keeps the centre only; others as they are."""
-        if not self.shortest_edge or not self.crop or max(image.size) <= MAX_ASPECT * min(image.size):
-            return image
-        return _odd_pictures().trim_strip(image, MAX_ASPECT)
 
+RESAMPLE_MODES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers and torch's names
 
 # What the dry run (`pretrained_model: none`) resizes to: the shape most models read.
 DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 3)
 
 
-def resize_fast(image: Any, settings: ImageSettings) -> Any:
-    """RGB picture -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's.
+def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
+    """A strip longer than MAX_ASPECT cut to its centre, where the model's crop keeps the centre only; others as they are."""
+    if not settings.shortest_edge or not settings.crop or max(image.size) <= MAX_ASPECT * min(image.size):
+        return image
+    trimmed: Image.Image = _odd_images().trim_strip(image, MAX_ASPECT)
+    return trimmed
 
-    It is the kernel that transformers' own default backend calls, on bytes and without torchvision.
+
+def crop_box(height: int, width: int, crop: tuple[int, int]) -> tuple[int, int]:
+    """Where transformers' centre crop begins: (top, left), negative where the image is smaller than the crop."""
+    top = (height - crop[0]) // 2 if height >= crop[0] else -math.ceil((crop[0] - height) / 2)
+    left = (width - crop[1]) // 2 if width >= crop[1] else -math.ceil((crop[1] - width) / 2)
+    return top, left
+
+
+def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: bool = False) -> "torch.Tensor":
+    """(n, 3, h, w) -> (n, 3, H, W) as the model's processor resizes and crops, by torch's antialiased kernel.
+
+    It is the kernel that transformers' own default backend calls. Bytes stay bytes; `in_floats` does them as CUDA must, by
+    rows and then by columns, each rounded as the byte kernel rounds. Floats, in [0, 1], keep their gradient and are clamped,
+    because bicubic overshoots at edges and bytes cannot. A black border where the image is smaller than the crop.
     """
     import torch
+    height, width = pixels.shape[-2:]
+    size = settings.resized(height, width)
+    resize = functools.partial(torch.nn.functional.interpolate, mode=RESAMPLE_MODES[settings.resample], antialias=True)
+    if pixels.is_floating_point():
+        out = pixels if size == (height, width) else resize(pixels, size).clamp(0, 1)
+    elif in_floats:
+        out = resize(pixels.float(), (height, size[1])).round_().clamp_(0, 255)
+        out = resize(out, size).round_().clamp_(0, 255).to(torch.uint8)
+    else:
+        out = resize(pixels, size)
+    if settings.crop is None:
+        return out
+    top, left = crop_box(*size, settings.crop)
+    if top < 0 or left < 0:
+        below = max(0, settings.crop[0] - size[0] + min(top, 0))
+        right = max(0, settings.crop[1] - size[1] + min(left, 0))
+        out = torch.nn.functional.pad(out, (max(0, -left), right, max(0, -top), below))
+    top = max(0, top)
+    left = max(0, left)
+    return out[..., top:top + settings.crop[0], left:left + settings.crop[1]]
+
+
+def resize_fast(image: "Image.Image", settings: ImageSettings) -> "np.ndarray":
+    """RGB image -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's."""
+    import numpy as np
     pixels = _lend_pixels(image).permute(2, 0, 1)[None]  # (1, 3 or 4, h, w), channels last in memory
-    size = settings.resized(image.height, image.width)
-    mode = {2: "bilinear", 3: "bicubic"}[settings.resample]
-    return center_crop(torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=True)[0, :3].numpy(), settings.crop)
+    return np.ascontiguousarray(resize_and_crop(pixels, settings)[0, :3].numpy())
 
 
-def _lend_pixels(image: Any) -> Any:
-    """The picture's (h, w, 4) uint8 tensor in Pillow's own memory, which has four bytes a pixel; a copy (h, w, 3) where
+def _lend_pixels(image: "Image.Image") -> "torch.Tensor":
+    """The image's (h, w, 4) uint8 tensor in Pillow's own memory, which has four bytes a pixel; a copy (h, w, 3) where
     Pillow cannot lend it: before 11.3, and beyond 16 MB."""
     import numpy as np
     import pyarrow as pa
@@ -791,53 +1455,56 @@ def _lend_pixels(image: Any) -> Any:
     return torch.from_numpy(np.array(image))
 
 
-def resize_pillow(image: Any, settings: ImageSettings) -> Any:
-    """RGB picture -> (3, H, W) uint8 array by Pillow alone: the dry run, which loads no torch."""
+def resize_pillow(image: "Image.Image", settings: ImageSettings) -> "np.ndarray":
+    """RGB image -> (3, H, W) uint8 array by Pillow alone: the dry run, which loads no torch."""
     import numpy as np
+    from PIL import Image
     height, width = settings.resized(image.height, image.width)
-    return center_crop(np.asarray(image.resize((width, height), settings.resample)).transpose(2, 0, 1), settings.crop)
+    resized = image.resize((width, height), Image.Resampling(settings.resample))
+    if settings.crop:
+        top, left = crop_box(height, width, settings.crop)
+        resized = resized.crop((left, top, left + settings.crop[1], top + settings.crop[0]))  # black where there is nothing
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
-def center_crop(pixels: Any, crop: tuple[int, int] | None) -> Any:
-    """The middle of a (3, h, w) array, the same pixels that transformers takes; black border where it is too small."""
-    import numpy as np
-    if crop is None:
-        return np.ascontiguousarray(pixels)
-    height, width = pixels.shape[1:]
-    if height < crop[0] or width < crop[1]:
-        missing = max(0, crop[0] - height), max(0, crop[1] - width)
-        pixels = np.pad(pixels, [(0, 0), *((math.ceil(n / 2), n // 2) for n in missing)])
-        height, width = pixels.shape[1:]
-    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    return np.ascontiguousarray(pixels[:, top:top + crop[0], left:left + crop[1]])
-
+# ── Images: load them ahead ───────────────────────────────────────────────────────────────────────────────────────────
 
 @dataclasses.dataclass
 class Loaded:
-    """What a loader thread made of one source: `pixels` (3, H, W) uint8 or a `failure`; seconds per stage."""
+    """What a loader thread made of one source: `pixels` (3, H, W) uint8 or a `failure`; seconds per stage.
+
+    With `decode: gpu` some pixels are an `OnGpu` instead (addons/images/gpu_decode.py), and `is_on_gpu` is set.
+    """
 
     pixels: Any = None
     failure: RowFailure | None = None
     digest: bytes = b""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    is_on_gpu: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageDecoder:
+    """Bytes -> RGB image, ready to be resized for the model that `settings` describe; raises RowFailure."""
+
+    config: Config
+    settings: ImageSettings
+
+    @profile
+    def __call__(self, data: bytes, holding: contextlib.ExitStack | None = None) -> "Image.Image":
+        """Decode one image; for `holding` see `decode_image`."""
+        image = decode_image(data, self.config, self.settings.target(), holding)
+        return trim_strip(image, self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageLoader:
-    """Source (URL or path) -> Loaded. Runs in loader threads; knows the model only by its ImageSettings and resize."""
+    """Source (URL or path) -> Loaded. Runs in loader threads; who wants another way makes a copy by dataclasses.replace."""
 
-    def __init__(self, config: Config, settings: ImageSettings, resize: Callable[[Any, ImageSettings], Any],
-                 threads: int, read: Callable[[str], bytes] | None = None) -> None:
-        self.config, self.settings, self.resize = config, settings, resize
-        self.decode_bytes: Callable[..., Any] = decode_image
-        self.for_the_card: Callable[[bytes, bytes], Any] | None = None  # with decode: gpu, what takes pictures off our hands
-        self.read: Callable[[str], bytes]
-        if read:
-            self.read = read
-        elif config.image_path == "url":
-            self.read = addon("fetch", "image_path: url").Fetcher(config, max(1, threads), RowFailure)
-        else:
-            folder = pathlib.Path(config.image_path).resolve()
-            self.read = lambda source: read_file(folder, source, config.max_image_bytes)
+    read: Callable[[str], bytes]
+    decode: "Callable[[bytes, contextlib.ExitStack], Image.Image]"
+    resize: "Callable[[Image.Image], np.ndarray]"
+    on_gpu: Callable[[bytes, bytes], Any] | None = None  # (bytes, digest) -> OnGpu for what the GPU decodes, else None
 
     def __call__(self, source: str) -> Loaded:
         """Read, decode and resize one source; never raises for what is wrong with it."""
@@ -849,34 +1516,23 @@ class ImageLoader:
             with clock.stage("fetch"):
                 data = self.read(source.strip())
             loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
-            if self.for_the_card and (on_card := self.for_the_card(data, loaded.digest)):
-                loaded.pixels = on_card
-                return loaded
-            with contextlib.ExitStack() as holding:
-                with clock.stage("decode", time.thread_time):
-                    image = self.decode(data, holding)
-                with clock.stage("resize", time.thread_time):
-                    loaded.pixels = self.resize(image, self.settings)
-                del image  # before another thread's large picture gets its turn
+            if self.on_gpu:
+                loaded.pixels = self.on_gpu(data, loaded.digest)
+                loaded.is_on_gpu = loaded.pixels is not None
+            if not loaded.is_on_gpu:
+                loaded.pixels = self._make_pixels(data, clock)
         except RowFailure as failure:
             loaded.failure = failure.with_traceback(None)
         return loaded
 
-    @functools.cached_property
-    def isolated(self) -> "ImageLoader":
-        """A copy that decodes in a child process, for a partition at which an earlier run died or hung."""
-        loader = copy.copy(self)
-        loader.for_the_card = None
-        loader.decode_bytes = addon("isolate", "a partition left behind").IsolatedDecoder(
-            dataclasses.asdict(self.config), RowFailure)
-        return loader
-
-    @profile
-    def decode(self, data: bytes, holding: contextlib.ExitStack | None = None) -> Any:
-        """Bytes -> RGB picture, ready to be resized."""
-        edge = self.settings.shortest_edge
-        image = self.decode_bytes(data, self.config, (edge, edge) if edge else self.settings.size, holding)
-        return self.settings.without_ends(image)
+    def _make_pixels(self, data: bytes, clock: "Clock") -> "np.ndarray":
+        with contextlib.ExitStack() as holding:
+            with clock.stage("decode", time.thread_time):
+                image = self.decode(data, holding)
+            with clock.stage("resize", time.thread_time):
+                pixels = self.resize(image)
+            del image  # before another thread's large image gets its turn
+        return pixels
 
 
 def wait_for(future: "Future[Any]") -> None:
@@ -891,22 +1547,24 @@ def compute_in_one_thread() -> None:
         torch.set_num_threads(1)
 
 
-HANGS_S = 15.0  # a picture that was waited for longer than this when the run was stopped is tried in isolation by the next
+HANGS_S = 15.0  # an image that was waited for longer than this when the run was stopped is tried in isolation by the next
 
 
-class LoaderPool:
+Item = typing.TypeVar("Item")
+
+
+class LoaderPool(typing.Generic[Item]):
     """Loads sources ahead of their use: `add` them, `take` them in the same order; a bounded number is in flight."""
 
-    hangs = False  # the run was stopped while it waited for a picture that does not come
-
     def __init__(self, threads: int) -> None:
+        self.hangs = False  # the run was stopped while it waited for an image that does not come
         self._window = 4 * threads + 8
-        self._waiting: collections.deque[tuple[Callable[[str], Loaded], str]] = collections.deque()
-        self._flying: collections.deque[Future[Loaded]] = collections.deque()
+        self._waiting: collections.deque[tuple[Callable[[str], Item], str]] = collections.deque()
+        self._flying: collections.deque[Future[Item]] = collections.deque()
         self._pool = ThreadPoolExecutor(threads, "loader", compute_in_one_thread) if threads else None
 
-    def add(self, load: Callable[[str], Loaded], sources: Iterable[str]) -> None:
-        """Queue names (not pictures: those stay within the window) to be loaded by `load`."""
+    def add(self, load: Callable[[str], Item], sources: Iterable[str]) -> None:
+        """Queue names (not images: those stay within the window) to be loaded by `load`."""
         self._waiting.extend((load, source) for source in sources)
         self._launch()
 
@@ -915,12 +1573,13 @@ class LoaderPool:
             load, source = self._waiting.popleft()
             self._flying.append(self._pool.submit(load, source))
 
-    def take(self) -> Loaded:
+    def take(self) -> Item:
         """The oldest source's result; waits for it, but not through an interruption."""
         if not self._pool:
             load, source = self._waiting.popleft()
             return load(source)
-        future, since = self._flying.popleft(), time.monotonic()
+        future = self._flying.popleft()
+        since = time.monotonic()
         try:
             wait_for(future)
         finally:
@@ -954,18 +1613,24 @@ def usable_cores() -> int:
 # The stages of one pair's way, in order. Several threads share the work, so decode, resize and, on the CPU, the encoders
 # count CPU seconds of their thread; fetch and a GPU's encoders count wall seconds. The last two are what the main thread
 # waited for.
-PREPARE_STAGES = ("fetch", "decode", "resize", "tokenize")
+LOADER_STAGES = ("fetch", "decode", "resize")
+PREPARE_STAGES = (*LOADER_STAGES, "tokenize")
 METRIC_STAGES = ("image_encoder", "text_encoder", "score")
-STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "null", "write", "wait_for_images", "wait_for_model")
+STAGES = (*PREPARE_STAGES, *METRIC_STAGES, "random_pairs", "write", "wait_for_images", "wait_for_model")
 
 
 class Clock:
-    """Seconds per stage, added up in the dict given."""
-
-    current = "start"  # what the main thread is at, for the memory curve
+    """Seconds per stage, added up in the dict given; `now` is the stage at work, for the memory curve."""
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = seconds if seconds is not None else {}
+        self.seconds = {} if seconds is None else seconds
+        self.now = "start"
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far; the clock begins again."""
+        seconds = self.seconds
+        self.seconds = {}
+        return seconds
 
     def add(self, seconds: dict[str, float]) -> None:
         """Add another clock's seconds to this one's."""
@@ -976,8 +1641,7 @@ class Clock:
     def stage(self, name: str, timer: Callable[[], float] = time.perf_counter) -> Iterator[None]:
         """Count what happens inside towards `name`."""
         started = timer()
-        if threading.current_thread() is threading.main_thread():
-            Clock.current = name
+        self.now = name
         try:
             yield
         finally:
@@ -989,7 +1653,8 @@ def gpu_memory_mib(peak: bool = False) -> float:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
         return 0.0
-    return (torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()) / 2**20
+    used: int = torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
+    return used / 2**20
 
 
 def peak_memory_mib() -> float:
@@ -1002,10 +1667,11 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ── Model: find and load ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Model: find ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED_HINT = "without the Hub, run the bundled model: python image_text_sim_clip.py --config challenge_set/demo.yaml"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1019,23 +1685,62 @@ class ModelFiles:
 
 def find_model(config: Config) -> ModelFiles:
     """A local folder, the Hub (at one commit) or the Hub's local cache; raises Trouble (exit 6) that says what was tried."""
-    name, folder = config.pretrained_model, pathlib.Path(config.pretrained_model)
+    name = config.pretrained_model
+    folder = pathlib.Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise Trouble(EXIT_MODEL, f"{name} holds no config.json: not a model folder")
-        if not any((folder / f).is_file() for f in SAFETENSORS):
+        if not any((folder / file).is_file() for file in SAFETENSORS):
             raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
         return ModelFiles(folder, _weights_fingerprint(folder), True)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")
-    hub = addon("hub", f"pretrained_model {name!r}")
-    try:
-        snapshot, safetensors = hub.find_on_hub(name, config.revision, config.safetensors_only)
-    except hub.NotFound as error:
-        raise Trouble(EXIT_MODEL, f"{error}; {BUNDLED_HINT}") from None
-    if not safetensors:
+    files = find_on_hub(name, config.revision, config.safetensors_only)
+    if not files.safetensors:
         say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
-    return ModelFiles(snapshot, snapshot.resolve().name, safetensors)
+    return files
+
+
+def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
+    """Download what is missing of the model at one commit. Where the Hub cannot be asked (no network, HF_HUB_OFFLINE), its
+    local cache answers. Raises Trouble (exit 6) that says what was tried."""
+    import huggingface_hub
+    listed, tried = _list_hub_files(name, revision)
+    has_safetensors = not listed.isdisjoint(SAFETENSORS)
+    refused = f"{name} has no safetensors at revision {revision}, and safetensors_only is set; {BUNDLED_HINT}"
+    if listed and safetensors_only and not has_safetensors:
+        raise Trouble(EXIT_MODEL, refused)
+    patterns = ["*.json", "*.txt", "*.model"]
+    if listed:  # offline the client holds the cache against the whole list: no pattern for what was never asked for
+        patterns.append("model*.safetensors" if has_safetensors else "pytorch_model*.bin")
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(  # by branch or tag, or the cache would not know it offline
+            name, revision=revision, allow_patterns=patterns, local_files_only=not listed))
+    except Exception as error:
+        reason = error.__cause__ or error  # the client's own error says only that it is not in the cache either
+        tried += f", the Hub ({type(reason).__name__}: {str(reason)[:120]})" if listed else ", the local cache (not there)"
+        raise Trouble(EXIT_MODEL, f"cannot get {name} ({revision}): {tried}; {BUNDLED_HINT}") from None
+    safetensors = any((folder / file).exists() for file in SAFETENSORS)
+    if not safetensors and not any((folder / file).exists() for file in PICKLES):
+        raise Trouble(EXIT_MODEL, f"{name} ({revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
+    if not safetensors and safetensors_only:
+        raise Trouble(EXIT_MODEL, refused)
+    return ModelFiles(folder, folder.resolve().name, safetensors)
+
+
+def _list_hub_files(name: str, revision: str) -> tuple[set[str], str]:
+    """The names of the revision's files, none if the Hub cannot say; and what was tried, in words."""
+    import huggingface_hub
+    tried = f"tried the folder {name!r} (none here)"
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=15)
+        return {sibling.rfilename for sibling in info.siblings or ()}, tried
+    except Exception as error:  # the client raises its own, its HTTP library's and the system's errors
+        is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        reason = "HF_HUB_OFFLINE is set" if is_offline else f"{type(error).__name__}: {str(error)[:120]}"
+        return set(), f"{tried}, the Hub ({reason})"
 
 
 def _weights_fingerprint(folder: pathlib.Path) -> str:
@@ -1071,52 +1776,183 @@ def choose_dtype(config: Config, device: str) -> str:
     return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
 
 
-def load_model(files: ModelFiles, name: str) -> tuple[Any, Any, Any]:
-    """Model (eval mode, float32, on the CPU), tokenizer and Pillow image processor; raises Trouble (exit 6).
+# ── Model: families ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    Remote code never runs.
+class Family:
+    """A loaded model with its tokenizer and image processor, and what is particular to its kind.
+
+    Clip and Siglip are here; another kind is a subclass in addons/models, in a file named after its model type. `model` is in
+    evaluation mode; `scale` and `bias` turn a cosine into the model's own logit.
     """
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask an outside service to convert
-    import torch
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-        kind = model_config.model_type
-        if kind == "siglip2":
-            raise Trouble(EXIT_MODEL, f"{name} is a NaFlex SigLIP 2, which this program does not score; take one of a fixed "
-                                      "resolution, such as google/siglip2-base-patch16-224")
-        if kind not in ("clip", "siglip"):
-            raise Trouble(EXIT_MODEL, f"{name} is a {kind!r} model; this program scores with CLIP and SigLIP models")
-        architecture: Any = transformers.CLIPModel if kind == "clip" else transformers.SiglipModel
-        model, loading = architecture.from_pretrained(
-            files.folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=files.safetensors,
-            output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
-        # explicit, because the default backend depends on what is installed, and the two differ slightly
-        processor = transformers.AutoImageProcessor.from_pretrained(files.folder, backend="pil", trust_remote_code=False)
-    except Trouble:
-        raise
-    except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
-        raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
-    except Exception as error:  # a broken folder makes transformers raise nearly anything
-        raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
-    if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
-        raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
-    return model.eval().requires_grad_(False), tokenizer, processor
+
+    kind: ClassVar[str]  # config.json's model_type
+    architecture: ClassVar[str]  # its class in transformers
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.name = name
+        # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
+        self.scale: float = self.model.logit_scale.exp().item()
+        self.bias = 0.0
+        self.context_length: int = self.model.config.text_config.max_position_embeddings
+        self.check_tokenizer()
+
+    @classmethod
+    def load(cls, files: ModelFiles, name: str) -> "Family":
+        """Model (float32, on the CPU), tokenizer and Pillow image processor. Remote code never runs.
+
+        Raises Trouble (exit 6) for files that do not make a whole model.
+        """
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask an outside service to convert
+        import torch
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            model, loading = getattr(transformers, cls.architecture).from_pretrained(
+                files.folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=files.safetensors,
+                output_loading_info=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+            # explicit, because the default backend depends on what is installed, and the two differ slightly
+            processor = transformers.AutoImageProcessor.from_pretrained(files.folder, backend="pil", trust_remote_code=False)
+        except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
+            raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
+        except Exception as error:  # a broken folder makes transformers raise nearly anything
+            raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
+        if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
+            raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
+        return cls(model.eval().requires_grad_(False), tokenizer, processor, name)
+
+    def check_tokenizer(self) -> None:
+        """Raise Trouble (exit 6) for a tokenizer that does not belong to the model."""
+        known = set(self.tokenizer.get_vocab().values())
+        embedded = self.model.config.text_config.vocab_size
+        control = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        never_given = control - set(self.encode(["Ab"])[0])
+        # transformers makes one up where files are missing
+        if max(known - never_given) >= embedded or len(known) < embedded / 2:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its tokenizer has {len(known)} tokens and its model {embedded}: they do "
+                                      "not belong together")
+
+    def encode(self, captions: list[str], **options: Any) -> list[list[int]]:
+        """Token ids of each caption, as the tokenizer gives them."""
+        # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
+        ids: list[list[int]] = self.tokenizer(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
+                                              **options)["input_ids"]
+        return ids
+
+    def prepare(self, caption: str) -> str:
+        """The caption as the model was trained to read it."""
+        return caption
+
+    def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
+        prepared = [self.prepare(caption) for caption in captions]
+        ids = self.encode(prepared, truncation=True, max_length=self.context_length)
+        truncated = [False] * len(captions)
+        full = [i for i, row in enumerate(ids) if len(row) >= self.context_length]
+        if full:
+            for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
+                truncated[i] = len(whole) > self.context_length
+        return ids, truncated
+
+    def padded_length(self, ids: list[int]) -> int:
+        """The length that a caption must be padded to whatever its neighbours; 0 where the longest of its batch will do."""
+        return self.context_length
+
+    def image_features(self, model: Any, pixel_values: "torch.Tensor") -> "torch.Tensor":
+        """(n, 3, H, W) normalised pixels -> (n, d) projected features; `model` is self.model or a copy in another dtype."""
+        features: torch.Tensor = model.get_image_features(pixel_values=pixel_values).pooler_output
+        return features  # transformers 5 calls the projected features so
+
+    def text_features(self, model: Any, ids: "torch.Tensor") -> "torch.Tensor":
+        """(n, length) token ids -> (n, d) projected features."""
+        features: torch.Tensor = model.get_text_features(input_ids=ids).pooler_output
+        return features
+
+    def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
+        """The model's own chance that a pair belongs together, float32 (n,); None where it gives none."""
+        return None
 
 
-def _align_weights(model: Any) -> Any:
+class Clip(Family):
+    """CLIP. Its text tower is causal and pooled at end-of-text, so nothing behind that counts."""
+
+    kind = "clip"
+    architecture = "CLIPModel"
+
+    def check_tokenizer(self) -> None:
+        """Refuse also a tokenizer whose end-of-text the model would not pool at."""
+        super().check_tokenizer()
+        eos = self.model.config.text_config.eos_token_id
+        is_legacy = eos == 2  # transformers then pools at the largest id, as OpenAI's published configs need
+        expected = max(self.tokenizer.get_vocab().values()) if is_legacy else eos
+        last = self.encode(["Ab"])[0][-1]
+        if last != expected:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its config pools captions at id {expected}, but its tokenizer ends them "
+                                      f"with id {last}")
+
+    def padded_length(self, ids: list[int]) -> int:
+        """The longest caption of the batch will do."""
+        return 0
+
+
+class Siglip(Family):
+    """SigLIP, and SigLIP 2 of a fixed size. Trained on the full length without a mask, and on lower case."""
+
+    kind = "siglip"
+    architecture = "SiglipModel"
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
+        super().__init__(model, tokenizer, processor, name)
+        self.bias = self.model.logit_bias.item()
+        # SigLIP 2's published tokenizer leaves the lower case to its user
+        self._keeps_capitals = self.encode(["Ab"]) != self.encode(["ab"])
+
+    def prepare(self, caption: str) -> str:
+        """Lower case, where the tokenizer does not see to it."""
+        return caption.lower() if self._keeps_capitals else caption
+
+    def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
+        """sigmoid(scale * cosine + bias), Zhai et al. 2023, algorithm 1."""
+        import numpy as np
+        with np.errstate(over="ignore"):
+            logits = np.asarray(cosines, np.float64) * self.scale + self.bias
+            return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+FAMILIES: dict[str, type[Family]] = {"clip": Clip, "siglip": Siglip}
+
+
+def find_family(files: ModelFiles, name: str) -> type[Family]:
+    """The family that the model's config.json names: one of FAMILIES, or a file of addons/models; Trouble (exit 6) if none."""
+    kind = (read_json(files.folder / "config.json") or {}).get("model_type", "clip")
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    file = str(kind).replace("-", "_")
+    if file in room_names("models"):
+        family: type[Family] | None = getattr(addon(f"models.{file}", f"pretrained_model {name!r}"), "FAMILY", None)
+        if family:
+            return family
+    if kind == "siglip2":
+        raise Trouble(EXIT_MODEL, f"{name} is a NaFlex SigLIP 2, which this program does not score; take one of a fixed "
+                                  "resolution, such as google/siglip2-base-patch16-224")
+    raise Trouble(EXIT_MODEL, f"{name} is a {kind!r} model; this program scores with CLIP and SigLIP models")
+
+
+def align_weights(model: Any) -> Any:
     """Copy the weights whose place in a mapped file is not aligned as torch's own memory is: another alignment chooses
     other CPU kernels, and the same weights score an ulp apart."""
     import torch
 
-    def copy_weight(weight: Any) -> None:
+    def copy_weight(weight: "torch.Tensor") -> None:
         if weight.data_ptr() % 64 or not weight.is_contiguous():
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     with ThreadPoolExecutor(usable_cores()) as pool:  # it reads the file, half of what a start takes
-        collections.deque(pool.map(copy_weight, [*model.parameters(), *model.buffers()]), 0)
+        for _ in pool.map(copy_weight, [*model.parameters(), *model.buffers()]):
+            pass
     return model
 
 
@@ -1124,9 +1960,11 @@ def _align_weights(model: Any) -> Any:
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}  # of one core: larger ones are no faster, and leave a core idle at a partition's end
 
+Encoded = tuple["torch.Tensor", dict[str, float]]  # embeddings (n, d), and the seconds they took
+
 
 class Scorer:
-    """A loaded model that turns pictures and captions into embeddings and cosines.
+    """A loaded model that turns images and captions into embeddings and cosines.
 
     `Scorer(load_config(path)).similarity(images, captions)` is all most callers need.
     """
@@ -1134,29 +1972,25 @@ class Scorer:
     @profile
     def __init__(self, config: Config) -> None:
         import torch
-        self.config, self.oom_halvings = config, 0
+        self.config = config
+        self.oom_halvings = 0
         self.device = choose_device(config)
         self.dtype = choose_dtype(config, self.device)
         self.batch_size = DEFAULT_BATCH[self.device] if config.batch_size == "auto" else config.batch_size
         self.files = find_model(config)
-        self.model, self.tokenizer, self.processor = load_model(self.files, config.pretrained_model)
-        # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
-        self.scale = self.model.logit_scale.exp().item()
-        self.bias = self.model.logit_bias.item() if self.model.config.model_type == "siglip" else 0.0
+        self.family = find_family(self.files, config.pretrained_model).load(self.files, config.pretrained_model)
+        model = self.family.model
         self.quantization = "none"
         if config.quantization != "none":
-            self.quantization = addon("quantize", "quantization").quantize_model(self.model, self.device)
-        _align_weights(self.model.to(self.device, getattr(torch, self.dtype)))
-        self._compiled = addon("compiled", "compile") if config.compile else None
+            self.quantization = addon("models.quantize", "quantization").quantize_model(model, self.device)
+        align_weights(model.to(self.device, getattr(torch, self.dtype)))
+        self._compiled = addon("models.compiled", "compile") if config.compile else None
         if self._compiled:
-            self._compiled.compile_encoders(self.model)
-        self.kind = self.model.config.model_type
-        self.settings = ImageSettings.of(self.processor)
-        self.context_length = self.model.config.text_config.max_position_embeddings
-        self._check_tokenizer()
+            self._compiled.compile_encoders(model)
+        self.settings = ImageSettings.of(self.family.processor)
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
-        self.card: Any = None  # decodes pictures: decode: gpu
+        self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
         self.lanes = 0 if PROFILED else usable_cores() if self.device == "cpu" else 1
 
     @functools.cached_property
@@ -1165,144 +1999,123 @@ class Scorer:
         layer, and no score depends on how many there are. On a GPU one lane, so that the main thread need not wait."""
         return ThreadPoolExecutor(self.lanes, "lane", compute_in_one_thread if self.device == "cpu" else None)
 
-    def submit(self, stage: str, encode: Callable[[Any], Any], batch: Any) -> "Future[tuple[Any, dict[str, float]]]":
+    def submit(self, stage: str, encode: "Callable[[Any], torch.Tensor]", batch: Any) -> "Future[Encoded]":
         """Have a lane compute `encode(batch)`; the future gives the embeddings and the seconds they took in `stage`."""
-        def timed() -> tuple[Any, dict[str, float]]:
+        def encode_timed() -> Encoded:
             clock = Clock()
             with clock.stage(stage, time.thread_time if self.device == "cpu" else time.perf_counter):
                 embeddings = encode(batch)
             return embeddings, clock.seconds
         if self.lanes:
-            return self._lane_pool.submit(timed)
-        future: Future[tuple[Any, dict[str, float]]] = Future()
-        future.set_result(timed())
+            return self._lane_pool.submit(encode_timed)
+        future: Future[Encoded] = Future()
+        future.set_result(encode_timed())
         return future
 
     def find_batch_size(self) -> int:
         """The batch size for this GPU and its free memory; on the CPU, where it hardly matters, the default."""
-        tuner = optional_addon("tune", f"batch_size {self.batch_size}") if self.device == "cuda" else None
-        return tuner.tune(self, say) if tuner else self.batch_size
+        if self.device != "cuda" or not ADDONS.is_dir():
+            return self.batch_size
+        found: int = addon("models.batch_size", "batch_size: auto").find_batch_size(self)
+        return found
 
-    def identity(self) -> dict:
+    def identity(self) -> dict[str, Any]:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
-        return {"model_type": self.kind, "weights": self.files.identity, "safetensors": self.files.safetensors,
+        return {"model_type": self.family.kind, "weights": self.files.identity, "safetensors": self.files.safetensors,
                 "device": self.device, "dtype": self.dtype, "quantization": self.quantization,
-                "decoder": "card" if self.card else "pillow", "batch_size": self.batch_size}
+                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size}
 
-    def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer whose end-of-text the model would not pool at; find out whether it lower-cases."""
-        known, embedded = set(self.tokenizer.get_vocab().values()), self.model.config.text_config.vocab_size
-        probe = self._encode(["Ab"])[0]
-        never = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special} - set(probe)
-        if max(known - never) >= embedded or len(known) < embedded / 2:  # transformers makes one up where files are missing
-            raise Trouble(EXIT_MODEL, f"{self.config.pretrained_model}: its tokenizer has {len(known)} tokens and its model "
-                                      f"{embedded}: they do not belong together")
-        if self.kind == "siglip":
-            # SigLIP was trained on lower case; SigLIP 2's published tokenizer leaves that to its user
-            self._lower_case = probe != self._encode(["ab"])[0]
-            return
-        self._lower_case = False
-        eos = self.model.config.text_config.eos_token_id
-        legacy = eos == 2  # transformers then pools at the largest id, as OpenAI's published configs need
-        expected = max(self.tokenizer.get_vocab().values()) if legacy else eos
-        if probe[-1] != expected:
-            raise Trouble(EXIT_MODEL, f"{self.config.pretrained_model}: its config pools captions at id {expected}, but its "
-                                      f"tokenizer ends them with id {probe[-1]}")
-
-    def _normalised_levels(self) -> Any:
+    def _normalised_levels(self) -> "np.ndarray":
         """(3, 256) float32: what the model's own processor makes of each byte value in each channel."""
         import numpy as np
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        out = self.processor(ramp, do_resize=False, do_center_crop=False, do_convert_rgb=False,
-                             input_data_format="channels_first")
+        out = self.family.processor(ramp, do_resize=False, do_center_crop=False, do_convert_rgb=False,
+                                    input_data_format="channels_first")
         return np.ascontiguousarray(np.asarray(out["pixel_values"][0], dtype=np.float32)[:, 0])
 
-    def resize(self, image: Any, settings: ImageSettings) -> Any:
-        """RGB picture -> (3, H, W) uint8, the fast or the exact way (`preprocess`)."""
-        if self.config.preprocess == "fast" and settings.knows_fast_resize():
-            return resize_fast(image, settings)
+    def resize(self, image: "Image.Image") -> "np.ndarray":
+        """RGB image -> (3, H, W) uint8, the fast or the exact way (`preprocess`)."""
+        if self.config.preprocess == "fast" and self.settings.knows_fast_resize():
+            return resize_fast(image, self.settings)
         import numpy as np
-        pixels = self.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        pixels = self.family.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.asarray(pixels, dtype=np.uint8)
-
-    def _encode(self, captions: list[str], **options: Any) -> list[list[int]]:
-        # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
-        return self.tokenizer(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
-                              **options)["input_ids"]
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
-        if self._lower_case:
-            captions = [caption.lower() for caption in captions]
-        ids = self._encode(captions, truncation=True, max_length=self.context_length)
-        truncated = [False] * len(captions)
-        full = [i for i, row in enumerate(ids) if len(row) >= self.context_length]
-        for i, whole in zip(full, self._encode([captions[i] for i in full]) if full else [], strict=True):
-            truncated[i] = len(whole) > self.context_length
-        return ids, truncated
+        return self.family.tokenize(captions)
 
     @profile
-    def encode_images(self, pixels: Any) -> Any:
+    def encode_images(self, pixels: "torch.Tensor | Future[torch.Tensor]") -> "torch.Tensor":
         """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU."""
         import torch
-        pixels = pixels.result() if isinstance(pixels, Future) else pixels
+        batch = pixels.result() if isinstance(pixels, Future) else pixels
         channel = torch.arange(3, device=self.device).view(1, 3, 1, 1)
 
-        def forward(model: Any, part: Any) -> Any:
+        def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
             values = self._pixel_table[channel, part.to(self.device, non_blocking=True).long()]  # (n, 3, H, W)
-            return model.get_image_features(pixel_values=values.to(model.dtype))
-        return self._embed(forward, pixels)
+            return self.family.image_features(model, values.to(model.dtype))
+        return self._embed(forward, batch)
 
     @profile
-    def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> Any:
+    def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> "torch.Tensor":
         """Token ids -> unit embeddings (n, d), float32, on the CPU; batches of like length, order kept."""
         import torch
-        order, pad, flying = sorted(range(len(ids)), key=lambda i: len(ids[i])), self.tokenizer.pad_token_id, []
-        for own_length, alike in itertools.groupby(order, lambda i: self._own_length(ids[i])):
+        if not ids:
+            return torch.empty(0, 0)
+
+        def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
+            return self.family.text_features(model, part.to(self.device))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        flying = []
+        for own_length, alike in itertools.groupby(order, lambda i: self._padded_length(ids[i])):
             group = list(alike)
             for start in range(0, len(group), self.batch_size):
-                rows = [ids[i] for i in group[start:start + self.batch_size]]
-                length = own_length or max(map(len, rows))
-                batch = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # (n, length)
-                flying.append(self.submit("text_encoder", functools.partial(
-                    self._embed, lambda model, part: model.get_text_features(input_ids=part.to(self.device))), batch))
-        parts = [collect(future, clock or Clock()) for future in flying]
-        if not parts:
-            return torch.empty(0, 0)
+                batch = self._pad([ids[i] for i in group[start:start + self.batch_size]], own_length)
+                flying.append(self.submit("text_encoder", functools.partial(self._embed, forward), batch))
+        embeddings = torch.cat([collect(future, clock or Clock()) for future in flying])
         inverse = torch.empty(len(ids), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(ids))
-        return torch.cat(parts)[inverse]
+        return embeddings[inverse]
 
-    def stack(self, batch: list[Any]) -> Any:
+    def _pad(self, rows: list[list[int]], length: int) -> "torch.Tensor":
+        """Token ids as one tensor (n, length); length 0: that of the longest."""
+        import torch
+        width = length or max(map(len, rows))
+        pad = self.family.tokenizer.pad_token_id
+        return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+
+    def _padded_length(self, ids: list[int]) -> int:
+        """The length that a caption must be padded to whatever its neighbours, or 0 where the longest of its batch will do.
+
+        What lies behind end-of-text counts in the scale of int8 values, which is the whole caption's.
+        """
+        own_length = self.family.padded_length(ids)
+        if own_length:
+            return own_length
+        most = self.family.context_length
+        if self._compiled:
+            return int(self._compiled.few_lengths(len(ids), most))
+        return min(most, -(-len(ids) // 8) * 8) if self.quantization != "none" else 0
+
+    def stack(self, batch: list[Any]) -> "torch.Tensor | Future[torch.Tensor]":
         """Loaders' arrays (3, H, W) as one uint8 tensor (n, 3, H, W) that `encode_images` takes, or a future of it."""
         import numpy as np
         import torch
-        if self.card:
-            return self.card.start(batch)
+        if self.gpu_decoder:
+            decoded: Future[torch.Tensor] = self.gpu_decoder.start(batch)
+            return decoded
         pixels = torch.from_numpy(np.stack(batch))
         return pixels.pin_memory() if self.device == "cuda" else pixels  # pinned, so that the upload need not wait
 
-    def _own_length(self, ids: list[int]) -> int:
-        """The length that a caption must be padded to whatever its neighbours, or 0 where the longest of its batch will do.
-
-        CLIP's text tower is causal and pooled at end-of-text, so nothing behind that counts, except in the scale of int8
-        values, which is the whole caption's. SigLIP's is neither, and was trained on the full length without a mask.
-        """
-        if self.kind == "siglip":
-            return self.context_length
-        if self._compiled:
-            return self._compiled.few_lengths(len(ids), self.context_length)
-        return min(self.context_length, -(-len(ids) // 8) * 8) if self.quantization != "none" else 0
-
-    def _embed(self, forward: Callable[[Any, Any], Any], batch: Any) -> Any:
+    def _embed(self, forward: "Callable[[Any, torch.Tensor], torch.Tensor]", batch: "torch.Tensor") -> "torch.Tensor":
         """Run `forward(model, batch)`, halving the batch when the GPU is full; normalise in fp32; redo what is not finite."""
         import torch
         unit = None
         try:
             whole = self._compiled.pad_batch(batch, self.batch_size) if self._compiled else batch
             with torch.inference_mode():
-                features = forward(self.model, whole)
-                features = getattr(features, "pooler_output", features).float()  # transformers 5 wraps it, projected already
+                features = forward(self.family.model, whole).float()
                 unit = torch.nn.functional.normalize(features[:len(batch)], dim=-1).cpu()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
@@ -1317,9 +2130,7 @@ class Scorer:
         broken = ~torch.isfinite(unit).all(dim=-1)
         if broken.any() and not self.is_plain_float32():
             with torch.inference_mode():
-                features = forward(self._in_float32(), batch[broken])
-                features = getattr(features, "pooler_output", features)
-                unit[broken] = torch.nn.functional.normalize(features, dim=-1).cpu()
+                unit[broken] = torch.nn.functional.normalize(forward(self._in_float32(), batch[broken]), dim=-1).cpu()
         return unit
 
     def is_plain_float32(self) -> bool:
@@ -1328,7 +2139,7 @@ class Scorer:
 
     def load_plain(self) -> Any:
         """The model once more, in float32 on the CPU."""
-        return _align_weights(load_model(self.files, self.config.pretrained_model)[0])
+        return align_weights(type(self.family).load(self.files, self.config.pretrained_model).model)
 
     def _in_float32(self) -> Any:
         """The model in float32, loaded when half precision first overflows."""
@@ -1336,43 +2147,69 @@ class Scorer:
             self._float32_model = self.load_plain().to(self.device)
         return self._float32_model
 
-    def cosines(self, image_embeddings: Any, text_embeddings: Any) -> Any:
+    def cosines(self, image_embeddings: "torch.Tensor", text_embeddings: "torch.Tensor") -> "np.ndarray":
         """Row-wise dot products of unit embeddings (n, d) -> float32 numpy (n,), clipped to [-1, 1] (rounding)."""
         return (image_embeddings * text_embeddings).sum(-1).clamp(-1, 1).numpy()
 
-    def probabilities(self, cosines: Any) -> Any:
-        """SigLIP's sigmoid(scale * cosine + bias), float32; None for CLIP, whose softmax needs competing captions."""
+    def similarity(self, images: "Iterable[Image.Image | str | os.PathLike[str]]", captions: Iterable[str]) -> "np.ndarray":
+        """Cosines (n,) float32 of n PIL images or paths with n captions. Raises RowFailure for an image it cannot read."""
         import numpy as np
-        if self.kind != "siglip":
-            return None
-        with np.errstate(over="ignore"):
-            return (1 / (1 + np.exp(-(np.asarray(cosines, np.float64) * self.scale + self.bias)))).astype(np.float32)
-
-    def similarity(self, images: Iterable[Any], captions: Iterable[str]) -> Any:
-        """Cosines (n,) float32 of n PIL pictures or paths with n captions. Raises RowFailure for a picture it cannot read."""
-        import numpy as np
-        import torch
-        loader = ImageLoader(dataclasses.replace(self.config, image_path="."), self.settings, self.resize, 0)
-        texts, flying, batch = [self.config.caption_template.replace("{}", c) for c in captions], [], []
-        pictures = list(images)
-        if len(pictures) != len(texts):
-            raise ValueError(f"{len(pictures)} images but {len(texts)} captions")
-        for number, picture in enumerate(pictures):
-            if isinstance(picture, (str, os.PathLike)):
-                rgb = loader.decode(pathlib.Path(picture).read_bytes())
+        texts = [self.config.caption_template.replace("{}", caption) for caption in captions]
+        given = list(images)
+        if len(given) != len(texts):
+            raise ValueError(f"{len(given)} images but {len(texts)} captions")
+        decode = ImageDecoder(self.config, self.settings)
+        encoder = ImageEncoder(self, Clock())
+        for image in given:
+            if isinstance(image, (str, os.PathLike)):
+                rgb = decode(pathlib.Path(image).read_bytes())
             else:
-                rgb = self.settings.without_ends(to_rgb(picture, self.config))
-            batch.append(self.resize(rgb, self.settings))
-            if len(batch) == self.batch_size or number == len(pictures) - 1:
-                flying.append(self.submit("image_encoder", self.encode_images, self.stack(batch)))
-                batch = []
-        if not flying:
+                rgb = trim_strip(to_rgb(image, self.config), self.settings)
+            encoder.add(self.resize(rgb))
+        embeddings = encoder.finish()
+        if embeddings is None:
             return np.empty(0, np.float32)
-        return self.cosines(torch.cat([collect(future, Clock()) for future in flying]),
-                            self.encode_texts(self.tokenize(texts)[0]))
+        return self.cosines(embeddings, self.encode_texts(self.tokenize(texts)[0]))
 
 
-def collect(future: "Future[tuple[Any, dict[str, float]]]", clock: Clock) -> Any:
+class ImageEncoder:
+    """Gathers images into batches, keeps as many under way as there are lanes, and gives their embeddings in order."""
+
+    def __init__(self, scorer: Scorer, clock: Clock) -> None:
+        self._scorer = scorer
+        self._clock = clock
+        self._batch: list[Any] = []
+        self._flying: collections.deque[Future[Encoded]] = collections.deque()
+        self._parts: list[torch.Tensor] = []
+
+    def add(self, pixels: Any) -> None:
+        """Add a loader's (3, H, W) array; a full batch is given to the model."""
+        self._batch.append(pixels)
+        if len(self._batch) == self._scorer.batch_size:
+            self._encode_batch()
+            self._collect(self._scorer.lanes)
+
+    def finish(self) -> "torch.Tensor | None":
+        """The embeddings (m, d) of all images that were added; None without any."""
+        if self._batch:
+            self._encode_batch()
+        self._collect(0)
+        if not self._parts:
+            return None
+        import torch
+        return torch.cat(self._parts)
+
+    def _encode_batch(self) -> None:
+        scorer = self._scorer
+        self._flying.append(scorer.submit("image_encoder", scorer.encode_images, scorer.stack(self._batch)))
+        self._batch = []
+
+    def _collect(self, most_in_flight: int) -> None:
+        while len(self._flying) > most_in_flight:
+            self._parts.append(collect(self._flying.popleft(), self._clock))
+
+
+def collect(future: "Future[Encoded]", clock: Clock) -> "torch.Tensor":
     """The embeddings that a lane computed, its seconds added to `clock`; waits, but not through an interruption."""
     with clock.stage("wait_for_model"):
         wait_for(future)
@@ -1385,169 +2222,226 @@ def collect(future: "Future[tuple[Any, dict[str, float]]]", clock: Clock) -> Any
 
 @dataclasses.dataclass
 class PartitionRun:
-    """One partition on its way: the rows to score (a DataFrame) and, for each, where its picture is: URL, path, place in a tar.
+    """One partition on its way: the rows to score and, for each, where its image is and what the model reads of it.
 
-    `finish` makes the whole part of the scored rows, which with `--retry-failed` are only some of it.
+    The index of `rows` are their places in the partition: all of them, or with --retry-failed those that failed for a
+    passing reason; `finish` makes the whole part's table of theirs, and `earlier` is the part that it replaces.
     """
 
     partition: Partition
-    rows: Any
-    sources: list[str]
-    finish: Callable[[Any], Any]
-    null: dict | None = None  # histograms of random and matched pairs (addons/null.py); at first, those of an earlier run
-    watch: Any = None  # what the score passport wants to know of it
-    embedded: Any = None  # for save_embeddings: images, texts, and of each row the image and the text (-1: none)
+    rows: "pd.DataFrame"
+    sources: list[str]  # a URL, a path, or a place in a tar
+    captions: list[str]  # with the template around them
+    has_caption: list[bool]
+    finish: "Callable[[pa.Table], pa.Table]"
+    replaced: "Part | None" = None
+
+    @property
+    def earlier(self) -> dict[str, Any]:
+        """The metadata of the part that --retry-failed replaces; {} otherwise."""
+        return self.replaced.metadata if self.replaced else {}
 
     @classmethod
-    def open(cls, plan: Plan, partition: Partition, config: Config, retry: bool) -> "PartitionRun":
-        """Read the rows, with `retry` those alone that failed for a passing reason, which no picture in a tar does."""
-        rows, finish, null = plan.read_rows(partition.start, partition.stop), lambda table: table, None
-        if retry and part_is_done(partition):
-            rows, finish = addon("retry", "--retry-failed").failed_rows(rows, read_part(partition))
-            null = (_read_json(partition.json) or {}).get("null")
-        if hasattr(plan.shards, "sources"):
-            return cls(partition, rows, plan.shards.sources(partition.start, partition.stop), finish, null)
-        return cls(partition, rows, rows[column_name(config.url_column)].tolist(), finish, null)
+    def open(cls, plan: Plan, partition: Partition, retry: bool) -> "PartitionRun":
+        """Read the partition's rows; with `retry` those alone that failed for a passing reason."""
+        config = plan.config
+        rows = plan.table.read(partition.start, partition.stop)
+        finish: Callable[[pa.Table], pa.Table] = lambda table: table  # noqa: E731
+        part = _part_to_retry(plan, partition) if retry else None
+        if part:
+            rows, finish = addon("results.retry", "--retry-failed").failed_rows(rows, part.table)
+        if plan.table.brings_images:
+            all_sources = plan.table.sources(partition.start, partition.stop)
+            sources = [all_sources[place] for place in rows.index]
+        else:
+            sources = rows[column_name(config.url_column)].tolist()
+        texts = rows[column_name(config.caption_column)].tolist()
+        captions = [config.caption_template.replace("{}", text) for text in texts]
+        return cls(partition, rows, sources, captions, [bool(text.strip()) for text in texts], finish, part)
 
-    def wanted(self, config: Config) -> list[str]:
+    def wanted(self) -> list[str]:
         """The distinct sources to load, in order of first use; rows without a caption need none."""
-        pairs = zip(self.sources, self.rows[column_name(config.caption_column)], strict=True)
-        return list(dict.fromkeys(source for source, caption in pairs if caption.strip()))
+        return list(dict.fromkeys(itertools.compress(self.sources, self.has_caption)))
 
 
-def embed_sources(scorer: Scorer | None, sources: list[str], pool: LoaderPool, clock: Clock,
-                  on_loaded: Callable[[], None]) -> tuple[dict[str, int | RowFailure], Any]:
-    """Load and encode each source once: source -> row of the embeddings (m, d), or why not. Equal files are encoded once."""
-    places: dict[str, int | RowFailure] = {}
-    known: dict[bytes, int] = {}
-    on_card: dict[Any, Any] = {}  # row of the embeddings -> the picture that the card decodes
-    batch: list[Any] = []
-    parts: list[Any] = []
-    flying: collections.deque[Any] = collections.deque()
+def _part_to_retry(plan: Plan, partition: Partition) -> "Part | None":
+    """The part whose failed rows are tried again; one that is damaged is removed, and the partition is done anew."""
+    try:
+        return read_part(plan, partition) if part_is_done(plan, partition) else None
+    except FlawedPart as flaw:
+        say(str(flaw))
+        remove_part(partition)
+        return None
 
-    def encode_batch(most_in_flight: int) -> None:
-        assert scorer
-        if batch:
-            flying.append(scorer.submit("image_encoder", scorer.encode_images, scorer.stack(batch)))
-            batch.clear()
-        while len(flying) > most_in_flight:
-            parts.append(collect(flying.popleft(), clock))
+
+@dataclasses.dataclass
+class Scored:
+    """What came out of a partition's n rows: cosines (NaN for none), statuses, and the embeddings they were made of."""
+
+    cosines: "np.ndarray"  # (n,) float32
+    truncated: list[bool]
+    status: list[str]
+    detail: list[str]
+    image_of_row: "np.ndarray"  # (n,) int32, the row of image_embeddings; -1 for none
+    text_of_row: "np.ndarray"  # (n,) int32, the row of text_embeddings; -1 for none
+    image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
+    text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
+
+    @classmethod
+    def nothing(cls, count: int, status: str) -> "Scored":
+        """`count` rows of one status and without a score."""
+        import numpy as np
+        nowhere = np.full(count, -1, np.int32)
+        return cls(np.full(count, np.nan, np.float32), [False] * count, [status] * count, [""] * count, nowhere, nowhere.copy())
+
+
+@dataclasses.dataclass
+class EmbeddedImages:
+    """Each source's place among the embeddings (m, d), or why it has none."""
+
+    place_of: dict[str, int] = dataclasses.field(default_factory=dict)
+    failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
+    embeddings: "torch.Tensor | None" = None
+
+
+def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[Loaded]", clock: Clock,
+                  on_loaded: Callable[[], None]) -> EmbeddedImages:
+    """Load and encode each source once; files with equal bytes are encoded once. No scorer: a dry run, which only loads."""
+    images = EmbeddedImages()
+    known: dict[bytes, int] = {}  # digest -> place
+    on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
+    encoder = ImageEncoder(scorer, clock) if scorer else None
     for source in sources:
         with clock.stage("wait_for_images"):
             loaded = pool.take()
         clock.add(loaded.seconds)
         if loaded.failure:
-            places[source] = loaded.failure
-        elif loaded.digest in known:
-            places[source] = known[loaded.digest]
+            images.failure_of[source] = loaded.failure
         else:
-            places[source] = known[loaded.digest] = len(known)
-            if scorer:
-                batch.append(loaded.pixels)
-                if hasattr(loaded.pixels, "failure"):
-                    on_card[known[loaded.digest]] = loaded.pixels
+            is_new = loaded.digest not in known
+            place = known.setdefault(loaded.digest, len(known))
+            images.place_of[source] = place
+            if encoder and is_new:
+                if loaded.is_on_gpu:
+                    on_gpu[place] = loaded.pixels
+                encoder.add(loaded.pixels)
         on_loaded()
-        if scorer and len(batch) == scorer.batch_size:
-            encode_batch(scorer.lanes)
         INTERRUPTION.check()
-    if scorer:
-        encode_batch(0)
-    places = {source: getattr(on_card.get(place), "failure", None) or place for source, place in places.items()}
-    if not parts:
-        return places, None
-    import torch
-    return places, torch.cat(parts)
+    if encoder:
+        images.embeddings = encoder.finish()
+    for source, place in images.place_of.items():
+        if place in on_gpu and on_gpu[place].failure:
+            images.failure_of[source] = on_gpu[place].failure
+    return images
 
 
-def score_partition(scorer: Scorer | None, run: PartitionRun, pool: LoaderPool, config: Config, clock: Clock,
-                    on_loaded: Callable[[], None]) -> Any:
-    """The partition's rows with RESULT_COLUMNS added: every row ends as a score or as a reason. No scorer: a dry run."""
-    import numpy as np
-    places, image_embeddings = embed_sources(scorer, run.wanted(config), pool, clock, on_loaded)
-    rows, captions = run.rows, run.rows[column_name(config.caption_column)].tolist()
-    sources, count = run.sources, len(rows)
-    status, detail = ["ok"] * count, [""] * count
-    cosine, truncated = np.full(count, np.nan, np.float32), [False] * count
+def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[Loaded]", clock: Clock,
+                    on_loaded: Callable[[], None]) -> Scored:
+    """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
+    images = embed_sources(scorer, run.wanted(), pool, clock, on_loaded)
+    result = Scored.nothing(len(run.rows), "ok")
     scored: list[int] = []
-    for i in range(count):
-        place = places.get(sources[i]) if captions[i].strip() else RowFailure("empty_caption", "")
-        if isinstance(place, RowFailure):
-            status[i], detail[i] = place.status, place.detail
+    for i, source in enumerate(run.sources):
+        failure = images.failure_of.get(source) if run.has_caption[i] else RowFailure("empty_caption", "")
+        if failure:
+            result.status[i] = failure.status
+            result.detail[i] = failure.detail
         else:
             scored.append(i)
     if scorer and scored:
-        texts = list(dict.fromkeys(captions[i] for i in scored))
-        with clock.stage("tokenize"):
-            ids, cut = scorer.tokenize([config.caption_template.replace("{}", text) for text in texts])
-        text_embeddings = scorer.encode_texts(ids, clock)
-        with clock.stage("score"):
-            at = {text: n for n, text in enumerate(texts)}
-            image_rows, text_rows = [places[sources[i]] for i in scored], [at[captions[i]] for i in scored]
-            cosine[scored] = scorer.cosines(image_embeddings[image_rows], text_embeddings[text_rows])
-            for i, n in zip(scored, text_rows, strict=True):
-                truncated[i] = cut[n]
-                if not np.isfinite(cosine[i]):
-                    status[i], detail[i] = "non_finite", "the model gave no finite embedding, in float32 neither"
-            of_row = np.full((2, count), -1, np.int32)
-            of_row[:, scored] = np.array([image_rows, text_rows])
-            run.embedded = image_embeddings, text_embeddings, *np.where(np.isfinite(cosine), of_row, -1)
-        if null := optional_addon("null", "no percentiles"):
-            with clock.stage("null"):
-                run.null = null.describe_partition(image_embeddings.numpy(), text_embeddings.numpy(), image_rows, text_rows,
-                                                   cosine[scored], run.null)
-    return _with_results(rows, scorer, cosine, truncated, status, detail)
+        _score_rows(scorer, run, images, scored, result, clock)
+    return result
 
 
-def _with_results(rows: Any, scorer: Scorer | None, cosine: Any, truncated: list[bool], status: list[str],
-                  detail: list[str]) -> Any:
-    """The input's columns, one that clashes renamed to input_<name>, then RESULT_COLUMNS; a pyarrow table."""
+def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, scored: list[int], result: Scored,
+                clock: Clock) -> None:
+    """Encode the captions of the rows at the places `scored`, and fill in their cosines."""
+    import numpy as np
+    texts = list(dict.fromkeys(run.captions[i] for i in scored))
+    with clock.stage("tokenize"):
+        ids, cut = scorer.tokenize(texts)
+    result.image_embeddings = images.embeddings
+    result.text_embeddings = scorer.encode_texts(ids, clock)
+    with clock.stage("score"):
+        place_of_text = {text: place for place, text in enumerate(texts)}
+        image_places = [images.place_of[run.sources[i]] for i in scored]
+        text_places = [place_of_text[run.captions[i]] for i in scored]
+        assert images.embeddings is not None
+        cosines = scorer.cosines(images.embeddings[image_places], result.text_embeddings[text_places])
+        result.cosines[scored] = cosines
+        for i, place, cosine in zip(scored, text_places, cosines, strict=True):
+            result.truncated[i] = cut[place]
+            if not np.isfinite(cosine):
+                result.status[i] = "non_finite"
+                result.detail[i] = "the model gave no finite embedding, in float32 neither"
+        is_finite = np.isfinite(cosines)
+        result.image_of_row[scored] = np.where(is_finite, image_places, -1)
+        result.text_of_row[scored] = np.where(is_finite, text_places, -1)
+
+
+def result_table(plan: Plan, rows: "pd.DataFrame", scored: Scored, scorer: Scorer | None = None,
+                 measured: "dict[str, np.ndarray] | None" = None) -> "pa.Table":
+    """The input's columns, one that clashes renamed to input_<name>, then the result columns.
+
+    `measured` are the columns of measures, (n,) each; cells that only the whole run can tell stay empty (`complete`).
+    """
     import numpy as np
     import pyarrow as pa
-    none = ~np.isfinite(cosine)
-    probability = scorer.probabilities(cosine) if scorer else None
-    results = {
-        "similarity": pa.array(cosine, pa.float32(), mask=none),
-        "dissimilarity": pa.array(np.float32(1) - cosine, pa.float32(), mask=none),
-        "probability": pa.nulls(len(rows), pa.float32()) if probability is None else pa.array(probability, mask=none),
-        "truncated": pa.array(truncated, pa.bool_(), mask=none),
-        "status": pa.array(status, pa.string()),
-        "detail": pa.array(detail, pa.string()),
-    }
-    inputs = dict(zip(output_names(rows.columns), (pa.array(rows[name], pa.string()) for name in rows.columns), strict=True))
-    return pa.table(inputs | results)
+    columns = result_columns(plan.config)
+    has_score = np.isfinite(scored.cosines)
+    values: dict[str, Any] = {
+        "similarity": scored.cosines, "dissimilarity": np.float32(1) - scored.cosines, "truncated": scored.truncated,
+        "probability": scorer.family.probabilities(scored.cosines) if scorer else None, **(measured or {})}
+    names = output_names(rows.columns, column_names(columns))
+    made = {shown: pa.array(rows[name], pa.string()) for name, shown in zip(rows.columns, names, strict=True)}
+    made["status"] = pa.array(scored.status, pa.string())
+    made["detail"] = pa.array(scored.detail, pa.string())
+    for column in columns:
+        cells = values.get(column.name)
+        if column.name in made and column.name in ("status", "detail"):
+            made[column.name] = made.pop(column.name)  # to its place behind the others
+        elif cells is None:
+            made[column.name] = pa.nulls(len(rows), arrow_type(column))
+        else:
+            mask = ~has_score
+            if column.type == "float":
+                mask = mask | ~np.isfinite(np.asarray(cells, np.float32))
+            made[column.name] = pa.array(cells, arrow_type(column), mask=mask)
+    return pa.table(made)
 
 
-def output_names(columns: Iterable[str]) -> list[str]:
-    """The input's column names as scores.csv shows them: one that a result needs becomes input_<name>."""
-    taken, names = {*columns, *RESULT_COLUMNS}, []
-    for name in columns:
-        if name in RESULT_COLUMNS:
-            name = next(n for k in itertools.count(1) if (n := "input_" * k + name) not in taken)
-            taken.add(name)
-        names.append(name)
-    return names
+# ── Files that appear whole ───────────────────────────────────────────────────────────────────────────────────────────
+
+def _name_this_process_space() -> str:
+    """Which processes this one's number can be held against: host, its start, and the namespace of process numbers.
+
+    Containers may share a host's name and a folder, but not their process numbers.
+    """
+    known = [platform.node()]
+    with contextlib.suppress(OSError):
+        known.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        known.append(str(pathlib.Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:12]
 
 
-# ── Parts: exactly once ───────────────────────────────────────────────────────────────────────────────────────────────
-
-_HOST = platform.node().replace(".", "-")  # names whose half-written file it is
+_HOST = _name_this_process_space()
 
 
-def mine_beside(path: pathlib.Path) -> pathlib.Path:
-    """A name beside `path` that tells whose it is: `remove_leftovers` takes it away once this process has ended."""
+def name_of_mine(path: pathlib.Path) -> pathlib.Path:
+    """A name next to `path` that tells whose it is: `remove_leftovers` takes it away once this process has ended."""
     return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
-def atomic_file(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
-    """Write beside, fsync, rename: `path` is either what it was or complete, whatever happens in between."""
-    beside = mine_beside(path)
+def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Write next to `path`, fsync, rename: it is either what it was or complete, whatever happens in between."""
+    mine = name_of_mine(path)
     try:
-        with open(beside, "wb") as file:
+        with open(mine, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        mine.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or the rename itself could be lost with the power
@@ -1555,7 +2449,7 @@ def atomic_file(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
             os.close(folder)
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            mine.unlink(missing_ok=True)
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -1564,9 +2458,18 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_json(path: pathlib.Path, content: dict) -> None:
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in `path`, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -1575,58 +2478,8 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: pathlib.Path) -> dict | None:
-    """The object in `path`, or None where there is none that can be read."""
-    try:
-        content = json.loads(path.read_bytes())
-        return content if isinstance(content, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
-def commit_part(partition: Partition, table: Any, clock: Clock, wall_s: float, worker: str, extra: dict | None = None) -> dict:
-    """Write the part: its JSON first (with what is `extra`), then its Parquet, whose existence is the mark of done.
-
-    Returns the JSON's content. `tried` in it is how many rows the time was spent on: with --retry-failed not all of them.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue().to_pybytes()
-    counts = {entry["values"]: entry["counts"] for entry in table["status"].value_counts().to_pylist()}
-    summary = {
-        "partition": partition.index, "rows": table.num_rows, "statuses": dict(sorted(counts.items())),
-        "similarity_sum": pc.sum(table["similarity"].cast(pa.float64())).as_py() or 0.0,
-        "similarity_count": table.num_rows - table["similarity"].null_count,
-        "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
-        "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-        "worker": worker, "tried": table.num_rows, "ended": round(time.time(), 6),
-        "wall_s": round(wall_s, 6), "seconds": {k: round(v, 6) for k, v in sorted(clock.seconds.items())},
-        "peak_rss_mib": round(peak_memory_mib(), 1), "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1),
-        "oom_halvings": 0, "null": None,
-    } | (extra or {})
-    write_json(partition.json, summary)
-    write_bytes(partition.parquet, data)
-    return summary
-
-
-def part_is_done(partition: Partition) -> bool:
-    """Whether the part exists and has the length and the footer it was written with (the sha256 is checked by `finalize`)."""
-    summary = _read_json(partition.json)
-    try:
-        with partition.parquet.open("rb") as file:
-            file.seek(-4, os.SEEK_END)
-            whole = bool(summary) and file.read() == b"PAR1" and file.tell() == summary["bytes"]  # type: ignore[index]
-        return whole and (not (saved := summary.get("embeddings"))  # type: ignore[union-attr]
-                          or partition.embeddings.stat().st_size == saved["bytes"])
-    except (OSError, KeyError):
-        return False
-
-
 def remove_leftovers(output: pathlib.Path) -> None:
-    """Remove what killed processes of this machine left half-written; another machine's may still be at work."""
+    """Remove what killed processes left half-written; those whose number cannot be looked up here may still be at work."""
     import psutil
     for leftover in itertools.chain((output / "parts").glob(".part-*.tmp"), output.glob(".*.tmp")):
         *_, host, pid, _ = leftover.name.rsplit(".", 3)
@@ -1635,13 +2488,19 @@ def remove_leftovers(output: pathlib.Path) -> None:
                 leftover.unlink()
 
 
+COMMIT_LOCK = ".commit.lock"
+
+
 @contextlib.contextmanager
-def locked(output: pathlib.Path) -> Iterator[None]:
-    """Only one process at a time plans, settles or finalises a run; the system frees the lock of one that died."""
+def locked(output: pathlib.Path, name: str = ".lock") -> Iterator[None]:
+    """Only one process at a time plans, settles or finalises a run; the system frees the lock of one that died.
+
+    COMMIT_LOCK, which is held for a moment only, keeps a part from being committed while its run is discarded.
+    """
     import filelock
     with output_disk(output):
         output.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(output / ".lock")
+        lock = filelock.FileLock(output / name)
         lock.acquire()
     try:
         yield
@@ -1649,87 +2508,343 @@ def locked(output: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
+# ── Parts: exactly once ───────────────────────────────────────────────────────────────────────────────────────────────
+# A part is one Parquet file that appears whole. Its footer holds JSON that binds it to its run and says what is in it. The
+# last key is the sha256 of the whole file with those 64 characters as zeros, so that a flip anywhere in the file is found.
+
+METADATA_KEY = "image_text_sim_clip"
+_METADATA_START = b'{"run": "'
+_DIGEST_START = b'"sha256": "'
+_NO_DIGEST = b"0" * 64
+
+
+class FlawedPart(Trouble):
+    """A part that is not what had been written (exit 7)."""
+
+
+class Part(NamedTuple):
+    """A part as it was read back: its rows with their results, and the metadata of its footer."""
+
+    table: "pa.Table"
+    metadata: dict[str, Any]
+
+
+class PartSummary(NamedTuple):
+    """What became of a partition: how many rows it has, and how many of each status."""
+
+    rows: int
+    statuses: dict[str, int]
+
+
+def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The metadata of a part, all of it deterministic: what it belongs to, counts, and what each measure has `kept`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    counts = {entry["values"]: entry["counts"] for entry in table["status"].value_counts().to_pylist()}
+    return {
+        "run": plan.fingerprint, "partition": partition.index, "rows": table.num_rows, "statuses": dict(sorted(counts.items())),
+        "similarity_sum": pc.sum(table["similarity"].cast(pa.float64())).as_py() or 0.0,
+        "similarity_count": table.num_rows - table["similarity"].null_count,
+        "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
+        "measures": kept,
+    }
+
+
+def encode_part(table: "pa.Table", metadata: dict[str, Any]) -> bytes:
+    """The bytes of a part; the same for the same table and metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    text = json.dumps(metadata | {"sha256": _NO_DIGEST.decode()})
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({METADATA_KEY: text})
+    data: bytes = buffer.getvalue().to_pybytes()
+    place = _digest_place(data)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data[:place] + digest + data[place + len(digest):]
+
+
+def _digest_place(data: bytes) -> int:
+    """Where the digest stands: behind the last such key, because captions, which come before, may look like one."""
+    return data.rfind(_DIGEST_START) + len(_DIGEST_START)
+
+
+def _is_as_written(data: bytes) -> bool:
+    """Whether the bytes of a part give the digest that stands in them."""
+    place = _digest_place(data)
+    stored = data[place:place + len(_NO_DIGEST)]
+    blank = data[:place] + _NO_DIGEST + data[place + len(_NO_DIGEST):]
+    return hashlib.sha256(blank).hexdigest().encode() == stored
+
+
+def _metadata_in(footer: bytes) -> dict[str, Any] | None:
+    """The JSON in a Parquet footer, found by its beginning: opening 10,000 files with pyarrow would take many seconds."""
+    place = footer.rfind(_METADATA_START)
+    if place < 0:
+        return None
+    try:
+        metadata, _ = json.JSONDecoder().raw_decode(footer[place:].decode("ascii", "replace"))
+    except ValueError:
+        return None
+    return metadata if isinstance(metadata, dict) else None
+
+
+def _read_footer(path: pathlib.Path) -> bytes | None:
+    """The footer of a Parquet file that is whole in length; None for any other file, and where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            tail = file.read(8)
+            length = int.from_bytes(tail[:4], "little")
+            if tail[4:] != b"PAR1" or length + 12 > size:
+                return None
+            file.seek(size - 8 - length)
+            return file.read(length)
+    except OSError:
+        return None
+
+
+def read_part_metadata(plan: Plan, partition: Partition) -> dict[str, Any] | None:
+    """What the footer of this run's part says, not checked by its digest; None where there is no part of this run."""
+    footer = _read_footer(partition.parquet)
+    metadata = _metadata_in(footer) if footer else None
+    return metadata if metadata and _belongs(metadata, plan, partition) else None
+
+
+def _belongs(metadata: dict[str, Any], plan: Plan, partition: Partition) -> bool:
+    """Whether a part with this metadata is this run's, and this partition's."""
+    return metadata.get("run") == plan.fingerprint and metadata.get("partition") == partition.index
+
+
+def part_is_done(plan: Plan, partition: Partition) -> bool:
+    """Whether this run's part is there, whole in length, and its embeddings with it (`read_part` checks every byte)."""
+    metadata = read_part_metadata(plan, partition)
+    if metadata is None:
+        return False
+    measures = {measure.name: measure for measure in find_measures(plan.config)}
+    return all(measures[name].is_whole(partition, kept) for name, kept in metadata["measures"].items() if name in measures)
+
+
+def read_part(plan: Plan, partition: Partition) -> Part | None:
+    """This run's part, every byte checked; None where there is none; raises FlawedPart (exit 7) for a damaged one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    flaw = FlawedPart(EXIT_VERIFY, f"{partition.parquet.name} was not what had been written; it is removed, and the same "
+                                   "command does it again")
+    try:
+        data = partition.parquet.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise flaw from None
+    metadata = _metadata_in(data)
+    if metadata is None or not _is_as_written(data):
+        raise flaw
+    if not _belongs(metadata, plan, partition):
+        return None
+    table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)  # threads may not outlive the program
+    return Part(table, metadata)
+
+
+def remove_part(partition: Partition) -> None:
+    """Take a part away, so that the same command does it again."""
+    with output_disk(partition.parquet):
+        remove_path(partition.parquet)
+
+
+def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
+                replaced: Part | None = None) -> PartSummary:
+    """Write the part, whose existence is the mark of done.
+
+    What is there first stays: a part of this run that another process has committed meanwhile is not touched, unless it is
+    the one that --retry-failed has `replaced`. Raises Trouble (exit 2) where the run has been planned anew.
+    """
+    metadata = describe_part(plan, partition, table, kept)
+    data = encode_part(table, metadata)
+    with locked(plan.output, COMMIT_LOCK):
+        refuse_other_run(plan)
+        there = read_part_metadata(plan, partition) if part_is_done(plan, partition) else None
+        is_mine_to_write = there is None or (replaced is not None and there["sha256"] == replaced.metadata["sha256"])
+        if is_mine_to_write:
+            write_bytes(partition.parquet, data)
+            there = metadata
+    assert there
+    return PartSummary(there["rows"], there["statuses"])
+
+
+def write_times(partition: Partition, times: dict[str, Any]) -> None:
+    """Keep seconds, worker and peaks of a part; a disk that refuses costs these numbers and nothing else."""
+    with contextlib.suppress(OSError):
+        partition.times.write_text(json.dumps(times) + "\n", encoding="utf-8")
+
+
+NO_TIMES = {"seconds": {}, "wall_s": 0.0, "ended": 0.0, "worker": "", "tried": 0, "peak_rss_mib": 0.0, "peak_gpu_mib": 0.0,
+            "oom_halvings": 0}
+
+
+def read_times(partition: Partition) -> dict[str, Any]:
+    """What `write_times` kept; zeros where that is missing or cannot be read."""
+    times = read_json(partition.times) or {}
+    is_whole = all(isinstance(times.get(key), type(value)) for key, value in NO_TIMES.items())
+    return times if is_whole else dict(NO_TIMES)
+
+
 # ── Engines: where a partition runs ───────────────────────────────────────────────────────────────────────────────────
 
 class Worker:
     """A loaded model and its loader threads: scores and commits the partitions that an engine gives it."""
 
-    def __init__(self, config: Config, plan: Plan, name: str) -> None:
-        read = getattr(plan.shards, "read_bytes", None)  # tars bring their pictures along
-        if not read and config.image_path != "url" and not pathlib.Path(config.image_path).is_dir():
-            raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r} is no folder here (in {pathlib.Path.cwd().name}/)")
-        self.config, self.plan, self.name, self.threads = config, plan, name, loader_threads(config)
-        with Clock().stage("load_model"):
+    def __init__(self, config: Config, plan: Plan, name: str, clock: Clock) -> None:
+        self.config = config
+        self.plan = plan
+        self.name = name
+        self.clock = clock
+        self.threads = loader_threads(config)
+        read = plan.table.read_bytes if plan.table.brings_images else open_source(config, self.threads)
+        with clock.stage("load_model"):
             self.scorer = Scorer(config) if config.pretrained_model != "none" else None
-        self.loader = ImageLoader(config, self.scorer.settings if self.scorer else DRY_RUN_SETTINGS,
-                                  self.scorer.resize if self.scorer else resize_pillow, self.threads, read)
+        clock.take()
+        self.settings = self.scorer.settings if self.scorer else DRY_RUN_SETTINGS
+        resize = self.scorer.resize if self.scorer else functools.partial(resize_pillow, settings=DRY_RUN_SETTINGS)
+        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
         if self.scorer and config.decode == "gpu":
-            addon("gpu_decode", "decode: gpu").attach(self.scorer, copy.copy(self.loader), self.loader, RowFailure, say)
+            self.loader = addon("images.gpu_decode", "decode: gpu").attach(self.scorer, self.loader)
         settle(plan, self.scorer)
-        self.passport = self._issue_passport()
+        self.measures: list[Measure] = []
+        if self.scorer:
+            for measure in find_measures(config):
+                self.measures.append(measure(config, plan, self.scorer, self.loader))
+                self.loader = self.measures[-1].wrap(self.loader)
+        self._isolated: Any = None
 
-    def _issue_passport(self) -> Any:
-        """What keeps the bytes of the rows chosen to be scored twice, and scores them; None where there are none."""
-        count = self.plan.manifest.get("parity_rows", 0) if self.scorer else 0
-        passports = optional_addon("passport", "no score passport") if count else None
-        plain = ImageLoader(dataclasses.replace(self.config, decode="exact"), self.loader.settings, self.loader.resize, 0,
-                            self.loader.read)
-        return passports and passports.issue(self.scorer, self.loader, plain.decode, self.plan.rows, count)
-
-    def _begin(self, partition: Partition, retry: bool, pool: LoaderPool, marked: list[Partition]) -> PartitionRun:
-        """Open the partition, mark it as being tried and queue its pictures; one marked before is decoded in isolation."""
-        run, load = PartitionRun.open(self.plan, partition, self.config, retry), self.loader
-        if self.passport:
-            captions = run.rows[column_name(self.config.caption_column)]
-            known = (_read_json(partition.json) or {}).get("passport", []) if retry else []
-            run.watch = self.passport.watch(partition, run.rows.index, run.sources, [
-                self.config.caption_template.replace("{}", caption) for caption in captions], known)
-        if partition.trying.exists():
-            load = self.loader.isolated
-        else:
-            with output_disk(partition.trying):
-                partition.trying.touch()  # before the first picture is decoded, which may be the one that kills
-            marked.append(partition)
-        pool.add(load, run.wanted(self.config))
-        return run
-
-    def run(self, todo: list[Partition], retry: bool = False, on_loaded: Callable[[], None] = lambda: None) -> Iterator[dict]:
-        """Score and commit each partition, loading images ahead across their edges; yields each one's summary."""
-        pool, marked = LoaderPool(self.threads), list[Partition]()
+    def run(self, todo: list[Partition], retry: bool = False,
+            on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:
+        """Score and commit each partition, loading images ahead across their edges; yields what became of each."""
+        pool = LoaderPool[Loaded](self.threads)
+        marked: list[Partition] = []
         INTERRUPTION.deferred = True
         try:
-            clock, since = Clock(), time.perf_counter()
-            run = self._begin(todo[0], retry, pool, marked)
-            for following in [*todo[1:], None]:
-                ahead = self._begin(following, retry, pool, marked) if following else None
-                table = score_partition(self.scorer, run, pool, self.config, clock, on_loaded)
-                wall_s, extra = time.perf_counter() - since, {"null": run.null, "tried": len(table)}
-                if run.watch:  # a stage of its own: neither its time nor its pairs count in the rate
-                    with Clock().stage("passport"):
-                        extra["passport"] = run.watch.check(table["similarity"].to_pylist())
-                now = time.perf_counter()
-                refuse_other_run(self.plan, _read_json(self.plan.output / "manifest.json"))
-                if self.scorer:
-                    extra["oom_halvings"], self.scorer.oom_halvings = self.scorer.oom_halvings, 0
-                if self.scorer and self.config.save_embeddings != "none":
-                    extra["embeddings"] = addon("embeddings", "save_embeddings").save(
-                        run.partition, self.config.save_embeddings, run.rows.index, run.embedded, write_bytes)
-                summary = commit_part(run.partition, run.finish(table), clock, wall_s, self.name, extra)
-                run.partition.trying.unlink(missing_ok=True)
-                clock, since = Clock({"write": time.perf_counter() - now}), now  # a part's writing counts in the next's time
+            since = time.perf_counter()
+            for run in self._open_ahead(todo, retry, pool, marked):
+                scored = score_partition(self.scorer, run, pool, self.clock, on_loaded)
+                summary = self._finish(run, scored, since)
+                since = time.perf_counter()
                 yield summary
-                INTERRUPTION.check()  # a partition without a picture to load has not looked
-                if ahead:
-                    run = ahead
+                INTERRUPTION.check()  # a partition without an image to load has not looked
         finally:
             INTERRUPTION.deferred = False
             pool.close()
-            if "isolated" in self.loader.__dict__:
-                self.loader.__dict__.pop("isolated").decode_bytes.close()
-            if self.passport:
-                self.passport.close()
-            for partition in marked if not pool.hangs else ():  # only what is killed, or hung until it was stopped, leaves them
-                partition.trying.unlink(missing_ok=True)
+            self._close()
+            if not pool.hangs:  # only what is killed, or hung until it was stopped, leaves its marks
+                for partition in marked:
+                    partition.trying.unlink(missing_ok=True)
+
+    def _open_ahead(self, todo: list[Partition], retry: bool, pool: "LoaderPool[Loaded]",
+                    marked: list[Partition]) -> Iterator[PartitionRun]:
+        """Open each partition while the one before it is scored, so that the loaders never wait at an edge."""
+        ahead: PartitionRun | None = None
+        for partition in todo:
+            run = ahead
+            ahead = self._begin(partition, retry, pool, marked)
+            if run:
+                yield run
+        if ahead:
+            yield ahead
+
+    def _begin(self, partition: Partition, retry: bool, pool: "LoaderPool[Loaded]", marked: list[Partition]) -> PartitionRun:
+        """Open the partition, mark it as being tried and queue its images; one marked before is decoded in isolation."""
+        run = PartitionRun.open(self.plan, partition, retry)
+        for measure in self.measures:
+            measure.begin(run)
+        load = self.loader
+        if partition.trying.exists():
+            load = self._isolated_loader()
+        else:
+            with output_disk(partition.trying):
+                partition.trying.touch()  # before the first image is decoded, which may be the one that kills
+            marked.append(partition)
+        pool.add(load, run.wanted())
+        return run
+
+    def _isolated_loader(self) -> ImageLoader:
+        """A loader that decodes in a child process, for a partition at which an earlier run died or hung."""
+        if self._isolated is None:
+            isolate = addon("images.isolate", "a partition left behind")
+            self._isolated = isolate.IsolatedDecoder(self.config, self.settings)
+        return dataclasses.replace(self.loader, decode=self._isolated.decode, on_gpu=None)
+
+    def _finish(self, run: PartitionRun, scored: Scored, since: float) -> PartSummary:
+        """Have the measures add theirs, commit the part, and keep its times."""
+        clock = self.clock
+        values: dict[str, np.ndarray] = {}
+        kept: dict[str, dict[str, Any]] = {}
+        uncounted_s = 0.0
+        refuse_other_run(self.plan)  # before a measure writes a file of its own
+        for measure in self.measures:
+            with clock.stage(measure.name):
+                measured = measure.measure(run, scored)
+            if not measure.counts_in_rate:
+                uncounted_s += clock.seconds.pop(measure.name)
+            values |= measured.values
+            kept[measure.name] = measured.kept
+        with clock.stage("write"):
+            table = run.finish(result_table(self.plan, run.rows, scored, self.scorer, values))
+            summary = commit_part(self.plan, run.partition, table, kept, run.replaced)
+        times = {
+            "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
+            "wall_s": round(time.perf_counter() - since - uncounted_s, 6), "ended": round(time.time(), 6),
+            "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
+            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings()}
+        write_times(run.partition, times)
+        run.partition.trying.unlink(missing_ok=True)
+        return summary
+
+    def _take_halvings(self) -> int:
+        """How often a batch had to be halved since this was last asked."""
+        if self.scorer is None:
+            return 0
+        halvings = self.scorer.oom_halvings
+        self.scorer.oom_halvings = 0
+        return halvings
+
+    def _close(self) -> None:
+        for measure in self.measures:
+            measure.close()
+        if self._isolated is not None:
+            self._isolated.close()
+            self._isolated = None
+
+
+JUDGED_FROM_ROWS = 1000
+
+LIKELY_CAUSE = {"missing": "is image_path the right folder?",
+                "dns": "is there a network?", "connect": "is there a network?",
+                "timeout": "is the network slow, or fetch_timeout_s short?", "forbidden": "are these addresses private?"}
+
+
+class FailureLimit:
+    """Counts the rows that failed, and ends the run (exit 4) when they are more than `max_failure_rate` of 1,000 or more."""
+
+    def __init__(self, max_failure_rate: float) -> None:
+        self.max_failure_rate = max_failure_rate
+        self.rows = 0
+        self.failures = collections.Counter[str]()
+
+    def count(self, summary: PartSummary) -> None:
+        """Add a finished partition."""
+        self.rows += summary.rows
+        self.failures.update({status: count for status, count in summary.statuses.items() if status != "ok"})
+
+    def judge(self) -> None:
+        """Raise Trouble (exit 4) when too many rows have failed."""
+        failed = self.failures.total()
+        if self.rows >= JUDGED_FROM_ROWS and failed > self.max_failure_rate * self.rows:
+            worst, count = self.failures.most_common(1)[0]
+            raise Trouble(EXIT_FAILURES, f"{failed} of {self.rows} rows failed, more than max_failure_rate "
+                                         f"({self.max_failure_rate}) allows; most often {worst} ({count}): "
+                                         f"{LIKELY_CAUSE.get(worst, 'see the column detail')}")
 
 
 class Job:
@@ -1738,51 +2853,68 @@ class Job:
     With `once` a run that others have finalised already is not summed up again.
     """
 
-    say, trouble, script, listen = staticmethod(say), Trouble, pathlib.Path(__file__), INTERRUPTION.install
-    mine_beside = staticmethod(mine_beside)
-
     def __init__(self, config: Config, fresh: bool = False, retry: bool = False) -> None:
-        self.config, self.fresh, self.retry, self.once = config, fresh, retry, False
+        self.config = config
+        self.fresh = fresh
+        self.retry = retry
+        self.once = False
+        self.clock = Clock()
         self.plan: Plan
+        self._bar: ProgressBar | None = None
 
     def make_plan(self, joins: bool = False) -> None:
-        """Plan the run, or read the plan that another process has made; see `plan`."""
-        with Clock().stage("plan"):
-            self.plan = plan(self.config, self.fresh and not joins, joins)
+        """Plan the run, or read the plan that another process has made; see the function `make_plan`."""
+        with self.clock.stage("plan"):
+            self.plan = make_plan(self.config, self.fresh and not joins, joins)
+        self.clock.take()
 
     def pending(self) -> list[Partition]:
         """What is left to do."""
-        may_pass = addon("retry", "--retry-failed").may_pass_in if self.retry else lambda partition: False
-        return [p for p in self.plan.partitions if not part_is_done(p) or may_pass(p.parquet)]
+        self.plan.refresh()
+        may_pass = addon("results.retry", "--retry-failed").may_pass_in if self.retry else None
+        return [partition for partition in self.plan.partitions
+                if not part_is_done(self.plan, partition) or (may_pass and may_pass(self.plan, partition))]
 
-    def results_file(self) -> pathlib.Path:
+    def results_path(self) -> pathlib.Path:
         """Where `output_format` has the results go."""
         return self.plan.output / f"scores.{self.config.output_format}"
 
-    def progress(self, todo: list[Partition]) -> Any:
-        """The bar for `todo`, and the judge of `max_failure_rate`; None, and one line, without addons/progress.py."""
-        bars, done = optional_addon("progress", "no progress bar, no max_failure_rate"), sum(p.stop - p.start for p in todo)
-        too_many = functools.partial(Trouble, EXIT_FAILURES)
-        return bars and bars.Progress(self.plan.rows, self.plan.rows - done, self.config.max_failure_rate, too_many)
-
     def is_finished(self) -> bool:
         """Whether the results are there and complete."""
-        stored, scores = _read_json(self.plan.output / "profile.json") or {}, self.results_file()
+        stored = read_json(self.plan.output / "profile.json") or {}
+        scores = self.results_path()
         return bool(stored.get("finished")) and scores.is_file() and scores.stat().st_size == stored.get("scores_bytes")
 
     def work(self, todo: list[Partition], name: str = "local", judge: bool = True) -> None:
         """Score and commit `todo` in this process; with `judge`, Trouble (exit 4) when too many rows fail."""
         if todo:
-            worker, progress = Worker(self.config, self.plan, name), self.progress(todo)
-            self.follow(worker.run(todo, self.retry, progress.image_loaded if progress else lambda: None), progress, judge)
+            worker = Worker(self.config, self.plan, name, self.clock)
+            self.follow(worker.run(todo, self.retry, self.image_loaded), todo, judge)
 
-    def follow(self, summaries: Iterator[dict], progress: Any, judge: bool = True) -> None:
-        """Show each finished partition's summary on the bar, and judge by them (see `work`)."""
-        bar = contextlib.closing(progress) if progress else contextlib.nullcontext()
-        with contextlib.closing(summaries), bar:  # type: ignore[type-var]
+    def follow(self, summaries: Iterator[PartSummary], todo: list[Partition], judge: bool = True) -> None:
+        """Show each finished partition of `todo` on the progress bar, and judge by them (see `work`)."""
+        limit = FailureLimit(self.config.max_failure_rate)
+        left = sum(partition.stop - partition.start for partition in todo)
+        if ADDONS.is_dir():
+            done = self.plan.row_count - left
+            self._bar = addon("results.progress", "the progress bar").ProgressBar(self.plan.row_count, done)
+        try:
             for summary in summaries:
-                if progress:
-                    progress.partition_done(summary, judge)
+                limit.count(summary)
+                if self._bar:
+                    self._bar.partition_done(summary, limit.failures.total())
+                if judge:
+                    limit.judge()
+        finally:
+            if self._bar:
+                self._bar.close()
+            if isinstance(summaries, types.GeneratorType):
+                summaries.close()
+
+    def image_loaded(self) -> None:
+        """Move the progress bar by an image."""
+        if self._bar:
+            self._bar.image_loaded()
 
 
 def run_local(job: Job) -> bool:
@@ -1792,187 +2924,319 @@ def run_local(job: Job) -> bool:
     return True
 
 
-def choose_engine(config: Config) -> Callable[[Job], bool]:
-    """The engine that the config names, or the one that the launcher's environment tells of.
+def find_engine(config: Config) -> Callable[[Job], bool]:
+    """The engine that the config names (addons/engines/<name>.py), or the one that the launcher's environment tells of.
 
     An engine plans the job, sees to it that every pending partition is done by somebody, and returns whether this
     process finalises.
     """
-    name: str = config.engine
+    name = config.engine
     if name == "auto":
-        launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ
-        name = "accelerate" if launched else "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
+        is_launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ
+        is_array = "SLURM_ARRAY_TASK_ID" in os.environ
+        name = "accelerate" if is_launched else ("slurm" * is_array or "local")
     if name == "local":
         return run_local
-    return addon(f"engine_{name}", f"engine: {name}").run
+    engine: Callable[[Job], bool] = addon(f"engines.{name}", f"engine: {name}").run
+    return engine
 
 
 # ── Results ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def read_part(partition: Partition) -> Any:
-    """The part as a pyarrow table, its sha256 checked; None where there is none; Trouble (exit 7) for a flawed one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    summary = _read_json(partition.json)
-    try:
-        data = partition.parquet.read_bytes()
-    except FileNotFoundError:
-        return None
-    if not summary or hashlib.sha256(data).hexdigest() != summary.get("sha256"):
-        partition.parquet.unlink()
-        raise Trouble(EXIT_VERIFY, f"{partition.parquet.name} was not what had been written; it is removed, and the same "
-                                   "command does it again")
-    return pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)  # threads may not outlive the program
+class PartsChanged(Exception):
+    """A part was replaced (by --retry-failed in another process) while the results were written: they are written again."""
 
 
-def result_tables(plan: Plan) -> Iterator[Any]:
+def part_metadata(plan: Plan) -> Iterator[dict[str, Any]]:
+    """The metadata of every part that is there."""
+    for partition in plan.partitions:
+        metadata = read_part_metadata(plan, partition)
+        if metadata is not None:
+            yield metadata
+
+
+def result_tables(plan: Plan) -> Iterator["pa.Table"]:
     """Each partition's rows with their results, in input order; rows of one that never ran are `not_tried`.
 
-    Raises Trouble (exit 7) for a flawed part, and where fewer or more rows go out than came in.
+    Raises FlawedPart (exit 7) for a damaged part, Trouble (exit 7) where fewer or more rows go out than came in, and
+    PartsChanged.
     """
-    import numpy as np
-    written, null = 0, merge_null(plan)
-    for partition in plan.partitions or [Partition(0, 0, 0, plan.output)]:  # of no rows: the columns still come out
-        table = read_part(partition)
-        if table is None:
-            rows = plan.read_rows(partition.start, partition.stop)
-            n = len(rows)
-            table = _with_results(rows, None, np.full(n, np.nan, np.float32), [False] * n, ["not_tried"] * n, [""] * n)
-        yield add_percentiles(table, null)
+    digests = [(read_part_metadata(plan, partition) or {}).get("sha256") for partition in plan.partitions]
+    totals = [(measure, measure.add_up(part_metadata(plan))) for measure in find_measures(plan.config)]
+    written = 0
+    for partition, digest in zip(plan.partitions, digests, strict=True):
+        part = read_part(plan, partition)
+        if (part.metadata["sha256"] if part else None) != digest:
+            raise PartsChanged
+        table = part.table if part else _untried_table(plan, partition)
+        for measure, total in totals:
+            table = measure.complete(table, total)
+        yield table
         written += table.num_rows
-    if written != plan.rows:
-        raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.rows} rows came in, {written} went out")
+    if not plan.partitions:
+        yield _untried_table(plan, Partition(0, 0, 0, plan.output))  # of no rows: the columns still come out
+    if written != plan.row_count:
+        raise Trouble(EXIT_VERIFY, f"{plan.output}: {plan.row_count} rows came in, {written} went out")
 
 
-def merge_null(plan: Plan) -> Any:
-    """The run's random and matched pairs (addons.null.Null), added up from its parts; None where they have none."""
-    null = optional_addon("null", "no percentiles")
-    return null and null.Null.merge_parts(_read_json(p.json) for p in plan.partitions if p.parquet.exists())
+def _untried_table(plan: Plan, partition: Partition) -> "pa.Table":
+    """The rows of a partition that never ran."""
+    rows = plan.table.read(partition.start, partition.stop)
+    return result_table(plan, rows, Scored.nothing(len(rows), "not_tried"))
 
 
-def add_percentiles(table: Any, null: Any) -> Any:
-    """A part's table with `percentile` and `random_percentile` after `probability`; empty cells without a null or a score."""
-    import numpy as np
-    import pyarrow as pa
-    cosines = table["similarity"].to_numpy().astype(np.float32)  # (n,), NaN for no score
-    shares = null.percentiles(cosines) if null else [np.full(len(cosines), np.nan, np.float32)] * 2
-    after = table.schema.get_field_index("probability") + 1
-    for place, (name, share) in enumerate(zip(("percentile", "random_percentile"), shares, strict=True), after):
-        table = table.add_column(place, name, pa.array(share, pa.float32(), mask=~np.isfinite(share)))
-    return table
+def escape_formula(cell: str) -> str:
+    r"""A cell that a spreadsheet would run as a formula, made plain text by a leading '.
+
+    To undo it, take one ' away from each cell that matches ^'+[=+\-@\t\r].
+    """
+    return "'" + cell if re.match(r"'*[=+\-@\t\r]", cell) else cell
 
 
 class CsvRows:
     """A CSV being written, of pyarrow tables: floats in the shortest digits that read back the same float32, '' for nothing.
 
-    `escape` is applied to each cell of all but the last `results` columns.
+    With `escape`, formulas in all but the last `results` columns are made plain text.
     """
 
-    def __init__(self, file: typing.BinaryIO, names: list[str], escape: Callable[[str], str] | None, results: int) -> None:
-        self._text, self._escape, self._results = io.TextIOWrapper(file, "utf-8", newline=""), escape, results
+    def __init__(self, file: BinaryIO, names: list[str], escape: bool, results: int) -> None:
+        self._text = io.TextIOWrapper(file, "utf-8", newline="")
+        self._escaped = len(names) - results if escape else 0
         self._plain = csv.writer(self._text, lineterminator="\n")
         self._quoted = csv.writer(self._text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        self._write_rows([names], any("\r" in name for name in names))
+        self._write_row(names)
 
-    def _write_rows(self, rows: Iterable[Iterable[str]], returns: bool) -> None:
-        if not returns:
-            self._plain.writerows(rows)
-        for row in rows if returns else ():
-            # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
-            (self._quoted if any("\r" in cell for cell in row) else self._plain).writerow(row)
+    def _write_row(self, cells: Sequence[str]) -> None:
+        # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
+        has_return = any("\r" in cell for cell in cells)
+        (self._quoted if has_return else self._plain).writerow(cells)
 
-    def write(self, table: Any) -> None:
+    def write(self, table: "pa.Table") -> None:
         """Append the table's rows."""
         import pyarrow as pa
         import pyarrow.compute as pc
         columns = [column.cast(pa.string()).fill_null("") for column in table.columns]
-        returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
+        has_returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
         cells = [column.to_pylist() for column in columns]
-        if self._escape:
-            inputs = len(cells) - self._results
-            cells[:inputs] = [[self._escape(cell) for cell in column] for column in cells[:inputs]]
-        self._write_rows(zip(*cells, strict=True), returns)
+        for place in range(self._escaped):
+            cells[place] = [escape_formula(cell) for cell in cells[place]]
+        rows = zip(*cells, strict=True)
+        if not has_returns:
+            self._plain.writerows(rows)
+            return
+        for row in rows:
+            self._write_row(row)
 
     def close(self) -> None:
         """Hand the file back, complete."""
         self._text.detach()  # flushes first
 
 
-def write_csv(config: Config, plan: Plan, file: typing.BinaryIO) -> None:
+def write_csv(plan: Plan, file: BinaryIO) -> None:
     """Stream all results as CSV."""
-    escape = addon("outputs", "escape_formulas").escape_formula if config.escape_formulas else None
-    rows = CsvRows(file, [*output_names(plan.manifest["columns"]), *RESULT_COLUMNS], escape, len(RESULT_COLUMNS))
+    results = column_names(result_columns(plan.config))
+    names = [*output_names(plan.manifest["columns"], results), *results]
+    rows = CsvRows(file, names, plan.config.escape_formulas, len(results))
     for table in result_tables(plan):
         rows.write(table)
     rows.close()
 
 
-def summarise(plan: Plan) -> dict:
-    """Count the rows of the parts by status, from their JSON files; addons/report.py adds up times, scores and memory."""
-    parts = [part for p in plan.partitions if (part := _read_json(p.json)) and p.parquet.exists()]
+def summarise(plan: Plan) -> dict[str, Any]:
+    """Counts, scores, times and memory of all parts, and what each measure makes of them: the beginning of profile.json."""
     statuses = collections.Counter[str]()
-    for part in parts:
-        statuses.update(part["statuses"])
-    if missing := plan.rows - sum(part["rows"] for part in parts):
+    sums = collections.Counter[str]()
+    similarity_sums: list[float] = []
+    times: list[dict[str, Any]] = []
+    for partition in plan.partitions:
+        metadata = read_part_metadata(plan, partition)
+        if metadata is None:
+            continue
+        statuses.update(metadata["statuses"])
+        similarity_sums.append(metadata["similarity_sum"])
+        sums.update({key: metadata[key] for key in ("rows", "similarity_count", "truncated")})
+        times.append(read_times(partition))
+    missing = plan.row_count - sums["rows"]
+    if missing:
         statuses["not_tried"] = missing
-    scored, report = statuses.pop("ok", 0), optional_addon("report", "no table of time and memory")
-    return {"rows": plan.rows, "scored": scored, "failed": dict(sorted(statuses.items())),
+    scored = statuses.pop("ok", 0)
+    count = sums["similarity_count"]
+    return {"rows": plan.row_count, "scored": scored, "failed": dict(sorted(statuses.items())),
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
-            **(report.add_up(parts, STAGES) if report else {"pairs_per_s": None, "mean_similarity": None})}
+            "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
+            **add_up_times(times),
+            **{measure.name: measure.describe(measure.add_up(part_metadata(plan))) for measure in find_measures(plan.config)}}
+
+
+def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds per stage, rate and peaks of the parts; the rate is rows over the seconds in which anybody was at work."""
+    wall_s = busy_time(times)
+    tried = sum(part["tried"] for part in times)
+    stage_seconds = dict.fromkeys(STAGES, 0.0)
+    for part in times:
+        for stage, seconds in part["seconds"].items():
+            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + seconds
+    return {"tried": tried, "wall_s": wall_s, "pairs_per_s": tried / wall_s if wall_s else 0.0,
+            "workers": round(math.fsum(part["wall_s"] for part in times) / wall_s) if wall_s else 0,
+            "stage_seconds": stage_seconds,
+            "peak_rss_mib": max((part["peak_rss_mib"] for part in times), default=0.0),
+            "peak_gpu_mib": max((part["peak_gpu_mib"] for part in times), default=0.0),
+            "oom_halvings": sum(part["oom_halvings"] for part in times)}
+
+
+def busy_time(times: list[dict[str, Any]]) -> float:
+    """Seconds in which anybody was at work on the parts: interruptions and company count once."""
+    busy_s = 0.0
+    until = -math.inf
+    for begun, ended in sorted((part["ended"] - part["wall_s"], part["ended"]) for part in times):
+        busy_s += max(0.0, ended - max(begun, until))
+        until = max(until, ended)
+    return busy_s
+
+
+def explain(totals: dict[str, Any]) -> dict[str, Any]:
+    """Times per pair, the stage that limits, each stage's own capacity, days for 100 million pairs, versions."""
+    rate = totals["pairs_per_s"]
+    seconds = totals["stage_seconds"]
+    per_pair = {stage: seconds[stage] / max(1, totals["tried"]) for stage in seconds}
+    return {
+        "days_for_100_million_pairs": 1e8 / rate / 86400 if rate else None,
+        "seconds_per_pair": {"pre-processing": sum(per_pair[stage] for stage in PREPARE_STAGES),
+                             "metric": sum(per_pair[stage] for stage in METRIC_STAGES), "stages": per_pair},
+        "bottleneck": find_bottleneck(seconds) if totals["tried"] else None,
+        "capacity_pairs_per_s": {stage: 1 / per_pair[stage] for stage in (*PREPARE_STAGES, *METRIC_STAGES) if per_pair[stage]},
+        "python": platform.python_version(), "versions": find_versions(), "image_backend": "pil",
+    }
+
+
+def find_bottleneck(seconds: dict[str, float]) -> str:
+    """The stage that the others wait for: one of the loaders' if the main thread waited for them more than for the model."""
+    loaders_limit = seconds["wait_for_images"] > seconds["wait_for_model"]
+    candidates = LOADER_STAGES if loaders_limit else ("tokenize", *METRIC_STAGES, "write")
+    return max(candidates, key=lambda stage: seconds[stage])
+
+
+def find_versions() -> dict[str, str]:
+    """The installed versions of what the scores depend on."""
+    from importlib import metadata
+    versions = {}
+    for package in ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def print_summary(config: Config, profile: dict[str, Any]) -> None:
+    """The table of time and memory on stderr, as the original work reports it."""
+    times = profile["seconds_per_pair"]
+
+    def of_stages(total: float, stages: Sequence[str]) -> str:
+        each = ", ".join(f"{stage} {times['stages'][stage]:.6f}" for stage in stages)
+        return f"{total:.6f} s a pair   ({each})"
+    failed = "".join(f", {count:,} {status}" for status, count in profile["failed"].items())
+    malformed = f"; {profile['malformed']:,} malformed lines" if profile["malformed"] else ""
+    lines = [("pairs", f"{profile['rows']:,}: {profile['scored']:,} scored{failed}{malformed}"),
+             ("pre-processing", of_stages(times["pre-processing"], PREPARE_STAGES)),
+             ("metric", of_stages(times["metric"], METRIC_STAGES)),
+             ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
+             ("memory", f"{profile['peak_rss_mib']:,.0f} MiB RAM, {profile['peak_gpu_mib']:,.0f} MiB GPU (peaks)")]
+    if profile["pairs_per_s"]:
+        workers = f" with {profile['workers']} workers" if profile["workers"] > 1 else ""
+        lines.append(("rate", f"{profile['pairs_per_s']:,.1f} pairs/s{workers}; 100 million pairs would take "
+                              f"{profile['days_for_100_million_pairs']:,.2f} days"))
+        lines.append(("limited by", profile["bottleneck"]))
+    if profile["mean_similarity"] is not None:
+        lines.append(("mean similarity", f"{profile['mean_similarity']:.4f}"))
+    lines += [(measure.name.replace("_", " "), measure.tell(profile[measure.name]))
+              for measure in find_measures(config) if profile.get(measure.name)]
+    for name, value in lines:
+        if value:
+            say(f"{name:>16}  {value}")
+
+
+RECORDED_KEYS = ("revision", "preprocess", "decode", "transparent_over", "exif_orientation")
 
 
 @profile
-def finalize(job: Job, curve: Any = None) -> dict | None:
+def finalize(job: Job, curve: "MemoryCurve | None" = None) -> dict[str, Any] | None:
     """Write scores.csv (or .parquet), profile.json and memory-time.png from the parts; print and return the summary."""
-    config, plan = job.config, job.plan
-    scores, report = job.results_file(), optional_addon("report", "no table of time and memory")
+    plan = job.plan
     with locked(plan.output):
         if job.is_finished():
             if job.once:
                 return None
-            stored = _read_json(plan.output / "profile.json") or {}
+            stored = read_json(plan.output / "profile.json") or {}
         else:
-            stored = summarise(plan)  # first: a part that another worker adds meanwhile does not make the run finished
+            stored = write_results(job)
+            if stored["finished"]:
+                for marker in (plan.output / "parts").glob("*.trying"):
+                    marker.unlink(missing_ok=True)  # of a worker that was killed just after its part was written
+            if curve and (image := curve.png()):
+                write_bytes(plan.output / "memory-time.png", image)
+    print_summary(job.config, stored)
+    shown = {key: stored[key] for key in ("rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")}
+    return shown | {"output": str(job.results_path())}
+
+
+def write_results(job: Job) -> dict[str, Any]:
+    """Write the results file and profile.json from the parts; returns the content of the latter."""
+    config = job.config
+    plan = job.plan
+    scores = job.results_path()
+    while True:
+        stored = summarise(plan)  # first: a part that another worker adds meanwhile does not make the run finished
+        try:
             with output_disk(scores), atomic_file(scores) as file:
-                if config.output_format == "parquet":
-                    addon("outputs", "output_format: parquet").write_parquet(result_tables(plan), file)
+                if config.output_format == "csv":
+                    write_csv(plan, file)
                 else:
-                    write_csv(config, plan, file)
-            keys = ("revision", "preprocess", "decode", "transparent_over", "exif_orientation")
-            stored |= {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
-            stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in keys},
-                       **plan.manifest.get("resolved", {}), "script": __version__}
-            if report:
-                stored |= report.explain(stored, PREPARE_STAGES, METRIC_STAGES)
-            write_json(plan.output / "profile.json", stored)
-            for marker in (plan.output / "parts").glob("*.trying") if stored["finished"] else ():
-                marker.unlink(missing_ok=True)  # of a worker that was killed just after its part was written
-            if curve and (picture := curve.png(say)):
-                write_bytes(plan.output / "memory-time.png", picture)
-    if report:
-        report.print_summary(stored, PREPARE_STAGES, METRIC_STAGES, say)
-    return {key: stored[key] for key in ("rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")} \
-        | {"output": str(scores)}
+                    addon(f"results.{config.output_format}", "output_format").write(result_tables(plan), file)
+            break
+        except PartsChanged:
+            continue
+        except FlawedPart:
+            remove_flawed_parts(plan)
+            raise
+    stored |= {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
+    stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in RECORDED_KEYS},
+               **plan.manifest.get("resolved", {}), "script": __version__}
+    stored |= explain(stored)
+    write_json(plan.output / "profile.json", stored)
+    return stored
 
 
-def start_memory_curve() -> Any:
-    """Begin to sample memory for memory-time.png; None, and one line, where the addon is not beside the script."""
-    plots = optional_addon("plots", "no memory-time.png")
-    return plots and plots.MemoryCurve(gpu_memory_mib, lambda: Clock.current)
+def remove_flawed_parts(plan: Plan) -> None:
+    """Take away every part that is damaged, so that the same command does it again."""
+    for partition in plan.partitions:
+        try:
+            read_part(plan, partition)
+        except FlawedPart:
+            remove_part(partition)
+
+
+def start_memory_curve(clock: Clock) -> "MemoryCurve | None":
+    """Begin to sample memory for memory-time.png; None for a script alone."""
+    if not ADDONS.is_dir():
+        return None
+    curve: MemoryCurve = addon("results.memory_curve", "memory-time.png").MemoryCurve(clock)
+    return curve
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are Trouble (exit 2)."""
+
     def error(self, message: str) -> typing.NoReturn:
+        """Say what is wrong in one line."""
         raise Trouble(EXIT_CONFIG, f"{message}; --help lists the options")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; raises Trouble (exit 2) for a wrong one."""
-    parser = _Parser(prog="image_text_sim_clip.py", description=(__doc__ or "").split("\n")[0],
-                     epilog="exit codes: 0 done, 2 config, 3 input, 4 too many failures, 5 output disk, 6 model, "
-                            "7 results do not verify, 130/143 interrupted (run again to resume)")
+    parser = Parser(prog="image_text_sim_clip.py", description=(__doc__ or "").split("\n")[0],
+                    epilog="exit codes: 0 done, 2 config, 3 input, 4 too many failures, 5 output disk, 6 model, "
+                           "7 results do not verify, 130/143 interrupted (run again to resume)")
     parser.add_argument("--config", required=True, help="the YAML file with every key, such as config.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the config")
     how = parser.add_mutually_exclusive_group()
@@ -1989,36 +3253,53 @@ def main(arguments: list[str] | None = None) -> int:
     """Config -> plan -> parts -> results. Returns the exit code; the last line on stdout is one JSON object."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.set)
-    job, stopped = Job(config, options.fresh, options.retry_failed), None
+    job = Job(config, options.fresh, options.retry_failed)
     if options.verify:
-        return addon("verify", "--verify").verify(job, read_part)
+        return int(addon("results.verify", "--verify").verify(job))
     if options.plan:
-        return addon("planner", "--plan").plan_ahead(job, Worker, summarise, PREPARE_STAGES, METRIC_STAGES)
-    curve = start_memory_curve()
+        return int(addon("results.cost", "--plan").tell_cost(job))
+    find_measures(config)  # an unknown one is told before any work
+    if not ADDONS.is_dir():
+        say("the folder addons/ is not next to the script: no progress bar, percentiles, score passport or memory-time.png")
+    stopped: Trouble | None = None
+    curve = start_memory_curve(job.clock)
     try:
-        finalises = choose_engine(config)(job)
+        finalises = find_engine(config)(job)
     except Trouble as trouble:
         if trouble.exit_code != EXIT_FAILURES:
             raise
-        finalises, stopped = True, trouble  # the rows that were done are worth having: write them, then say why it stopped
+        stopped = trouble  # the rows that were done are worth having: write them, then say why it stopped
+        finalises = True
     finally:
         if curve:
             curve.stop()
-    if finalises and (result := finalize(job, curve)):
+    result = finalize(job, curve) if finalises else None
+    if result:
         with output_disk("the summary to stdout"):
             print(json.dumps(result, ensure_ascii=False), flush=True)
-        if config.max_score_drift is not None and config.pretrained_model != "none" and not stopped and (
-                excess := addon("passport", "max_score_drift").find_excess(job.plan.output, config.max_score_drift)):
-            stopped = Trouble(EXIT_VERIFY, excess)
+        stopped = stopped or find_excess(job, result)
     if stopped:
         raise stopped
     return 0
 
 
+def find_excess(job: Job, result: dict[str, Any]) -> Trouble | None:
+    """Trouble (exit 7) of a run that was not stopped: rows that nobody tried, or scores that drift by more than allowed."""
+    config = job.config
+    if "not_tried" in result["failed"]:
+        return Trouble(EXIT_VERIFY, f"{result['failed']['not_tried']} rows were not tried, because parts of {job.plan.output} "
+                                    "went away meanwhile: the same command does them")
+    if config.max_score_drift is None or config.pretrained_model == "none":
+        return None
+    stored = read_json(job.plan.output / "profile.json") or {}
+    excess = addon("measures.passport", "max_score_drift").find_excess(stored.get("passport"), config.max_score_drift)
+    return Trouble(EXIT_VERIFY, excess) if excess else None
+
+
 def run() -> typing.NoReturn:
     """`main` with its endings: one line for a user's mistake, 128 + n for a signal, a traceback for a bug."""
     INTERRUPTION.install()
-    sys.stderr = sys.stderr or io.StringIO()  # closed by who started us: the talk is lost, no more
+    sys.stderr = sys.stderr or io.StringIO()  # closed by whoever started us: the talk is lost, no more
     code = 0
     try:
         main()
@@ -2035,4 +3316,5 @@ def run() -> typing.NoReturn:
 
 
 if __name__ == "__main__":
-    run()
+    import image_text_sim_clip  # the same file under its own name, from which the add-ons import
+    image_text_sim_clip.run()

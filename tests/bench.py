@@ -5,7 +5,7 @@
 
 (a) one pair at a time, processor then model, as model cards show it; (b) batches of 32 through the processor, as most
 people write it; (c) this script with its defaults and with faster settings. Models have their published shapes and random
-weights (speed does not depend on them), the pictures are cut from the bundled photographs: 70 % 0.3 MP, 20 % 0.8 MP,
+weights (speed does not depend on them), the images are cut from the bundled photographs: 70 % 0.3 MP, 20 % 0.8 MP,
 10 % 3 MP JPEGs (on a GPU 256 to 512 px), with captions of 6 to 40 words. Nothing comes from the network. A rate counts
 from the first pair to the last, without imports, model loading and the score passport. Overlap is the script's wall time
 over what its stages take alone, divided among the cores: 1.0 means that no core ever waited.
@@ -75,7 +75,7 @@ def run_contender(work, name, model_name, device, settings):
     if done.returncode:
         return None, done.stderr.strip().splitlines()[-1]
     profile = {} if name in LOOPS else json.loads((work / "out" / "profile.json").read_text())
-    if settings.get("decode") == "gpu" and profile["decoder"] != "card":
+    if settings.get("decode") == "gpu" and profile["decoder"] != "gpu":
         return None, next(line for line in done.stderr.splitlines() if line.startswith("decode: gpu"))
     return json.loads(done.stdout.splitlines()[-1])["pairs_per_s"], profile
 

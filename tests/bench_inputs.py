@@ -100,9 +100,9 @@ def plan_in_a_process(csv_path, results):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stderr(io.StringIO()):
         before, wall, cpu = peak_mib(), time.perf_counter(), time.process_time()
-        plan = script.plan(script.Config(csv_path=str(csv_path), output_path=output))
+        plan = script.make_plan(script.Config(csv_path=str(csv_path), output_path=output))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        results.put((plan.rows, plan.manifest["malformed"], wall, cpu, peak_mib(), before))
+        results.put((plan.row_count, plan.manifest["malformed"], wall, cpu, peak_mib(), before))
 
 
 def measure(csv_path):

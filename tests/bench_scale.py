@@ -1,4 +1,4 @@
-"""Rows per second of one process, two ranks and Ray on the same dry run (pictures read, decoded and resized; no model).
+"""Rows per second of one process, two ranks and Ray on the same dry run (images read, decoded and resized; no model).
 
     python tests/bench_scale.py [--rows 20000]        # `make bench-scale`, with the staging benchmark after it
 
@@ -28,16 +28,16 @@ WAYS = {
 
 def make_work(folder, rows):
     """A table of `rows` rows over 2,000 JPEGs of 320 x 240 pixels, and its config."""
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     photo, rng = Image.open(ROOT / "challenge_set/photos/rocket.jpg").convert("RGB"), random.Random(1)
     for i in range(2000):
         x, y = rng.randrange(photo.width - 320), rng.randrange(photo.height - 240)
         buffer = io.BytesIO()
         photo.crop((x, y, x + 320, y + 240)).save(buffer, "JPEG", quality=85)
-        (folder / f"pictures/{i}.jpg").write_bytes(buffer.getvalue())
+        (folder / f"images/{i}.jpg").write_bytes(buffer.getvalue())
     lines = [f"{rng.randrange(2000)}.jpg,caption number {i}\n" for i in range(rows)]
     (folder / "table.csv").write_text("url,caption\n" + "".join(lines))
-    (folder / "c.yaml").write_text(f"csv_path: {folder / 'table.csv'}\nimage_path: {folder / 'pictures'}\n"
+    (folder / "c.yaml").write_text(f"csv_path: {folder / 'table.csv'}\nimage_path: {folder / 'images'}\n"
                                    "pretrained_model: none\npartition_rows: 250\n")
 
 

@@ -52,9 +52,9 @@ def measure_loading(work, model, count=60):
     files = [path.read_bytes() for path in sorted((work / "images").glob("*.jpg"))[:count]]
     settings = script.ImageSettings.of(processor)
 
-    def loader(decode):
-        load = script.ImageLoader(script.Config(decode=decode, image_path=str(work)), settings, script.resize_fast, 0)
-        return lambda data: load.resize(load.decode(data), settings)
+    def loader(how):
+        decode = script.ImageDecoder(script.Config(decode=how), settings)
+        return lambda data: script.resize_fast(decode(data), settings)
 
     def usual(data):
         return processor(Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")["pixel_values"]
@@ -105,21 +105,21 @@ import sys
 sys.path.insert(0, {root!r})
 import image_text_sim_clip as script
 scorer = script.Scorer(script.Config(pretrained_model={folder!r}, use_cuda=False))
-scorer.similarity([{picture!r}], ["a photo of a dog"])
+scorer.similarity([{image!r}], ["a photo of a dog"])
 """
 
 
 def measure_start(work, model, rounds=5):
     """Seconds from the start of Python to a loaded model (transformers alone) and to the first score (this script).
 
-    CPU seconds of the whole process stand beside wall seconds, because they do not count who else is at work.
+    CPU seconds of the whole process stand next to wall seconds, because they do not count who else is at work.
     """
     texts = {"transformers": PLAIN_START, "this script": SCRIPT_START}
-    picture = str(next((work / "images").glob("*.jpg")))
+    image = str(next((work / "images").glob("*.jpg")))
     seconds = {name: ([], []) for name in texts}
     for _ in range(rounds):
         for name, text in texts.items():
-            code = text.format(folder=str(work / model), root=str(ROOT), picture=picture)
+            code = text.format(folder=str(work / model), root=str(ROOT), image=image)
             before, started = os.times(), time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
                            env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -158,11 +158,11 @@ def measure_fetching(work, count=2000, wait_s=0.1):
 
 
 def write_sixty_kb(work, folder, count=24):
-    """Pictures of 640 x 480 saved at the quality that makes about 60 kB."""
+    """Images of 640 x 480 saved at the quality that makes about 60 kB."""
     from PIL import Image
     def is_large(path):
-        with Image.open(path) as picture:
-            return sorted(picture.size) == [480, 640]
+        with Image.open(path) as image:
+            return sorted(image.size) == [480, 640]
     for path in [path for path in sorted((work / "images").glob("*.jpg")) if is_large(path)][:count]:
         for quality in range(95, 20, -5):
             data = io.BytesIO()

@@ -78,7 +78,7 @@ def write_siglip(folder):
 def write_pairs(folder, count, sizes=SIZES, distinct=2000):
     """pairs.csv and images/: crops of the bundled photographs, resized and saved as JPEG.
 
-    Beyond `distinct` pictures, files repeat earlier ones with other bytes behind the picture's end: no two are equal.
+    Beyond `distinct` images, files repeat earlier ones with other bytes behind the image's end: no two are equal.
     """
     from PIL import Image
     rng, names = random.Random(1), ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg")

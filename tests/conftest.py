@@ -2,7 +2,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import ipaddress
 import json
@@ -25,10 +24,9 @@ from addons import inputs  # noqa: E402
 
 
 def stage(config, output):
-    """What the script has addons/inputs.py do with a config's table; returns the manifest's part of it."""
-    trouble = functools.partial(script.Trouble, 3)
+    """Stage a config's table into `output`, as a run does; returns the manifest's part of it."""
     with script.output_disk(output):
-        return inputs.describe(config, pathlib.Path(output), trouble, script.say, script.atomic_file)
+        return inputs.find_reader(config.csv_path).describe(config, pathlib.Path(output))
 
 
 @dataclasses.dataclass
@@ -117,7 +115,7 @@ def run_main(monkeypatch, capfd):
     def run(*arguments):
         capfd.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(script, "start_memory_curve", lambda: None)
+            patch.setattr(script, "start_memory_curve", lambda clock: None)
             try:
                 code = script.main([str(a) for a in arguments])
             except script.Trouble as trouble:
@@ -134,10 +132,10 @@ def late(monkeypatch):
     def wait_for(name):
         read = script.read_file
 
-        def read_or_time_out(folder, source, most):
+        def read_or_time_out(folder, source, max_bytes):
             if source == name:
                 raise script.RowFailure("timeout", "")
-            return read(folder, source, most)
+            return read(folder, source, max_bytes)
         with monkeypatch.context() as patch:
             patch.setattr(script, "read_file", read_or_time_out)
             yield

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 import image_text_sim_clip as script
-from addons import null, report
+from addons.measures.random_pairs import Histogram
 
 
 def write_finished_run(output, similarities, captions=None, sources=None, statuses=None, partition_rows=256,
                        model="openai/clip-vit-base-patch32", random=None, extra=None):
-    """Write manifest, parts and profile.json to `output`, as a run of `model` would have.
+    """Write manifest, parts, their times and profile.json to `output`, as a run of `model` would have.
 
     `similarities` (n,) float32, NaN for none; `random` gives the cosines of random pairs (spread over the partitions), None
     for a run without them; `extra` are further input columns.
@@ -25,27 +25,30 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
     (output / "parts").mkdir(parents=True)
     config = script.Config(pretrained_model=model, output_path=str(output), csv_path="table.csv")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in script.HARMLESS_KEYS}
-    manifest = {"version": script.__version__, "settings": settings, "columns": list(columns), "rows": count, "malformed": 0,
-                "partition_rows": partition_rows}
+    manifest = {"version": script.__version__, "format": script.FORMAT, "settings": settings, "kind": "csv",
+                "columns": list(columns), "rows": count, "malformed": 0, "files": [], "partition_rows": partition_rows,
+                "staged": {"bytes": 0, "sha256": ""}, "resolved": {}}
     script.write_json(output / "manifest.json", manifest)
-    starts = range(0, count, partition_rows)
-    partitions = [script.Partition(n, a, min(a + partition_rows, count), output / "parts") for n, a in enumerate(starts)]
-    for number, partition in enumerate(partitions):
+    plan = script.Plan(config, output, manifest, script.cut_rows(manifest, output), table=None)
+    for partition in plan.partitions:
         cut = slice(partition.start, partition.stop)
-        table = script._with_results(rows[cut].reset_index(drop=True), None, similarities[cut],
-                                     [False] * (partition.stop - partition.start), statuses[cut],
-                                     ["" if s == "ok" else "detail" for s in statuses[cut]])
-        histograms = None
+        scored = script.Scored.nothing(partition.stop - partition.start, "ok")
+        scored.cosines = similarities[cut]
+        scored.status = statuses[cut]
+        scored.detail = ["" if status == "ok" else "detail" for status in statuses[cut]]
+        table = script.result_table(plan, rows[cut].reset_index(drop=True), scored)
+        kept = {}
         if random is not None:
-            made = {"random": null.Histogram(), "matched": null.Histogram()}
-            made["random"].add(random[number::len(partitions)])
-            made["matched"].add(similarities[cut])
-            histograms = {name: histogram.to_json() for name, histogram in made.items()}
-        clock = script.Clock({"fetch": 0.1, "image_encoder": 0.5})
-        script.commit_part(partition, table, clock, 0.7, "local", {"null": histograms})
-    plan = script.Plan(output, manifest, partitions)
+            counted = {"random": Histogram(), "matched": Histogram()}
+            counted["random"].add(random[partition.index::len(plan.partitions)])
+            counted["matched"].add(similarities[cut])
+            kept["random_pairs"] = {name: histogram.to_json() for name, histogram in counted.items()}
+        script.commit_part(plan, partition, table, kept)
+        script.write_times(partition, script.NO_TIMES | {
+            "seconds": {"fetch": 0.1, "image_encoder": 0.5}, "wall_s": 0.7, "ended": 1e9 + partition.index, "worker": "local",
+            "tried": table.num_rows, "peak_rss_mib": 300.0})
     totals = script.summarise(plan)
-    script.write_json(output / "profile.json", totals | report.explain(totals, script.PREPARE_STAGES, script.METRIC_STAGES))
+    script.write_json(output / "profile.json", totals | script.explain(totals))
     return output
 
 

@@ -10,13 +10,13 @@ import sys
 
 async def main(folder, wait_s):
     """Serve until standard input ends."""
-    pictures = itertools.cycle([path.read_bytes() for path in sorted(pathlib.Path(folder).glob("*.jpg"))])
+    images = itertools.cycle([path.read_bytes() for path in sorted(pathlib.Path(folder).glob("*.jpg"))])
 
     async def answer(reader, writer):
         try:
             while await reader.readuntil(b"\r\n\r\n"):
                 await asyncio.sleep(wait_s)
-                data = next(pictures)
+                data = next(images)
                 head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
                 writer.write(head.encode() + data)
                 await writer.drain()

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 
 import curate
 import image_text_sim_clip as script
-from addons import curation, duplicates
+from addons.curation import duplicates, rules
+from addons.curation.export import EXPORTS, Record
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULT_NAMES = script.column_names(script.RESULT_COLUMNS)
 
 
 @pytest.fixture
@@ -54,12 +57,25 @@ def curated(tmp_path, read_table):
 def test_config_yaml_documents_every_key():
     """The section in config.yaml holds every key of the dataclass, in its order, with its default."""
     section = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["curate"]
-    assert list(section.items()) == list(dataclasses.asdict(curation.Curation()).items())
+    assert list(section.items()) == list(dataclasses.asdict(rules.Curation()).items())
+
+
+def test_every_export_can_be_asked_for():
+    """The key `export` knows the exports that there are, and no other."""
+    assert typing.get_args(rules.Curation.__annotations__["export"]) == tuple(EXPORTS)
+
+
+def test_no_column_of_a_measure_hides_another():
+    """A further measure's column that is called like one of ours is exported under another name."""
+    further = {"text": "t", "file_name": "f", "row": 1.0, "brightness": 0.5}
+    described = Record(7, "a.png", "u", "c", 0.25, 0.75, further).describe()
+    assert described == {"text": "c", "row": 7, "url": "u", "similarity": 0.25, "dissimilarity": 0.75, "measure_text": "t",
+                         "measure_file_name": "f", "measure_row": 1.0, "brightness": 0.5}
 
 
 def test_every_rule_is_explained():
     """Each verdict but `kept` has a sentence."""
-    assert set(curation.RULE_TEXTS) == set(curation.RULES) - {"kept"}
+    assert set(rules.RULE_TEXTS) == set(rules.RULES) - {"kept"}
 
 
 @pytest.mark.parametrize(("keys", "words"), [
@@ -91,9 +107,9 @@ def test_section_is_harmless_to_the_scores(tmp_path, write_config, write_table, 
 def test_order_keys_keep_the_order(values):
     """Keys are ordered as the floats are, equal where they are equal (0 and -0 too), and lead back to them."""
     values = np.array(values, np.float32)
-    keys = curation.order_keys(values)
+    keys = rules.order_keys(values)
     assert ((keys[:, None] < keys[None]) == (values[:, None] < values[None])).all()
-    assert all(curation.similarity_of_key(int(key)) == value for key, value in zip(keys, values, strict=True))
+    assert all(rules.similarity_of_key(int(key)) == value for key, value in zip(keys, values, strict=True))
 
 
 @given(st.lists(st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.3, 0.7, float("nan")]) | st.floats(-1, 1, width=32), max_size=80),
@@ -103,7 +119,7 @@ def test_fraction_is_exact_and_ties_go_to_the_first(values, fraction, size):
     """floor(fraction x scored) rows are kept: those that a stable sort puts first, however the rows are cut into chunks."""
     values = np.array(values, np.float32)
     chunks = [values[i:i + size] for i in range(0, len(values), size)]
-    cut, scored = curation.find_fraction_cut(lambda: iter(chunks), fraction), np.flatnonzero(~np.isnan(values))
+    cut, scored = rules.find_fraction_cut(lambda: iter(chunks), fraction), np.flatnonzero(~np.isnan(values))
     wanted = round(fraction * 100) * len(scored) // 100
     expected = sorted(scored[np.argsort(-values[scored], kind="stable")][:wanted].tolist())
     assert scored[cut.keeps(values[scored], scored)].tolist() == expected
@@ -113,7 +129,7 @@ def test_fraction_is_taken_as_it_is_written():
     """0.29 of 100 rows is 29, though 0.29 x 100 is a little less in floats."""
     assert int(0.29 * 100) == 28
     similarities = np.linspace(0, 1, 100, dtype=np.float32)
-    cut = curation.find_fraction_cut(lambda: [similarities], 0.29)
+    cut = rules.find_fraction_cut(lambda: [similarities], 0.29)
     assert cut.keeps(similarities, np.arange(100)).sum() == 29
 
 
@@ -168,7 +184,7 @@ def test_kept_and_dropped_are_all_rows(tmp_path, run_curate, curated, read_table
     outcome = run_curate()
     assert outcome.code == 0, outcome.stderr
     assert curated() == (["0.png", "2.png", "3.png"], {"1.png": "not_scored"})
-    columns = ["url", "caption", *script.RESULT_COLUMNS]
+    columns = ["url", "caption", *RESULT_NAMES]
     assert list(read_table(tmp_path / "out/curated/kept.csv")[0]) == columns
     assert list(read_table(tmp_path / "out/curated/dropped.csv")[0]) == [*columns, "dropped_by"]
     assert [row["percentile"] != "" for row in read_table(tmp_path / "out/curated/kept.csv")] == [True] * 3
@@ -184,7 +200,7 @@ def test_similarities_are_compared_as_float32(tmp_path, run_curate, curated):
 
 
 def test_only_scored_rows_count_for_a_fraction(tmp_path, run_curate, curated):
-    """Half of four scored rows is two, however many have failed beside them."""
+    """Half of four scored rows is two, however many others have failed."""
     write_finished_run(tmp_path / "out", [0.1, np.nan, 0.4, np.nan, 0.3, np.nan, 0.2, np.nan], partition_rows=3)
     run_curate(keep_fraction=0.5)
     assert curated()[0] == ["2.png", "4.png"]
@@ -198,7 +214,7 @@ def test_first_rule_that_fails_is_named(tmp_path, run_curate, curated):
                                      "4.png": "caption_length"})
 
 
-def test_random_rate_cuts_where_the_null_says(tmp_path, run_curate, curated):
+def test_random_rate_cuts_where_the_random_pairs_say(tmp_path, run_curate, curated):
     """max_random_rate keeps what lies above all but that share of random pairs."""
     write_finished_run(tmp_path / "out", [0.05, 0.095, 0.11, 0.2], random=np.linspace(0, 0.1, 1001))
     outcome = run_curate(max_random_rate=0.1)
@@ -207,7 +223,7 @@ def test_random_rate_cuts_where_the_null_says(tmp_path, run_curate, curated):
     assert curated() == (["1.png", "2.png", "3.png"], {"0.png": "max_random_rate"})
 
 
-def test_random_rate_needs_a_null(tmp_path, run_curate):
+def test_random_rate_needs_random_pairs(tmp_path, run_curate):
     """Scores without random pairs (a dry run) cannot be cut by them: exit code 2, one line."""
     write_finished_run(tmp_path / "out", [0.05])
     outcome = run_curate(max_random_rate=0.1)
@@ -235,17 +251,17 @@ def test_recipe_sets_its_keys(tmp_path, run_curate, curated):
     assert json.loads((tmp_path / "out/curated/curated.json").read_text())["curate"]["min_similarity"] == 0.3
 
 
-@pytest.mark.parametrize("recipe", list(curation.RECIPES))
+@pytest.mark.parametrize("recipe", list(rules.RECIPES))
 def test_recipe_refuses_another_model(tmp_path, run_curate, recipe):
     """A recipe's numbers are one model's: scores of another are refused, unless told."""
     write_finished_run(tmp_path / "out", [0.29, 0.31], model="google/siglip-base-patch16-224")
     outcome = run_curate(recipe=recipe)
-    assert outcome.code == 2 and curation.RECIPES[recipe].model in outcome.stderr and "siglip" in outcome.stderr
+    assert outcome.code == 2 and rules.RECIPES[recipe].model in outcome.stderr and "siglip" in outcome.stderr
     assert run_curate(recipe=recipe, recipe_for_any_model=True).code == 0
 
 
 def test_recipe_and_key_must_not_disagree(tmp_path, run_curate):
-    """A recipe's key given beside it with another value is a mistake."""
+    """A recipe and its key with another value contradict each other: a mistake."""
     write_finished_run(tmp_path / "out", [0.29])
     assert run_curate(recipe="laion-2b", min_similarity=0.28).code == 0
     assert "min_similarity" in (outcome := run_curate(recipe="laion-2b", min_similarity=0.2)).stderr and outcome.code == 2
@@ -253,8 +269,8 @@ def test_recipe_and_key_must_not_disagree(tmp_path, run_curate):
 
 def test_recipe_knows_a_local_copy(tmp_path):
     """A folder named like the model counts as that model."""
-    chosen = curation.Curation(recipe="datacomp-l14-top30")
-    assert curation.apply_recipe(chosen, "/models/clip-vit-large-patch14/").keep_fraction == 0.3
+    chosen = rules.Curation(recipe="datacomp-l14-top30")
+    assert rules.apply_recipe(chosen, "/models/clip-vit-large-patch14/").keep_fraction == 0.3
 
 
 # ── Neighbours ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -275,7 +291,7 @@ def test_equal_captions(tmp_path, run_curate, curated):
     assert curated() == (["1.png", "2.png"], {"0.png": "duplicate_caption"})
 
 
-def test_equal_pictures(tmp_path, run_curate, curated, picture_bytes):
+def test_equal_images(tmp_path, run_curate, curated, picture_bytes):
     """Of files with equal bytes the best-scoring stays, with all its captions; perceptually, so do near ones."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -287,8 +303,8 @@ def test_equal_pictures(tmp_path, run_curate, curated, picture_bytes):
     assert curated() == (["b.png", "b.png", "c.png"], {"a.png": "duplicate_image"})
 
 
-def test_similar_pictures(tmp_path, run_curate, curated, noise):
-    """A picture saved again smaller and as JPEG is found by its perceptual hash, another picture is not."""
+def test_similar_images(tmp_path, run_curate, curated, noise):
+    """An image saved again smaller and as JPEG is found by its perceptual hash, another image is not."""
     pytest.importorskip("imagehash")
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -325,8 +341,8 @@ def test_groups_of_similar_hashes(hashes, distance):
             leaders.append(value)
 
 
-def test_sizes_of_pictures(tmp_path, run_curate, curated, picture_bytes):
-    """Width, height and aspect are read from the pictures; one that is gone by now is dropped by that name."""
+def test_sizes_of_images(tmp_path, run_curate, curated, picture_bytes):
+    """Width, height and aspect are read from the images; one that is gone by now is dropped by that name."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name, size in (("fits.png", (60, 40)), ("narrow.png", (30, 60)), ("low.png", (60, 30)), ("long.png", (160, 40))):
@@ -367,7 +383,31 @@ def test_flawed_part(tmp_path, run_curate):
     part = tmp_path / "out/parts/part-00000.parquet"
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     outcome = run_curate()
+    assert outcome.code == 7 and "part-00000.parquet" in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [100, -40])
+def test_flipped_bit_of_a_part(tmp_path, run_curate, place):
+    """A bit that flipped among a part's rows, or in its footer, is found: exit code 7."""
+    write_finished_run(tmp_path / "out", [0.5] * 3)
+    part = tmp_path / "out/parts/part-00000.parquet"
+    content = bytearray(part.read_bytes())
+    content[place] ^= 1
+    part.write_bytes(content)
+    outcome = run_curate()
     assert outcome.code == 7 and "part-00000.parquet" in outcome.stderr
+
+
+def test_scores_of_another_version(tmp_path, run_curate):
+    """A folder that 0.1 wrote, whose manifest names no format, is refused in one line with that version: exit code 2."""
+    write_finished_run(tmp_path / "out", [0.5])
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["format"]
+    path.write_text(json.dumps(manifest | {"version": "0.1.0"}))
+    outcome = run_curate()
+    assert outcome.code == 2 and "0.1.0" in outcome.stderr and outcome.stderr.count("\n") == 1
+    assert not (tmp_path / "out/curated").exists()
 
 
 def test_columns_that_clash_and_formulas(tmp_path, run_curate, read_table, write_config):
@@ -384,19 +424,29 @@ def test_empty_table(tmp_path, run_curate, read_table):
     write_finished_run(tmp_path / "out", [])
     outcome = run_curate(keep_fraction=0.5, export="parquet", review=True, duplicate_captions="exact")
     assert outcome.code == 0, outcome.stderr
-    assert (tmp_path / "out/curated/kept.csv").read_text() == ",".join(["url", "caption", *script.RESULT_COLUMNS]) + "\n"
+    assert (tmp_path / "out/curated/kept.csv").read_text() == ",".join(["url", "caption", *RESULT_NAMES]) + "\n"
     assert outcome.result["kept"] == 0
 
 
 @pytest.mark.slow
 def test_plots(tmp_path, run_curate):
-    """scores.png, throughput.png and memory.png are pictures of a fair size."""
+    """scores.png, throughput.png and memory.png are images of a fair size."""
     from PIL import Image
     write_finished_run(tmp_path / "out", np.linspace(0, 0.5, 500), random=np.linspace(-0.2, 0.2, 500))
     assert run_curate(keep_plots=True, max_random_rate=0.01).code == 0
     for name in ("scores.png", "throughput.png", "memory.png"):
-        with Image.open(tmp_path / "out/curated" / name) as picture:
-            assert picture.width >= 800 and len(picture.convert("RGB").resize((50, 25)).getcolors(1250)) > 5, name
+        with Image.open(tmp_path / "out/curated" / name) as plot:
+            assert plot.width >= 800 and len(plot.convert("RGB").resize((50, 25)).getcolors(1250)) > 5, name
+
+
+@pytest.mark.slow
+def test_plots_without_times(tmp_path, run_curate):
+    """The parts' times lie in files that may be missing: the plots are drawn all the same."""
+    write_finished_run(tmp_path / "out", np.linspace(0, 0.5, 500), random=np.linspace(-0.2, 0.2, 500))
+    for path in (tmp_path / "out/parts").glob("*.json"):
+        path.unlink()
+    assert run_curate(keep_plots=True).code == 0
+    assert (tmp_path / "out/curated/throughput.png").stat().st_size > 1000
 
 
 def test_command_line(tmp_path, write_config):

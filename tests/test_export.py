@@ -25,7 +25,7 @@ CAPTIONS = ['a "red" circle', "line\nbreak", "naïve – ünïcode 🎨", "<scri
 
 @pytest.fixture
 def finished(tmp_path, write_config, picture_bytes):
-    """Eight scored rows of six pictures in four formats, the last row below the cut, and a config that keeps the others."""
+    """Eight scored rows of six images in five formats, the last row below the cut, and a config that keeps the others."""
     config, pictures = write_config(curate={"min_similarity": 0.2}), tmp_path / "pictures"
     names = ["a.png", "b.jpg", "c.webp", "d.gif", "e.png", "f.bmp"]
     for number, name in enumerate(names):
@@ -39,8 +39,7 @@ def finished(tmp_path, write_config, picture_bytes):
 
 STOPS_EARLY = """
 import os, sys
-import curate, image_text_sim_clip as scoring
-curate.draw_plots = lambda *_: None
+import image_text_sim_clip as scoring
 left, plain = int(sys.argv.pop(1)), scoring.atomic_file
 class Dying:  # the process is gone in the middle of writing a file of the export, with no time to tidy up
     def __init__(self, file): self.file = file
@@ -58,7 +57,9 @@ import contextlib
 def atomic_file(path):
     with plain(path) as file:
         yield Dying(file) if path.parent.name != "curated" else file
-scoring.atomic_file = atomic_file
+scoring.atomic_file = atomic_file  # before the exports import it
+import curate
+curate.draw_plots = lambda *_: None
 sys.exit(curate.main(sys.argv[1:]))
 """
 
@@ -69,7 +70,7 @@ def curate_in_process(config, *keys, dies_at=0):
 
 
 def tree_of(folder):
-    """Every file below the folder with its hash, but for pictures of time."""
+    """Every file below the folder with its hash."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -95,7 +96,7 @@ def test_interrupted_export_resumes_to_identical_files(finished, tmp_path, kind,
 
 @pytest.mark.slow
 def test_imagefolder_loads_with_datasets(finished, run_curate_main, tmp_path, monkeypatch):
-    """load_dataset("imagefolder") gives each kept row: the picture that was scored, its caption and its scores."""
+    """load_dataset("imagefolder") gives each kept row: the image that was scored, its caption and its scores."""
     datasets = pytest.importorskip("datasets")
     assert run_curate_main(finished, export="imagefolder")["exported"] == 7
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out/curated/imagefolder"),
@@ -112,7 +113,7 @@ def test_imagefolder_loads_with_datasets(finished, run_curate_main, tmp_path, mo
 
 @pytest.mark.slow
 def test_webdataset_loads_with_webdataset(finished, run_curate_main, tmp_path):
-    """The tars hold a picture, a caption and the scores under each key, shard after shard."""
+    """The tars hold an image, a caption and the scores under each key, shard after shard."""
     webdataset = pytest.importorskip("webdataset")
     assert run_curate_main(finished, export="webdataset", shard_rows=3)["exported"] == 7
     shards = sorted(map(str, (tmp_path / "out/curated/webdataset").glob("*.tar")))
@@ -120,8 +121,8 @@ def test_webdataset_loads_with_webdataset(finished, run_curate_main, tmp_path):
     samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil"))
     assert [sample["txt"] for sample in samples] == CAPTIONS[:7]
     assert [sample["json"]["row"] for sample in samples] == list(range(7))
-    pictures = [next(sample[k] for k in ("png", "jpg", "webp", "gif") if k in sample) for sample in samples]
-    assert [p.width if hasattr(p, "width") else 0 for p in pictures][:2] == [20, 21]
+    images = [next(sample[k] for k in ("png", "jpg", "webp", "gif") if k in sample) for sample in samples]
+    assert [image.width if hasattr(image, "width") else 0 for image in images][:2] == [20, 21]
     assert samples[0]["json"]["similarity"] == pytest.approx(0.9)
 
 
@@ -141,13 +142,13 @@ def test_parquet_has_types(finished, run_curate_main, tmp_path):
     """kept.parquet holds the columns of scores.csv: text as text, numbers as float32."""
     run_curate_main(finished, export="parquet")
     table = pq.read_table(tmp_path / "out/curated/kept.parquet")
-    assert table.column_names == ["url", "caption", *script.RESULT_COLUMNS]
+    assert table.column_names == ["url", "caption", *script.column_names(script.RESULT_COLUMNS)]
     assert table["caption"].to_pylist() == CAPTIONS[:7]
     assert str(table.schema.field("similarity").type) == str(table.schema.field("random_percentile").type) == "float"
     assert all(0 <= share <= 1 for share in table["percentile"].to_pylist())
 
 
-def test_pictures_are_the_scored_bytes(finished, run_curate_main, tmp_path):
+def test_images_are_the_scored_bytes(finished, run_curate_main, tmp_path):
     """The export copies files as they are, under the ending of what they really are."""
     pictures = tmp_path / "pictures"
     (pictures / "a.png").rename(pictures / "a.tmp")
@@ -175,15 +176,15 @@ def test_another_choice_never_mixes_with_the_last(finished, run_curate_main, tmp
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
-def test_picture_that_is_gone(finished, run_curate_main, tmp_path, kind):
-    """A kept row whose picture is gone is listed in not_exported.csv, and exported once it is back."""
-    picture = tmp_path / "pictures/c.webp"
-    picture.rename(tmp_path / "elsewhere")
+def test_image_that_is_gone(finished, run_curate_main, tmp_path, kind):
+    """A kept row whose image is gone is listed in not_exported.csv, and exported once it is back."""
+    image = tmp_path / "pictures/c.webp"
+    image.rename(tmp_path / "elsewhere")
     outcome = run_curate_main(finished, export=kind)
     assert (outcome["kept"], outcome["exported"], outcome["not_exported"]) == (7, 6, 1)
     listed = (tmp_path / "out/curated/not_exported.csv").read_text()
     assert listed.startswith("row,url,reason\n2,c.webp,missing")
-    (tmp_path / "elsewhere").rename(picture)
+    (tmp_path / "elsewhere").rename(image)
     outcome = run_curate_main(finished, export=kind)
     assert (outcome["exported"], outcome["not_exported"]) == (7, 0)
     assert not (tmp_path / "out/curated/not_exported.csv").exists()
@@ -195,7 +196,7 @@ def test_picture_that_is_gone(finished, run_curate_main, tmp_path, kind):
     assert "000000002.webp" in names
 
 
-def test_pictures_of_urls_come_from_the_cache(tmp_path, run_main, run_curate_main, write_config, write_table, picture_bytes):
+def test_images_of_urls_come_from_the_cache(tmp_path, run_main, run_curate_main, write_config, write_table, picture_bytes):
     """With cache_path what was scored from the web is exported without asking the web again."""
     data = picture_bytes("JPEG")
 
@@ -224,7 +225,7 @@ def test_pictures_of_urls_come_from_the_cache(tmp_path, run_main, run_curate_mai
 
 @pytest.mark.slow
 def test_tars_in_tars_out(shapes, run_main, run_curate_main, write_config, tmp_path):
-    """What was exported as webdataset can be scored from its tars and curated again: the same pictures and captions."""
+    """What was exported as webdataset can be scored from its tars and curated again: the same images and captions."""
     first = shapes(rows=30, pretrained_model=BUNDLED_MODEL)
     assert run_main("--config", first).code == 0
     assert run_curate_main(first, export="webdataset", shard_rows=7, max_random_rate=0.05)["exported"] > 10

@@ -1,4 +1,4 @@
-"""Fetching: what a server does becomes a picture or a status, in time, in bounds, and never at a private address."""
+"""Fetching: what a server does becomes an image or a status, in time, in bounds, and never at a private address."""
 import collections
 import contextlib
 import http.server
@@ -15,7 +15,7 @@ from PIL import Image
 import image_text_sim_clip as script
 
 pytest.importorskip("requests")
-from addons import fetch
+from addons.images import fetch
 
 
 def png(width=4, height=4):
@@ -24,7 +24,7 @@ def png(width=4, height=4):
     return data.getvalue()
 
 
-PICTURE = png()
+IMAGE = png()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             getattr(self, kind)(rest)
 
-    def answer(self, code=200, body=PICTURE, **headers):
+    def answer(self, code=200, body=IMAGE, **headers):
         self.send_response(code)
         headers.setdefault("Content_Length", str(len(body)))
         for name, value in headers.items():
@@ -90,7 +90,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def short(self, rest):
         self.close_connection = True
-        self.answer(Content_Length=str(len(PICTURE) + 10))
+        self.answer(Content_Length=str(len(IMAGE) + 10))
 
     def odd_length(self, rest):
         self.close_connection = True
@@ -102,10 +102,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def chunked(self, rest):
         self.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
-                 *(b"%x\r\n%s\r\n" % (len(p), p) for p in (PICTURE[:30], PICTURE[30:])), b"" if rest else b"0\r\n\r\n")
+                 *(b"%x\r\n%s\r\n" % (len(p), p) for p in (IMAGE[:30], IMAGE[30:])), b"" if rest else b"0\r\n\r\n")
 
     def bad_chunk(self, rest):
-        self.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" + PICTURE)
+        self.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" + IMAGE)
 
     def reset(self, rest):
         self.close_connection = True
@@ -132,7 +132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.raw(b"HTTP/1.1 302 Found\r\nLocation: /ok\r\nContent-Length: 1000\r\n\r\n", *([b"x"] * 30), pause_s=0.1)
 
     def fat_redirect(self, rest):
-        """A redirect whose body is far larger than any picture may be."""
+        """A redirect whose body is far larger than any image may be."""
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: /ok\r\nContent-Length: 30000000\r\n\r\n")
         for _ in range(300):
@@ -196,7 +196,7 @@ def quick(monkeypatch):
 def fetcher(**keys):
     config = script.Config(**{"image_path": "url", "pretrained_model": "none", "allow_private_hosts": True, "fetch_retries": 0,
                               "fetch_timeout_s": 5.0, **keys})
-    return fetch.Fetcher(config, 2, script.RowFailure)
+    return fetch.Fetcher(config, 2)
 
 
 def outcome(url, **keys):
@@ -214,9 +214,9 @@ def outcome(url, **keys):
 
 @pytest.mark.parametrize("path", ["ok", "no_length", "chunked", "hops/1", "hops/5", "to//ok",
                                   "header/Content-Encoding/identity", "header/X-Robots-Tag/noindex"])
-def test_picture_arrives(server, path):
-    """A picture arrives whole: with a length, without one, in chunks, or after up to five redirects."""
-    assert fetcher()(f"{server.url}/{path}") == PICTURE
+def test_image_arrives(server, path):
+    """An image arrives whole: with a length, without one, in chunks, or after up to five redirects."""
+    assert fetcher()(f"{server.url}/{path}") == IMAGE
 
 
 @pytest.mark.parametrize(("code", "status"), [(400, "http_4xx"), (401, "http_4xx"), (403, "http_4xx"), (404, "http_4xx"),
@@ -230,7 +230,7 @@ def test_error_codes(server, quick, code, status):
 @pytest.mark.parametrize(("path", "tries"), [("flaky/500/1", 2), ("flaky/503/2", 3), ("flaky/429/2", 3)])
 def test_passing_troubles_are_tried_again(server, quick, path, tries):
     """429 and 5xx are tried again, fetch_retries times at the most."""
-    assert fetcher(fetch_retries=2)(f"{server.url}/{path}") == PICTURE
+    assert fetcher(fetch_retries=2)(f"{server.url}/{path}") == IMAGE
     assert len(server.seen) == tries
     server.seen.clear()
     assert outcome(f"{server.url}/{path}", fetch_retries=tries - 2)[0] in ("http_4xx", "http_5xx")
@@ -249,7 +249,7 @@ def test_pauses_grow(server, monkeypatch):
 def test_retry_after_is_obeyed(server, quick, code):
     """Retry-After: 1 makes the next try wait a second."""
     started = time.monotonic()
-    assert fetcher(fetch_retries=1)(f"{server.url}/later/{code}/1") == PICTURE
+    assert fetcher(fetch_retries=1)(f"{server.url}/later/{code}/1") == IMAGE
     assert 1 <= time.monotonic() - started < 2
     assert len(server.seen) == 2
 
@@ -262,7 +262,7 @@ def test_retry_after_is_capped(server, quick, after, tries):
     if tries == 1:
         assert outcome(f"{server.url}/later/429/{after}", fetch_retries=1, fetch_timeout_s=60.0)[0] == "http_4xx"
     else:
-        assert fetcher(fetch_retries=1)(f"{server.url}/later/429/{after}") == PICTURE
+        assert fetcher(fetch_retries=1)(f"{server.url}/later/429/{after}") == IMAGE
     assert len(server.seen) == tries
     assert time.monotonic() - started < 2
 
@@ -304,7 +304,7 @@ def test_broken_connection(server, quick, path):
 def test_odd_content_length(server, length):
     """A Content-Length that is no number, or none that a body could have, costs its row at most."""
     try:
-        assert fetcher()(f"{server.url}/odd_length/{length}") == PICTURE
+        assert fetcher()(f"{server.url}/odd_length/{length}") == IMAGE
     except script.RowFailure as failure:
         assert failure.status == "connect"
 
@@ -349,7 +349,7 @@ def test_encoded_body(server, value):
 
 
 def test_what_is_asked_for(server):
-    """The request names this program, asks for pictures without compression, and carries no cookies or credentials."""
+    """The request names this program, asks for images without compression, and carries no cookies or credentials."""
     fetcher(user_agent="tester/1.0")(f"{server.url}/ok")
     headers = server.headers_seen[0]
     assert headers["User-Agent"] == "tester/1.0"
@@ -363,7 +363,7 @@ def test_environment_is_ignored(server, monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert fetcher()(f"{server.url}/ok") == PICTURE
+    assert fetcher()(f"{server.url}/ok") == IMAGE
     assert "Authorization" not in server.headers_seen[0]
 
 
@@ -418,7 +418,7 @@ def test_one_fetch_after_the_other(server):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [PICTURE] * 80
+    assert found == [IMAGE] * 80
 
 
 # ── Nonsense, and what is private ─────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Fewer bits: int8 in the model, and embeddings saved beside the scores in float32, float16 or int8."""
+"""Fewer bits: int8 in the model, and embeddings saved next to the scores in float32, float16 or int8."""
 import json
 
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import image_text_sim_clip as script
-from addons import embeddings, quantize
+from addons.measures import embeddings
+from addons.models import quantize
 
 
 @pytest.fixture
@@ -110,16 +111,19 @@ def test_packing_of_known_vectors():
 
 @pytest.mark.parametrize(("kind", "most"), [("float32", 1e-6), ("float16", 1e-3), ("int8", 1e-2)])
 def test_saved_embeddings_give_the_scores_again(kind, most, shapes, bundled_model, run_main, tmp_path):
-    """Dot products of saved embeddings are the scores, within what the report states; equal pictures are saved once."""
-    outcome = run_main("--config", shapes(pretrained_model=bundled_model, save_embeddings=kind, partition_rows=250))
+    """Dot products of saved embeddings are the scores, within what the report states; equal images are saved once."""
+    config = shapes(pretrained_model=bundled_model, save_embeddings=kind, partition_rows=250)
+    outcome = run_main("--config", config)
     drift = json.loads((tmp_path / "out/profile.json").read_text())["saved_embeddings"]
     assert drift["rows"] == 192
     assert drift["max_difference"] <= most
     assert "saved embeddings  192 rows" in outcome.stderr
     worst = 0.0
-    for path in sorted((tmp_path / "out/parts").glob("*.npz")):
-        saved = embeddings.read_embeddings(path)
-        table = script.read_part(script.Partition(int(path.stem[5:]), 0, 0, path.parent))
+    plan = script.make_plan(script.load_config(config), joins=True)
+    assert len(plan.partitions) == len(list((tmp_path / "out/parts").glob("*.npz"))) == 3
+    for partition in plan.partitions:
+        saved = embeddings.read_embeddings(partition.embeddings)
+        table = script.read_part(plan, partition).table
         again = (saved["images"][saved["image_of_row"]] * saved["texts"][saved["text_of_row"]]).sum(axis=1)
         worst = max(worst, np.abs(again - table["similarity"].to_numpy()).max())
         assert len(saved["images"]) < len(table)
@@ -152,10 +156,55 @@ def test_retried_rows_join_the_saved_embeddings(bundled_model, write_table, writ
         assert run_main("--config", config).result["failed"] == {"timeout": 5}
     assert run_main("--config", config, "--retry-failed").result["scored"] == 10
     saved = embeddings.read_embeddings(tmp_path / "out/parts/part-00000.npz")
-    table = script.read_part(script.Partition(0, 0, 10, tmp_path / "out/parts"))
+    plan = script.make_plan(script.load_config(config), joins=True)
+    table = script.read_part(plan, plan.partitions[0]).table
     again = (saved["images"][saved["image_of_row"]] * saved["texts"][saved["text_of_row"]]).sum(axis=1)
     assert again == pytest.approx(table["similarity"].to_numpy(), abs=1e-2)
     assert len(saved["images"]) == 2
+
+
+def test_retry_without_its_embeddings_does_the_part_anew(bundled_model, write_table, write_config, run_main, picture_bytes,
+                                                         tmp_path, late):
+    """--retry-failed of a part whose embeddings file is gone scores all its rows, so that none is left without embeddings."""
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("a", (200, 30, 30)), ("late", (20, 30, 230))):
+        (tmp_path / f"pictures/{name}.png").write_bytes(picture_bytes(size=(64, 64), colour=colour))
+    write_table([("url", "caption"), *((f"{'late' if i % 2 else 'a'}.png", f"a red square {i}") for i in range(10))])
+    config = write_config(pretrained_model=bundled_model, save_embeddings="float32")
+    with late("late.png"):
+        assert run_main("--config", config).result["failed"] == {"timeout": 5}
+    (tmp_path / "out/parts/part-00000.npz").unlink()
+    assert run_main("--config", config, "--retry-failed").result["scored"] == 10
+    saved = embeddings.read_embeddings(tmp_path / "out/parts/part-00000.npz")
+    assert (saved["image_of_row"] >= 0).all()
+    assert run_main("--config", config, "--verify").code == 0
+
+
+def test_embeddings_of_a_discarded_run_are_not_written(shapes, bundled_model, run_main, tmp_path):
+    """A worker whose run has been planned anew meanwhile leaves the new run's embeddings as they are."""
+    config = script.load_config(shapes(rows=30, pretrained_model=bundled_model, save_embeddings="float16"))
+    late_plan = script.make_plan(config)
+    worker = script.Worker(config, late_plan, "late", script.Clock())
+    changed = shapes(rows=20, pretrained_model=bundled_model, save_embeddings="float16")
+    assert run_main("--config", changed, "--fresh").code == 0
+    path = tmp_path / "out/parts/part-00000.npz"
+    before = path.read_bytes()
+    with pytest.raises(script.Trouble, match="planned anew"):
+        list(worker.run(late_plan.partitions))
+    assert path.read_bytes() == before
+
+
+def test_embeddings_of_a_part_that_another_worker_committed_stay(shapes, bundled_model, run_main, tmp_path):
+    """Of two workers at one partition the first to commit has both its part and its embeddings kept."""
+    config = shapes(rows=30, pretrained_model=bundled_model, save_embeddings="float16")
+    plan = script.make_plan(script.load_config(config))
+    worker = script.Worker(plan.config, plan, "second", script.Clock())
+    assert run_main("--config", config).code == 0
+    path = tmp_path / "out/parts/part-00000.npz"
+    before = path.stat().st_mtime_ns
+    assert [summary.rows for summary in worker.run(plan.partitions)] == [30]
+    assert path.stat().st_mtime_ns == before
+    assert run_main("--config", config, "--verify").code == 0
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "flipped"])

@@ -1,4 +1,4 @@
-"""Mutated pictures and tables: nothing but the documented failures comes out. Longer with FUZZ_S=60 (`make fuzz`)."""
+"""Mutated images and tables: nothing but the documented failures comes out. Longer with FUZZ_S=60 (`make fuzz`)."""
 import io
 import os
 import random
@@ -8,7 +8,6 @@ import pytest
 import zoo
 
 import image_text_sim_clip as script
-from addons import tables as careful
 
 FUZZ_S = float(os.environ.get("FUZZ_S", "10"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -35,8 +34,8 @@ def mutated(data, rng):
 
 @pytest.mark.slow
 @pytest.mark.timeout(FUZZ_S + 60)
-def test_mutated_pictures():
-    """decode_image gives an RGB picture or a RowFailure with a known status, whatever the bytes."""
+def test_mutated_images():
+    """decode_image gives an RGB image or a RowFailure with a known status, whatever the bytes."""
     rng, animals, tried = random.Random(SEED), [data for _, data, _ in [*zoo.proper()] if len(data) < 50_000], 0
     config = script.Config(max_image_pixels=2_000_000, avif=True, exif_orientation=True)
     end = time.monotonic() + FUZZ_S
@@ -68,7 +67,7 @@ def test_mutated_tables():
         text = io.TextIOWrapper(io.BytesIO(data), "utf-8", "surrogateescape", "")
         lines = list(io.TextIOWrapper(io.BytesIO(data), "utf-8", "surrogateescape", ""))
         seen = []
-        for number, fields, raw, _ in careful.csv_records(iter(text), ","):
+        for number, fields, raw, _ in script.csv_records(iter(text), ","):
             assert fields is None or all(isinstance(field, str) for field in fields)
             assert "".join(lines[number - 1:]).startswith(raw)
             seen.append(raw)

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 import image_text_sim_clip as script
-from addons import fetch
+from addons.images import fetch
 
 DEADLINE_S = 1.5
 
 
 def jpeg():
-    """A small picture as bytes."""
+    """A small image as bytes."""
     out = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(out, "JPEG")
     return out.getvalue()
@@ -156,7 +156,7 @@ def fetcher(**settings):
     """A Fetcher with a short deadline that may reach loopback unless told otherwise."""
     values = {"image_path": "url", "fetch_timeout_s": DEADLINE_S, "fetch_retries": 3, "allow_private_hosts": True,
               "max_image_bytes": 1_000_000} | settings
-    return fetch.Fetcher(script.Config(**values), 8, script.RowFailure)
+    return fetch.Fetcher(script.Config(**values), 8)
 
 
 def outcome(get, url):

@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
-from addons import outputs, text
-from addons import tables as careful
+from addons.inputs.text import Text
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@\t\r\n\"',;\0"), max_size=12)
 
@@ -16,7 +15,7 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@
 @given(CELLS)
 def test_escaped_formulas_can_be_turned_back(cell):
     """Escaped, no cell starts like a formula; taking one ' away where the rule says so gives the cell back."""
-    escaped = outputs.escape_formula(cell)
+    escaped = script.escape_formula(cell)
     assert not escaped.startswith(("=", "+", "-", "@", "\t", "\r"))
     assert (escaped[1:] if re.match(r"'+[=+\-@\t\r]", escaped) else escaped) == cell
 
@@ -82,11 +81,11 @@ def test_hostile_tables_conserve_rows(tmp_path_factory, rows, tail, noise):
     with path.open("ab") as file:
         file.write(noise)
     config = script.Config(csv_path=str(path), output_path=str(folder / "out"), pretrained_model="none")
-    plan = script.plan(config)
-    staged = plan.read_rows(0, plan.rows)
+    plan = script.make_plan(config)
+    staged = plan.table.read(0, plan.row_count)
     found = list(zip(staged["url"], staged["caption"], strict=True))
     assert found[:len(rows)] == rows
     with (folder / "out" / "bad_rows.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.reader(file))) - 1 == plan.manifest["malformed"]
-    records = list(careful.csv_records(text.Text(path, "utf-8", ValueError).lines(), ","))
-    assert len(records) - 1 == plan.rows + plan.manifest["malformed"]
+    records = list(script.csv_records(Text(str(path), "utf-8").lines(), ","))
+    assert len(records) - 1 == plan.row_count + plan.manifest["malformed"]

@@ -1,5 +1,7 @@
-"""Pictures: found only where they may be, decoded to the right colours or to a status, resized as the processor does."""
+"""Images: found only where they may be, decoded to the right colours or to a status, resized as the processor does."""
+import functools
 import io
+import math
 import os
 import pathlib
 import random
@@ -123,7 +125,7 @@ def test_fifo_does_not_block(folder):
 
 @pytest.mark.parametrize("source", ["sub", ".", "https://example.org/sub"])
 def test_directory_is_forbidden(folder, source):
-    """A folder is no picture."""
+    """A folder is no image."""
     assert failure_of(script.read_file, folder, source, 1000) == ("forbidden", "not a regular file")
 
 
@@ -188,8 +190,8 @@ def from_array(values, dtype, mode=None):
     return image.convert(mode) if mode else image
 
 
-def palette_picture(index=1, size=(4, 3)):
-    """A P picture in one index of the palette black, orange, blue."""
+def palette_image(index=1, size=(4, 3)):
+    """A P image in one index of the palette black, orange, blue."""
     image = Image.new("P", size, index)
     image.putpalette([0, 0, 0, 255, 128, 0, 0, 0, 255])
     return image
@@ -204,10 +206,10 @@ COLOURS = {
     "RGBA clear": (Image.new("RGBA", (4, 3), (0, 0, 0, 0)), "PNG", {}, WHITE),
     "LA half": (Image.new("LA", (4, 3), (0, 64)), "PNG", {}, (191, 191, 191)),
     "LA clear": (Image.new("LA", (4, 3), (0, 0)), "PNG", {}, WHITE),
-    "P": (palette_picture(), "PNG", {}, ORANGE),
-    "P clear": (palette_picture(), "PNG", {"transparency": 1}, WHITE),
-    "P with another colour clear": (palette_picture(), "PNG", {"transparency": 0}, ORANGE),
-    "P with an alpha table": (palette_picture(), "PNG", {"transparency": b"\xff\x00\xff"}, WHITE),
+    "P": (palette_image(), "PNG", {}, ORANGE),
+    "P clear": (palette_image(), "PNG", {"transparency": 1}, WHITE),
+    "P with another colour clear": (palette_image(), "PNG", {"transparency": 0}, ORANGE),
+    "P with an alpha table": (palette_image(), "PNG", {"transparency": b"\xff\x00\xff"}, WHITE),
     "RGB with a clear colour": (Image.new("RGB", (4, 3), ORANGE), "PNG", {"transparency": ORANGE}, WHITE),
     "L with a clear grey": (Image.new("L", (4, 3), 7), "PNG", {"transparency": 7}, WHITE),
     "1 white": (Image.new("1", (4, 3), 1), "PNG", {}, WHITE),
@@ -220,12 +222,12 @@ COLOURS = {
     "WebP": (Image.new("RGB", (16, 16), ORANGE), "WEBP", {"lossless": True}, ORANGE),
     "WebP with alpha": (Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "WEBP", {"lossless": True, "exact": True}, WHITE),
     "BMP": (Image.new("RGB", (4, 3), ORANGE), "BMP", {}, ORANGE),
-    "BMP P": (palette_picture(), "BMP", {}, ORANGE),
+    "BMP P": (palette_image(), "BMP", {}, ORANGE),
     "TIFF": (Image.new("RGB", (4, 3), ORANGE), "TIFF", {}, ORANGE),
     "TIFF LZW": (Image.new("RGB", (4, 3), ORANGE), "TIFF", {"compression": "tiff_lzw"}, ORANGE),
     "TIFF fax": (Image.new("1", (32, 32), 1), "TIFF", {"compression": "group4"}, WHITE),
-    "GIF": (palette_picture(), "GIF", {}, ORANGE),
-    "GIF clear": (palette_picture(), "GIF", {"transparency": 1}, WHITE),
+    "GIF": (palette_image(), "GIF", {}, ORANGE),
+    "GIF clear": (palette_image(), "GIF", {"transparency": 1}, WHITE),
 }
 
 
@@ -241,7 +243,7 @@ def test_colours(name):
 @pytest.mark.parametrize(("over", "colour"), [("black", (128, 0, 0)), ("#0000ff", (128, 0, 127)),
                                                 ("rgb(0, 200, 100)", (128, 100, 50))])
 def test_transparent_over(over, colour):
-    """Transparent pictures are laid over the colour that transparent_over names."""
+    """Transparent images are laid over the colour that transparent_over names."""
     pixels = decoded(encoded(Image.new("RGBA", (4, 3), (255, 0, 0, 128))), transparent_over=over)
     assert np.abs(pixels - colour).max() <= 1
 
@@ -255,7 +257,7 @@ def test_sixteen_bit_grey(format_):
 
 
 def test_dark_sixteen_bit_grey():
-    """16-bit grey is scaled by its type, not by its content: a dark picture stays dark."""
+    """16-bit grey is scaled by its type, not by its content: a dark image stays dark."""
     assert decoded(encoded(from_array([[0, 200, 255]], np.uint16), "PNG")).max() == 1
 
 
@@ -321,7 +323,7 @@ def test_tiff_orientation(orientation):
         assert pixels[(0, -1) if orientation == 6 else (-1, -1)].min() == 255
 
 
-# ── What is no picture ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is no image ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 def zip_bytes():
     data = io.BytesIO()
@@ -341,8 +343,8 @@ def zip_bytes():
     (b"RIFF\0\0\0\0WEBPVP8 ", "corrupt"),
     (b"BM" + bytes(60), "corrupt"), (b"II*\0" + bytes(60), "corrupt"),
 ])
-def test_no_picture(data, status):
-    """Bytes that are no picture, or one of a kind that is not read, say so; a broken header is corrupt."""
+def test_no_image(data, status):
+    """Bytes that are no image, or one of a kind that is not read, say so; a broken header is corrupt."""
     assert failure_of(script.decode_image, data, CONFIG)[0] == status
 
 
@@ -356,7 +358,7 @@ def test_other_formats_are_not_opened(format_):
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("part", [0.02, 0.1, 0.5, 0.9, 0.99])
 def test_truncated(format_, part, noise):
-    """A picture cut off anywhere gets no score: half a picture would get a plausible wrong one."""
+    """An image cut off anywhere gets no score: half an image would get a plausible wrong one."""
     data = encoded(noise(64, 48), format_)
     status, _ = failure_of(script.decode_image, data[:int(len(data) * part)], CONFIG)
     assert status in ("corrupt", "not_image")
@@ -388,7 +390,7 @@ SAMPLES = [("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "RGB", {"progress
 @pytest.mark.parametrize(("format_", "mode", "options"), SAMPLES)
 @pytest.mark.filterwarnings("ignore")
 def test_flipped_bytes_never_raise_anything_else(format_, mode, options, noise):
-    """A picture with flipped bytes decodes and resizes, or fails with a status; nothing else ever leaves the loader."""
+    """An image with flipped bytes decodes and resizes, or fails with a status; nothing else ever leaves the loader."""
     image = noise(40, 30).convert("L" if mode in ("I;16", "F") else mode)
     if mode == "I;16":
         image = from_array(np.asarray(image).astype(np.uint16) * 257, np.uint16)
@@ -397,13 +399,13 @@ def test_flipped_bytes_never_raise_anything_else(format_, mode, options, noise):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(image, format_, **options, **({"exif": exif} if format_ in ("JPEG", "PNG") else {}))
-    loader = script.ImageLoader(configured(image_path=str(ROOT), exif_orientation=True, max_image_pixels=1_000_000),
-                                script.ImageSettings(32, None, (32, 32), 3), script.resize_pillow, 0)
+    settings = script.ImageSettings(32, None, (32, 32), 3)
+    decode = script.ImageDecoder(configured(exif_orientation=True, max_image_pixels=1_000_000), settings)
+    resize = functools.partial(script.resize_pillow, settings=settings)
     chances, failures = random.Random(f"{format_}{mode}{options}"), 0
     for _ in range(150):
         broken = flipped(data, chances)
-        loader.read = lambda source, broken=broken: broken
-        loaded = loader("x")
+        loaded = script.ImageLoader(lambda source, broken=broken: broken, decode, resize)("x")
         if loaded.failure:
             failures += 1
             assert loaded.failure.status in ("corrupt", "not_image", "bomb", "unsupported")
@@ -441,14 +443,14 @@ def test_pillows_own_limit_is_a_bomb_too():
 
 
 def test_max_image_pixels():
-    """A picture of max_image_pixels is decoded, one pixel more is a bomb."""
+    """An image of max_image_pixels is decoded, one pixel more is a bomb."""
     data = encoded(Image.new("RGB", (30, 10)))
     assert decoded(data, max_image_pixels=300).shape == (10, 30, 3)
     assert failure_of(script.decode_image, data, configured(max_image_pixels=299)) == ("bomb", "30 x 10 pixels")
 
 
 def test_too_little_memory(monkeypatch):
-    """A picture that memory does not suffice for is one row's failure."""
+    """An image that memory does not suffice for is one row's failure."""
     def load(self):
         raise MemoryError
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
@@ -458,7 +460,7 @@ def test_too_little_memory(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_max_image_pixels_above_pillows_limit(monkeypatch):
     """max_image_pixels is the limit, also where it allows more than Pillow would."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # instead of a picture of 180 megapixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # instead of an image of 180 megapixels
     script._prepare_pillow.cache_clear()
     assert decoded(encoded(Image.new("RGB", (30, 10))), max_image_pixels=300).shape == (10, 30, 3)
 
@@ -492,7 +494,7 @@ def test_bomb_takes_no_memory(measured_bomb):
 
 
 def test_bomb_is_quiet(measured_bomb):
-    """A picture's oddities are told in its row, not on stderr."""
+    """An image's oddities are told in its row, not on stderr."""
     assert measured_bomb.stderr == b""
 
 
@@ -525,7 +527,7 @@ def test_scaled_stays_above_twice_the_target(noise, size):
 
 
 @pytest.mark.parametrize(("format_", "size"), [("JPEG", (640, 480)), ("PNG", (1600, 1200)), ("WEBP", (1600, 1200))])
-def test_scaled_leaves_small_and_other_pictures(noise, format_, size):
+def test_scaled_leaves_small_and_other_images(noise, format_, size):
     """A JPEG below twice twice the target, and every other format, is decoded as ever."""
     data = encoded(noise(*size), format_)
     one, other = (script.decode_image(data, configured(decode=d), (224, 224)) for d in ("exact", "scaled"))
@@ -558,7 +560,7 @@ def processed(processor, image):
 
 @pytest.mark.slow
 def test_resize_equals_the_processor(processors):
-    """Resize and centre crop give the processor's very pixels, for 150 sizes, crops inside and beyond the picture."""
+    """Resize and centre crop give the processor's very pixels, for 150 sizes, crops inside and beyond the image."""
     chances, rng = random.Random(3), np.random.default_rng(3)
     for _ in range(150):
         top = chances.choice((9, 60, 400))
@@ -599,8 +601,8 @@ def test_fast_is_within_one_level(processors, noise):
 
 
 @pytest.mark.slow
-def test_fast_on_tall_pictures(processors, noise):
-    """Pillow resizes pictures taller than twice their width in the other order, which rounds a few pixels otherwise."""
+def test_fast_on_tall_images(processors, noise):
+    """Pillow resizes images taller than twice their width in the other order, which rounds a few pixels otherwise."""
     processor = processors("clip", **clip_keys(64, 64, 64))
     settings = script.ImageSettings.of(processor)
     for width, height in ((115, 339), (200, 600), (300, 1000)):
@@ -630,14 +632,14 @@ def scorers():
 
 @pytest.mark.slow
 def test_exact_equals_the_processor(scorers, noise):
-    """preprocess: exact is the model's processor bit for bit, normalised floats included, for RGB and grey pictures."""
+    """preprocess: exact is the model's processor bit for bit, normalised floats included, for RGB and grey images."""
     scorer = scorers["exact"]
     for width, height in ((64, 64), (100, 40), (33, 70), (5, 9), (640, 480)):
         for mode in ("RGB", "L"):
             image = script.decode_image(encoded(noise(width, height, mode=mode)), scorer.config)
-            pixels = scorer.resize(image, scorer.settings)
+            pixels = scorer.resize(image)
             assert pixels.dtype == np.uint8
-            expected = np.asarray(scorer.processor(noise(width, height, mode=mode).convert("RGB"))["pixel_values"][0])
+            expected = np.asarray(scorer.family.processor(noise(width, height, mode=mode).convert("RGB"))["pixel_values"][0])
             levels = scorer._pixel_table.numpy()
             assert np.array_equal(np.stack([levels[c][pixels[c]] for c in range(3)]), expected.astype(np.float32))
 
@@ -646,26 +648,48 @@ def test_exact_equals_the_processor(scorers, noise):
 def test_fast_is_close_to_exact(scorers, noise):
     """preprocess: fast hands the model the same shape, at most one level away."""
     for width, height in ((64, 64), (100, 60), (60, 100), (640, 480)):
-        fast, exact = (scorers[mode].resize(noise(width, height), scorers[mode].settings) for mode in ("fast", "exact"))
+        fast, exact = (scorers[mode].resize(noise(width, height)) for mode in ("fast", "exact"))
         assert fast.shape == exact.shape and fast.dtype == exact.dtype == np.uint8
         assert np.abs(fast.astype(int) - exact).max() <= 1
+
+
+def cropped(pixels, crop):
+    """The centre crop of a (3, h, w) array: by Pillow, by torch's bytes and by torch's floats, which must agree."""
+    torch = pytest.importorskip("torch")
+    settings = script.ImageSettings(None, pixels.shape[1:], crop, 3)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    out = script.resize_pillow(image, settings)
+    fast = script.resize_fast(image, settings)
+    assert out.flags["C_CONTIGUOUS"] and fast.flags["C_CONTIGUOUS"]
+    assert np.array_equal(out, fast)
+    for in_floats in (False, True):
+        assert np.array_equal(script.resize_and_crop(torch.from_numpy(pixels)[None], settings, in_floats)[0], out)
+    assert np.array_equal(script.resize_and_crop(torch.from_numpy(pixels / 255)[None], settings)[0], out / 255)
+    return out
 
 
 @pytest.mark.parametrize(("height", "width", "crop"), [(10, 10, (4, 4)), (11, 10, (4, 5)), (10, 11, (5, 4)), (4, 4, (4, 4))])
 def test_center_crop_takes_the_middle(height, width, crop):
     """The crop is the middle; an odd rest falls below and to the right."""
-    pixels = np.arange(3 * height * width, dtype=np.uint8).reshape(3, height, width)
+    pixels = np.arange(3 * height * width, dtype=np.uint16).astype(np.uint8).reshape(3, height, width)
     top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    out = script.center_crop(pixels, crop)
-    assert np.array_equal(out, pixels[:, top:top + crop[0], left:left + crop[1]])
-    assert out.flags["C_CONTIGUOUS"]
+    assert np.array_equal(cropped(pixels, crop), pixels[:, top:top + crop[0], left:left + crop[1]])
 
 
 def test_center_crop_pads_with_black():
-    """A picture smaller than the crop gets a black border, the wider half of an odd one above and to the left."""
-    out = script.center_crop(np.full((3, 2, 3), 9, np.uint8), (5, 6))
+    """An image smaller than the crop gets a black border, the wider half of an odd one above and to the left."""
+    out = cropped(np.full((3, 2, 3), 9, np.uint8), (5, 6))
     assert out.shape == (3, 5, 6) and out.sum() == 9 * 3 * 2 * 3
     assert (out[:, 2:4, 2:5] == 9).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 9), (9, 2), (3, 8), (8, 3)])
+def test_center_crop_pads_one_side_and_cuts_the_other(height, width):
+    """An image shorter than the crop and wider, or the other way round, gets both."""
+    pixels = np.arange(1, 3 * height * width + 1, dtype=np.uint8).reshape(3, height, width)
+    missing = [(math.ceil(max(0, 5 - side) / 2), max(0, 5 - side) // 2) for side in (height, width)]
+    top, left = max(0, (height - 5) // 2), max(0, (width - 5) // 2)
+    assert np.array_equal(cropped(pixels, (5, 5)), np.pad(pixels, [(0, 0), *missing])[:, top:top + 5, left:left + 5])
 
 
 @pytest.mark.slow
@@ -688,7 +712,7 @@ def test_strip_is_cut_to_its_centre(width, height):
     middle = (long - 300 * short) // 2, (long + 300 * short) // 2
     image.paste((255, 0, 0), (0, middle[0], width, middle[1]) if height > width else (middle[0], 0, middle[1], height))
     started = time.process_time()
-    trimmed = script.DRY_RUN_SETTINGS.without_ends(image)
+    trimmed = script.trim_strip(image, script.DRY_RUN_SETTINGS)
     pixels = script.resize_pillow(trimmed, script.DRY_RUN_SETTINGS)
     assert time.process_time() - started < 1
     assert min(trimmed.size) == short and max(trimmed.size) <= (script.MAX_ASPECT + 1) * short
@@ -697,16 +721,16 @@ def test_strip_is_cut_to_its_centre(width, height):
 
 
 @pytest.mark.parametrize("size", [(20, 400), (400, 20), (640, 480), (1, 1), (1, 20), (1, script.MAX_ASPECT)])
-def test_other_pictures_are_not_cut(size):
-    """A picture up to MAX_ASPECT times as long as wide is left alone."""
+def test_other_images_are_not_cut(size):
+    """An image up to MAX_ASPECT times as long as wide is left alone."""
     image = Image.new("RGB", size)
-    assert script.DRY_RUN_SETTINGS.without_ends(image) is image
+    assert script.trim_strip(image, script.DRY_RUN_SETTINGS) is image
 
 
 def test_strip_is_not_cut_for_a_model_without_crop():
-    """A model that reads the whole picture, squeezed, gets the whole strip."""
+    """A model that reads the whole image, squeezed, gets the whole strip."""
     image = Image.new("RGB", (1, 2000))
-    assert script.ImageSettings(None, (224, 224), None, 3).without_ends(image) is image
+    assert script.trim_strip(image, script.ImageSettings(None, (224, 224), None, 3)) is image
 
 
 @pytest.mark.slow
@@ -716,14 +740,14 @@ def test_cut_strip_equals_the_processor(processors, noise, size):
     processor = processors("clip", **clip_keys(224, 224, 224))
     settings = script.ImageSettings.of(processor)
     image = noise(*size)
-    trimmed = settings.without_ends(image)
+    trimmed = script.trim_strip(image, settings)
     assert trimmed is not image
     difference = np.abs(script.resize_pillow(trimmed, settings).astype(int) - processed(processor, image))
     assert difference.max() <= 1
 
 
 def test_warnings_are_not_needed(noise):
-    """Ordinary pictures of every format decode without a warning."""
+    """Ordinary images of every format decode without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for image, format_, options, _ in COLOURS.values():

@@ -1,8 +1,10 @@
 """Inputs that are read where they lie: Parquet and webdataset tars become rows, and what is wrong is said in a line."""
 import collections
 import csv
+import dataclasses
 import datetime
 import decimal
+import fnmatch
 import gzip
 import io
 import itertools
@@ -11,17 +13,25 @@ import os
 import pickle
 import random
 import tarfile
+import types
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import image_text_sim_clip as script
-from addons import inputs, tars
+from addons import inputs, stores
+from addons.inputs import columnar, csv_blocks, files, tars, text
 
 
 def pairs(rows):
     return [(row["url"], row["caption"]) for row in rows]
+
+
+def open_rows(config, **changes):
+    """The rows of an input that is read where it lies, described with `changes`."""
+    reader = inputs.find_reader(config.csv_path)
+    return reader.open(reader.describe(config, None) | changes, config, None)
 
 
 def assert_refused(outcome, *words):
@@ -53,14 +63,14 @@ def test_parquet_folder(tmp_path, score_input):
 
 
 def test_parquet_cells_are_text(tmp_path, score_input):
-    """Numbers, dates, truth values and dictionaries come through as text, NULL as empty; the rest is said to stay behind."""
+    """Numbers, dates, truth values and dictionaries come through as text, NULL as empty; the rest is said to be left out."""
     write_parquet(tmp_path / "t.parquet", rows=2, i=pa.array([1, None], pa.int64()), f=pa.array([0.1, float("nan")]),
                   f32=pa.array([0.1, None], pa.float32()), b=[True, None], day=[datetime.date(2020, 1, 2), None],
                   at=pa.array([0, None], pa.timestamp("ms")), money=[decimal.Decimal("1.50"), None],
                   word=pa.array(["x", None]).dictionary_encode(), nothing=pa.nulls(2), raw=[b"1", b"2"], deep=[[1], []],
                   large=pa.array(["é", None], pa.large_string()), view=pa.array(["v", None], pa.string_view()))
     outcome, rows, _, manifest = score_input("t.parquet")
-    assert [list(row.values())[2:-len(script.RESULT_COLUMNS)] for row in rows] == [
+    assert [list(row.values())[2:-len(script.result_columns(script.Config()))] for row in rows] == [
         ["1", "0.1", "0.1", "true", "2020-01-02", "1970-01-01 00:00:00.000", "1.50", "x", "", "é", "v"],
         ["", "nan", "", "", "", "", "", "", "", "", ""]]
     assert manifest["left_out"] == ["deep", "raw"] and "deep, raw" in outcome.stderr
@@ -88,7 +98,7 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path, score_input):
     (lambda p: p.write_bytes(b""), ["cannot read"]),
     (lambda p: p.write_bytes(p.read_bytes()[:-20]), ["cannot read"]),
     (lambda p: pq.write_table(pa.table([["u"], ["v"], ["c"]], ["url", "url", "caption"]), p), ["more than one column 'url'"]),
-    (lambda p: pq.write_table(pa.table({"url": ["u"], "caption": [b"c"]}), p), ["'caption' is no text"]),
+    (lambda p: pq.write_table(pa.table({"url": ["u"], "caption": [b"c"]}), p), ["'caption' is not text"]),
     (lambda p: pq.write_table(pa.table({"URL": ["u"], "TEXT": ["c"]}), p), ["'url' is not among", "URL, TEXT"])])
 def test_parquet_that_cannot_be_used(tmp_path, score_input, spoil, words):
     """A footer with flaws, absent columns, double ones or ones without text are exit 3 and one line with the file's name."""
@@ -138,7 +148,8 @@ def test_patterns(tmp_path):
         (tmp_path / name).touch()
 
     def names(pattern):
-        return [name for name, _ in inputs.find_files(str(tmp_path / pattern), ValueError)[1]]
+        csv_path = str(tmp_path / pattern)
+        return [file.name for file in files.list_files(csv_path, inputs.find_reader(csv_path))]
     assert names("a/{08..10}.tar") == ["08.tar", "09.tar", "10.tar"] == names("a") == names("a/*.tar")
     assert names("*/*8.tar") == ["a/08.tar", "b/08.tar"] == names("**/08.tar")
     assert names("a/{8..9}.tar".replace("{8", "{08")) == ["08.tar", "09.tar"]
@@ -151,9 +162,10 @@ def test_reading_any_range(tmp_path, groups):
     for n, rows in enumerate((5, 0, 11, 1)):
         write_parquet(tmp_path / f"{n}.parquet", 100 * n, rows, groups)
     config = script.Config(csv_path=str(tmp_path))
-    described = inputs.describe_shards(config, ValueError, print)
-    whole = inputs.open_rows(described, config, ValueError, script.RowFailure).read(0, 17)
-    reader = pickle.loads(pickle.dumps(inputs.open_rows(described, config, ValueError, script.RowFailure)))
+    whole = open_rows(config).read(0, 17)
+    reader = pickle.loads(pickle.dumps(open_rows(config)))
+    assert reader.read(3, 4)["url"].tolist() == ["u3"]
+    reader = pickle.loads(pickle.dumps(reader))  # in the midst of its work, too
     assert list(whole["url"]) == [f"u{100 * n + i}" for n, rows in enumerate((5, 0, 11, 1)) for i in range(rows)]
     for start, stop in itertools.combinations_with_replacement(range(18), 2):
         assert reader.read(start, stop).reset_index(drop=True).equals(whole[start:stop].reset_index(drop=True))
@@ -165,7 +177,7 @@ def test_a_row_group_is_decoded_once(tmp_path, monkeypatch):
     config = script.Config(csv_path=str(tmp_path / "t.parquet"))
     decoded, real = [], pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, g, **o: decoded.append(g) or real(self, g, **o))
-    reader = inputs.open_rows(inputs.describe_shards(config, ValueError, print), config, ValueError, script.RowFailure)
+    reader = open_rows(config)
     urls = [url for start in range(0, 1000, 50) for url in reader.read(start, start + 50)["url"]]
     assert urls == [f"u{n}" for n in range(1000)]
     assert decoded == [0, 1]
@@ -241,7 +253,8 @@ def test_tars_are_cut_where_asked(tmp_path, score_input, picture):
     for n in range(2):
         write_tar(tmp_path / f"{n}.tar", [m for i in range(5) for m in sample(f"{n}{i}", picture, "c")])
     assert len(score_input("{0..1}.tar", partition_rows=2)[1]) == 10
-    assert [json.loads(p.read_text())["rows"] for p in sorted((tmp_path / "out/parts").glob("*.json"))] == [2, 2, 1, 2, 2, 1]
+    parts = sorted((tmp_path / "out/parts").glob("*.parquet"))
+    assert [pq.read_metadata(part).num_rows for part in parts] == [2, 2, 1, 2, 2, 1]
 
 
 def test_tar_entries_that_lack_something(tmp_path, score_input, picture):
@@ -318,11 +331,12 @@ def test_cut_between_members_is_noticed(tmp_path):
     """A tar that ends without its end mark, or goes on after a damaged header, is no whole tar."""
     write_tar(tmp_path / "t.tar", [("1.txt", b"x" * 512), ("2.txt", b"y" * 512), ("3.txt", b"z" * 512)])
     whole = (tmp_path / "t.tar").read_bytes()
-    assert tars.index_tar(tmp_path / "t.tar")[1] == ""
+    tar_file = files.InputFile("t.tar", str(tmp_path / "t.tar"))
+    assert tars.index_tar(tar_file)[1] == ""
     for data, count, flaw in ((whole[:2048], 2, "cut off"), (whole[:3072] + bytes(1024) + whole, 3, "no valid header follows"),
                               (whole[:1024] + b"?" * 512 + whole[1536:], 1, "no valid header follows")):
         (tmp_path / "t.tar").write_bytes(data)
-        entries, found = tars.index_tar(tmp_path / "t.tar")
+        entries, found = tars.index_tar(tar_file)
         assert (len(entries), found) == (count, flaw)
 
 
@@ -346,7 +360,7 @@ def test_damage_while_running(tmp_path, picture):
     """An image that is cut away, grown too large or gone is a row's failure; a tar of other rows is Trouble."""
     write_tar(tmp_path / "t.tar", sample("1", picture, "c"))
     config = script.Config(csv_path=str(tmp_path / "t.tar"), max_image_bytes=len(picture))
-    reader = inputs.open_rows(inputs.describe_shards(config, ValueError, print), config, ValueError, script.RowFailure)
+    reader = open_rows(config)
     (source,) = reader.sources(0, 1)
     assert reader.read_bytes(source) == picture
     reader.max_bytes -= 1
@@ -360,9 +374,131 @@ def test_damage_while_running(tmp_path, picture):
     with pytest.raises(script.RowFailure, match="corrupt"):
         reader.read_bytes(source)
     write_tar(tmp_path / "t.tar", sample("1", picture, "c") + sample("2", picture, "c"))
-    with pytest.raises(ValueError, match="changed since"):
-        inputs.open_rows({**inputs.describe_shards(config, ValueError, print), "files": [{"rows": 1}]}, config, ValueError,
-                         script.RowFailure).read(0, 1)
+    with pytest.raises(script.Trouble, match="changed since"):
+        open_rows(config, files=[{"rows": 1}]).read(0, 1)
+
+
+# ── Where files lie, and new kinds ────────────────────────────────────────────────────────────────────────────────────────
+
+class MemoryStore:
+    """Files in memory under mem://, as an object store would have them."""
+
+    schemes = ("mem",)
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def info(self, path):
+        return stores.FileInfo(len(self.contents[path]), 1) if path in self.contents else None
+
+    def is_folder(self, path):
+        return any(name.startswith(path.rstrip("/") + "/") for name in self.contents)
+
+    def list_files(self, folder):
+        return [name for name in sorted(self.contents) if name.rpartition("/")[0] == folder.rstrip("/")]
+
+    def glob(self, pattern):
+        return [name for name in sorted(self.contents) if fnmatch.fnmatch(name, pattern)]
+
+    def open(self, path):
+        return io.BytesIO(self.contents[path])
+
+    def open_native(self, path):
+        return pa.PythonFile(self.open(path), "r")
+
+
+def test_inputs_lie_in_any_store(tmp_path, monkeypatch, picture):
+    """Parquet and tars, with what lies next to them, are found and read through the store that the path's scheme names."""
+    write_parquet(tmp_path / "a.parquet")
+    write_tar(tmp_path / "t.tar", sample("1", picture, "c"))
+    pq.write_table(pa.table({"url": ["v"], "caption": ["w"], "key": ["2"]}), tmp_path / "t.parquet")
+    store = MemoryStore({"mem://b/x/0/a.parquet": (tmp_path / "a.parquet").read_bytes(),
+                         "mem://b/x/1/a.parquet": (tmp_path / "a.parquet").read_bytes(),
+                         "mem://b/t/t.tar": (tmp_path / "t.tar").read_bytes(),
+                         "mem://b/t/t.parquet": (tmp_path / "t.parquet").read_bytes()})
+    monkeypatch.setattr(stores, "room", lambda name: [types.SimpleNamespace(STORE=store)])
+    for csv_path in ("mem://b/x/*/a.parquet", "mem://b/x/{0..1}/a.parquet"):
+        config = script.Config(csv_path=csv_path)
+        manifest = inputs.find_reader(csv_path).describe(config, None)
+        assert [file["name"] for file in manifest["files"]] == ["0/a.parquet", "1/a.parquet"]
+        assert list(open_rows(config).read(9, 12)["url"]) == ["u9", "u0", "u1"]
+    config = script.Config(csv_path="mem://b/t")
+    rows = open_rows(config)
+    assert list(rows.read(0, 2)["caption"]) == ["c", "w"]
+    assert rows.read_bytes(rows.sources(0, 1)[0]) == picture
+    with pytest.raises(script.Trouble, match="no such file"):
+        inputs.check_there("mem://b/x/{0..2}/a.parquet")
+
+
+def test_unknown_store_is_one_line(tmp_path, score_input, run_main, write_config):
+    """A scheme that no store knows is exit 3 and one line with the scheme."""
+    for path in ("s4://bucket/t.parquet", "s4://bucket/t.csv"):
+        assert_refused(run_main("--config", write_config(csv_path=path)), "s4://")
+
+
+def test_a_new_kind_of_blocks(tmp_path, monkeypatch):
+    """A reader of files with blocks is a class that opens one: folders, globs, patterns, changes and errors come with it."""
+    class ArrowFile(columnar.BlockFile):
+        def __init__(self, file):
+            self.opened = pa.ipc.open_file(file.open_native())
+            self.schema = self.opened.schema
+            self.block_rows = [self.opened.get_batch(n).num_rows for n in range(self.opened.num_record_batches)]
+
+        def read_block(self, number, columns):
+            return pa.Table.from_batches([self.opened.get_batch(number)]).select(columns)
+
+    class ArrowReader(columnar.BlockReader):
+        kind = "arrow"
+        suffixes = (".arrow",)
+
+        def open_file(self, file):
+            return ArrowFile(file)
+
+    monkeypatch.setattr(inputs, "room", lambda name: [*script.room(name), types.SimpleNamespace(READER=ArrowReader())])
+    (tmp_path / "s").mkdir()
+    for n in range(3):
+        table = pa.table({"url": [f"u{n}{i}" for i in range(5)], "caption": ["c"] * 5, "n": [n] * 5, "raw": [b""] * 5})
+        with pa.ipc.new_file(tmp_path / f"s/{n}.arrow", table.schema) as file:
+            file.write_table(table, max_chunksize=2)
+    for csv_path in ("s", "s/*.arrow", "s/{0..2}.arrow"):
+        config = script.Config(csv_path=str(tmp_path / csv_path), limit=12)
+        reader = inputs.find_reader(config.csv_path)
+        manifest = reader.describe(config, None)
+        assert (manifest["kind"], manifest["rows"], manifest["columns"]) == ("arrow", 12, ["url", "caption", "n"])
+        found = reader.open(manifest, config, None).read(0, 12)
+        assert list(found["url"]) == [f"u{n}{i}" for n in range(3) for i in range(5)][:12] and found["n"][11] == "2"
+        assert reader.differences(manifest, config) == []
+    touch(tmp_path / "s/1.arrow")
+    assert reader.differences(manifest, config) == ["1.arrow has changed"]
+    (tmp_path / "s/0.arrow").write_bytes(b"ARROW1 no more")
+    with pytest.raises(script.Trouble, match=r"cannot read 0\.arrow"):
+        reader.describe(config, None)
+    write_parquet(tmp_path / "s/a.parquet")
+    with pytest.raises(script.Trouble, match="several kinds"):
+        inputs.find_reader(str(tmp_path / "s"))
+
+
+def test_a_new_kind_of_text(tmp_path, monkeypatch):
+    """A reader of text is a class that opens a table; what is staged, counted and compared comes with it."""
+    class PipeReader(text.TextReader):
+        kind = "psv"
+        suffixes = (".psv",)
+
+        def open_table(self, config, known):
+            return csv_blocks.open_table(dataclasses.replace(config, separator="|"), known)
+
+    monkeypatch.setattr(inputs, "room", lambda name: [*script.room(name), types.SimpleNamespace(READER=PipeReader())])
+    (tmp_path / "t.psv.gz").write_bytes(gzip.compress(b"url|caption\na|b,c\nragged\n"))
+    for csv_path in (tmp_path / "t.psv.gz", tmp_path / "*.psv.gz", tmp_path):
+        config = script.Config(csv_path=str(csv_path))
+        reader = inputs.find_reader(config.csv_path)
+        manifest = reader.describe(config, tmp_path)
+        assert (manifest["kind"], manifest["rows"], manifest["malformed"]) == ("psv", 1, 1)
+        assert reader.open(manifest, config, tmp_path).read(0, 1).to_dict("records") == [{"url": "a", "caption": "b,c"}]
+        assert reader.differences(manifest, config) == []
+        (tmp_path / "pairs.parquet").unlink()
+    (tmp_path / "t.psv.gz").write_bytes(gzip.compress(b"url|caption\na|d\n"))
+    assert "has changed" in reader.differences(manifest, config)[0]
 
 
 # ── Resume ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
-from addons import json_lines
+from addons.inputs import json_lines
 
 
 def pairs(rows):
@@ -58,6 +58,33 @@ def test_json_lines_limit(tmp_path, score_input):
     _, rows, bad, manifest = score_input("t.jsonl", limit=2)
     assert pairs(rows) == [("1", "2"), ("3", "4")] and [line["text"] for line in bad] == ["bad"]
     assert manifest["columns"] == ["url", "caption"]
+
+
+def test_json_keys_are_columns_as_they_are(tmp_path, score_input):
+    """Keys with spaces around them, empty ones, and ones that differ in spaces alone are columns of their own."""
+    (tmp_path / "t.jsonl").write_text('{"url": "a", "caption": "b", " n ": 1, "": 2}\n{"url": "c", "caption": "d", "n": 3}\n')
+    _, rows, _, manifest = score_input("t.jsonl")
+    assert manifest["columns"] == ["url", "caption", " n ", "", "n"]
+    assert [(row[" n "], row[""], row["n"]) for row in rows] == [("1", "2", ""), ("", "", "3")]
+
+
+def test_json_lines_need_names(tmp_path, score_input):
+    """Columns given by number are refused: there is no order of columns to count in."""
+    (tmp_path / "t.jsonl").write_text('{"url": "a", "caption": "b"}\n')
+    assert_refused(score_input("t.jsonl", url_column=0, caption_column=1)[0], "must be names")
+
+
+@pytest.mark.parametrize("csv_path", ["s", "s/*.jsonl*"])
+def test_json_lines_in_a_folder(tmp_path, score_input, csv_path):
+    """A folder or glob with one such file is that file; with two it is refused, because text is read from one."""
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/notes.txt").write_text("x")
+    (tmp_path / "s/t.jsonl.gz").write_bytes(gzip.compress(b'{"url": "a", "caption": "b"}\n'))
+    outcome, rows, _, _ = score_input(csv_path)
+    assert outcome.code == 0 and pairs(rows) == [("a", "b")]
+    assert score_input(csv_path)[0].result == outcome.result
+    (tmp_path / "s/u.jsonl").write_text("")
+    assert_refused(score_input(csv_path, "--fresh")[0], "2 files")
 
 
 @pytest.mark.parametrize("line", [
@@ -145,7 +172,7 @@ def test_fast_is_line_by_line(tmp_path_factory, lines, block, end, limit, encodi
 
 def test_plain_lines_are_read_fast(tmp_path, score_input, monkeypatch):
     """Strings, numbers and truth values, absent and null ones too, need no reading line by line, and keep their digits."""
-    monkeypatch.setattr(json_lines, "_parse_lines", None)
+    monkeypatch.setattr(json_lines.LineParser, "_read_lines", None)
     late = ', "late": 1'
     (tmp_path / "t.jsonl").write_text("".join(
         f'{{"url": "u{n}", "caption": "2020-01-01", "x": {n}.50, "n": {n}, "ok": true, "none": null{late * (n > 5)}}}\n'

@@ -1,4 +1,4 @@
-"""The loss is the scorer's own dissimilarity, its gradient is the true one, and it leads to a picture of the caption."""
+"""The loss is the scorer's own dissimilarity, its gradient is the true one, and it leads to an image of the caption."""
 import importlib
 import random
 import sys
@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import BUNDLED_MODEL, ROOT
 from PIL import Image
-from transformers import SiglipModel
+from transformers import CLIPImageProcessorPil, SiglipModel
 
 import image_text_sim_clip as script
-from addons.loss import DissimilarityLoss, crop_centre, resize
+from addons.loss import DissimilarityLoss
 
 CAPTION = "a large red circle on a grey background"
 MIXED_SIZES = [(32, 32), (64, 64), (48, 100), (200, 37), (128, 128), (333, 210), (65, 63), (640, 480), (17, 90), (300, 301)]
@@ -21,9 +21,9 @@ def loss_of(model, **options):
     return DissimilarityLoss(script.Config(pretrained_model=str(model), use_cuda=False), **options)
 
 
-def as_tensor(pictures):
-    """PIL pictures of one size -> (n, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
+def as_tensor(images):
+    """PIL images of one size -> (n, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def shapes_module():
     sys.path.remove(str(ROOT / "challenge_set"))
 
 
-def test_value_is_the_scorers_on_fifty_pictures_of_mixed_sizes(bundled, noise):
-    pictures = [noise(*MIXED_SIZES[i % len(MIXED_SIZES)], seed=i) for i in range(50)]
+def test_value_is_the_scorers_on_fifty_images_of_mixed_sizes(bundled, noise):
+    images = [noise(*MIXED_SIZES[i % len(MIXED_SIZES)], seed=i) for i in range(50)]
     captions = [f"a large {['red', 'blue', 'green'][i % 3]} circle on a grey background" for i in range(50)]
-    expected = 1 - bundled.scorer.similarity(pictures, captions)
-    values = [bundled(as_tensor([p]), [c]).item() for p, c in zip(pictures, captions, strict=True)]
+    expected = 1 - bundled.scorer.similarity(images, captions)
+    values = [bundled(as_tensor([p]), [c]).item() for p, c in zip(images, captions, strict=True)]
     assert np.abs(np.array(values) - expected).max() < 2e-3
     assert np.ptp(expected) > 0.1  # or anything would do
 
@@ -52,19 +52,19 @@ def test_value_is_the_scorers_on_fifty_pictures_of_mixed_sizes(bundled, noise):
 @pytest.mark.parametrize("name", ["clip-base-patch32", "clip-new-eos", "siglip-base", "siglip2-base"])
 def test_value_is_the_scorers_for_every_kind_of_model(name, shelf, noise):
     loss = loss_of(shelf(name))
-    pictures = [noise(*size, seed=i) for i, size in enumerate(MIXED_SIZES)]
+    images = [noise(*size, seed=i) for i, size in enumerate(MIXED_SIZES)]
     captions = ["A Photo of TWO cats", "a dog"] * 5
-    expected = 1 - loss.scorer.similarity(pictures, captions)
-    values = [loss(as_tensor([p]), [c]).item() for p, c in zip(pictures, captions, strict=True)]
+    expected = 1 - loss.scorer.similarity(images, captions)
+    values = [loss(as_tensor([p]), [c]).item() for p, c in zip(images, captions, strict=True)]
     assert np.abs(np.array(values) - expected).max() < 2e-3
 
 
 def test_value_is_the_scorers_to_rounding_at_the_models_own_size(bundled, noise):
-    pictures = [noise(64, 64, seed=i) for i in range(20)]
-    expected = 1 - bundled.scorer.similarity(pictures, [CAPTION] * 20)
+    images = [noise(64, 64, seed=i) for i in range(20)]
+    expected = 1 - bundled.scorer.similarity(images, [CAPTION] * 20)
     loss = loss_of(BUNDLED_MODEL, reduction="none")
-    assert np.abs(loss(as_tensor(pictures), [CAPTION] * 20).numpy() - expected).max() < 1e-4
-    assert bundled(as_tensor(pictures), [CAPTION] * 20).item() == pytest.approx(expected.mean(), abs=1e-5)
+    assert np.abs(loss(as_tensor(images), [CAPTION] * 20).numpy() - expected).max() < 1e-4
+    assert bundled(as_tensor(images), [CAPTION] * 20).item() == pytest.approx(expected.mean(), abs=1e-5)
 
 
 def test_caption_template_is_used(bundled, noise):
@@ -80,7 +80,7 @@ def test_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: loss(x, [CAPTION]), image)
 
 
-def test_gradient_along_a_direction_where_the_picture_shrinks():
+def test_gradient_along_a_direction_where_the_image_shrinks():
     loss = loss_of(BUNDLED_MODEL).double()
     torch.manual_seed(1)
     image = (0.3 + 0.4 * torch.rand(1, 3, 150, 90, dtype=torch.float64)).requires_grad_()
@@ -94,14 +94,25 @@ def test_gradient_along_a_direction_where_the_picture_shrinks():
 
 def test_crop_and_border_are_the_scorers():
     for height, width, crop in ((7, 9, (4, 6)), (3, 9, (4, 6)), (2, 3, (5, 5)), (6, 6, (6, 6)), (5, 8, None)):
-        pixels = torch.arange(3 * height * width).view(3, height, width).float()
-        expected = script.center_crop(pixels.numpy(), crop)
-        assert np.array_equal(crop_centre(pixels[None], crop)[0].numpy(), expected)
+        pixels = torch.arange(3 * height * width).view(1, 3, height, width)
+        settings = script.ImageSettings(None, (height, width), crop, 3)  # the size that it has: nothing is resized
+        expected = transformers_crop(pixels[0].numpy().astype(np.uint8), crop)
+        assert np.array_equal(script.resize_and_crop(pixels.float() / 255, settings)[0].mul(255).round().numpy(), expected)
+        assert np.array_equal(script.resize_and_crop(pixels.byte(), settings)[0].numpy(), expected)
+
+
+def transformers_crop(pixels, crop):
+    """The centre of (3, H, W) pixels as transformers' own image processor on Pillow cuts it out."""
+    if crop is None:
+        return pixels
+    processor = CLIPImageProcessorPil(do_resize=False, do_rescale=False, do_normalize=False, do_convert_rgb=False,
+                                      crop_size={"height": crop[0], "width": crop[1]})
+    return np.asarray(processor(pixels, input_data_format="channels_first")["pixel_values"][0])
 
 
 def test_resize_leaves_the_models_own_size_alone():
-    image = torch.rand(1, 3, 64, 64)
-    assert resize(image, script.ImageSettings(64, None, (64, 64), 3)) is image
+    image = 3 * torch.rand(1, 3, 64, 64) - 1
+    assert torch.equal(script.resize_and_crop(image, script.ImageSettings(64, None, (64, 64), 3)), image)
 
 
 def test_model_is_frozen_and_stays_in_evaluation_mode(bundled, noise):
@@ -116,13 +127,13 @@ def test_model_is_frozen_and_stays_in_evaluation_mode(bundled, noise):
 @pytest.mark.slow  # the model is built first
 def test_sigmoid_objective_is_the_models_own_loss(shelf, noise):
     loss = loss_of(shelf("siglip-base"), objective="sigmoid")
-    pictures, captions = [noise(224, 224, seed=i) for i in range(4)], ["two cats", "a dog", "a red car", "the sea"]
+    images, captions = [noise(224, 224, seed=i) for i in range(4)], ["two cats", "a dog", "a red car", "the sea"]
     model = SiglipModel.from_pretrained(shelf("siglip-base"))
-    pad, rows = loss.scorer.tokenizer.pad_token_id, loss.scorer.tokenize(captions)[0]
+    pad, rows = loss.scorer.family.tokenizer.pad_token_id, loss.scorer.tokenize(captions)[0]
     ids = torch.tensor([row + [pad] * (64 - len(row)) for row in rows])
     with torch.no_grad():
-        expected = model(input_ids=ids, pixel_values=as_tensor(pictures) * 2 - 1, return_loss=True).loss
-    assert loss(as_tensor(pictures), captions).item() == pytest.approx(expected.item(), rel=1e-4)
+        expected = model(input_ids=ids, pixel_values=as_tensor(images) * 2 - 1, return_loss=True).loss
+    assert loss(as_tensor(images), captions).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.slow  # the model is built first
@@ -151,7 +162,7 @@ def test_objectives_and_reductions_are_checked():
 
 
 def optimise_free_image(loss, steps, crop, grain):
-    """A picture (1, 3, 64, 64) of free pixels that starts as faint noise on grey and follows the loss's gradient."""
+    """An image (1, 3, 64, 64) of free pixels that starts as faint noise on grey and follows the loss's gradient."""
     finetune = pytest.importorskip("examples.finetune_text_to_image", reason="needs examples/requirements.txt")
     generator = torch.Generator().manual_seed(0)
     start = 0.5 + 0.05 * torch.randn(1, 3, 64, 64, generator=generator)
@@ -165,7 +176,7 @@ def optimise_free_image(loss, steps, crop, grain):
     return start, pixels.detach().clamp(0, 1)
 
 
-def as_picture(image):
+def as_pillow_image(image):
     return Image.fromarray((image[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
@@ -174,7 +185,7 @@ def test_free_image_becomes_as_similar_as_a_drawing_and_the_judge_sees_it_too(bu
     shapes, training = shapes_module("draw_shapes"), shapes_module("train_shapes_clip")
     scene = shapes.Scene((shapes.Thing("large", "red", "circle"),), "", "grey")
     drawings = [shapes.draw(scene, 64, random.Random(i), 4) for i in range(10)]
-    start, final = map(as_picture, optimise_free_image(bundled, 200, crop=0.6, grain=0.1))
+    start, final = map(as_pillow_image, optimise_free_image(bundled, 200, crop=0.6, grain=0.1))
     before, after = bundled.scorer.similarity([start, final], [CAPTION] * 2)
     assert before < 0.5 < bundled.scorer.similarity(drawings, [CAPTION] * 10).mean() <= after
     training.train(seed=1, steps=100, batch=64, peak_rate=2e-3, out=tmp_path / "judge")

@@ -1,4 +1,4 @@
-"""A score is what transformers itself says of that picture and that caption, for each kind of model that is published.
+"""A score is what transformers itself says of that image and that caption, for each kind of model that is published.
 
 The reference (`Reference`) shares no code with the script: it takes transformers' own classes by name, one pair at a
 time, prepared as the model's authors prepare it, through another attention kernel.
@@ -90,9 +90,9 @@ def references(shelf):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of pictures of all sizes: landscape, portrait, square, tiny, long; colour and grey; JPEG and PNG."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    """A folder of images of all sizes: landscape, portrait, square, tiny, long; colour and grey; JPEG and PNG."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, width, height, mode in (
             ("landscape.png", 301, 170, "RGB"), ("portrait.jpg", 121, 200, "RGB"), ("large.jpg", 500, 403, "RGB"),
             ("tiny.png", 5, 7, "RGB"), ("grey.png", 90, 64, "L"), ("grey.jpg", 230, 231, "L"), ("square.png", 224, 224, "RGB"),
@@ -105,14 +105,14 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pairs(pictures):
-    """(file name, caption): each caption with some picture, each picture with the same caption."""
-    names = sorted(path.name for path in pictures.iterdir())
+def pairs(images):
+    """(file name, caption): each caption with some image, each image with the same caption."""
+    names = sorted(path.name for path in images.iterdir())
     return [(names[i % len(names)], caption) for i, caption in enumerate(CAPTIONS)] + [(name, "Red Bicycle") for name in names]
 
 
 @pytest.fixture(scope="module")
-def expected(references, pictures, pairs):
+def expected(references, images, pairs):
     """Name of an architecture -> the reference's cosines of all pairs, and which captions are cut."""
     known = {}
 
@@ -120,7 +120,7 @@ def expected(references, pictures, pairs):
         if name not in known:
             reference, known[name] = references(name), []
             for file, caption in pairs:
-                with Image.open(pictures / file) as image:
+                with Image.open(images / file) as image:
                     known[name].append((reference.cosine(image, caption), reference.is_cut(caption)))
         return known[name]
     return get
@@ -143,12 +143,12 @@ def scorers():
 
 @pytest.mark.parametrize(("name", "batch_size"), [
     *((name, size) for name in FOUR_KINDS for size in (1, 7, 64)), *((name, 7) for name in SCORED if name not in FOUR_KINDS)])
-def test_a_run_scores_what_transformers_scores(name, batch_size, shelf, pictures, pairs, expected, run_main, write_config,
+def test_a_run_scores_what_transformers_scores(name, batch_size, shelf, images, pairs, expected, run_main, write_config,
                                                write_table, read_table):
     """Every row of scores.csv holds transformers' own cosine within 1e-5, its probability, and whether the caption was cut."""
     table = write_table([("url", "caption"), *pairs])
     outcome = run_main("--config", write_config(
-        csv_path=str(table), image_path=str(pictures), pretrained_model=str(shelf(name)), preprocess="exact", dtype="float32",
+        csv_path=str(table), image_path=str(images), pretrained_model=str(shelf(name)), preprocess="exact", dtype="float32",
         batch_size=batch_size, partition_rows=13))
     assert outcome.code == 0, outcome.stderr
     assert outcome.result["scored"] == outcome.result["rows"] == len(pairs)
@@ -169,13 +169,13 @@ def test_a_run_scores_what_transformers_scores(name, batch_size, shelf, pictures
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_exact_preprocessing_is_bit_for_bit(name, references, pictures, scorers, shelf, monkeypatch):
+def test_exact_preprocessing_is_bit_for_bit(name, references, images, scorers, shelf, monkeypatch):
     """With `preprocess: exact` the model gets the very numbers that its own processor makes on Pillow."""
     scorer, seen = scorers(shelf(name), preprocess="exact", dtype="float32"), []
-    original = scorer.model.get_image_features
-    monkeypatch.setattr(scorer.model, "get_image_features", lambda pixel_values: seen.append(pixel_values) or original(
+    original = scorer.family.model.get_image_features
+    monkeypatch.setattr(scorer.family.model, "get_image_features", lambda pixel_values: seen.append(pixel_values) or original(
         pixel_values=pixel_values))
-    paths = sorted(pictures.iterdir())
+    paths = sorted(images.iterdir())
     scorer.similarity(paths, ["cat"] * len(paths))
     assert len(seen) == 1
     for path, got in zip(paths, seen[0], strict=True):
@@ -210,7 +210,7 @@ def test_truncation_keeps_the_end_of_text(name, scorers, shelf):
     scorer = scorers(shelf(name), dtype="float32")
     ids, truncated = scorer.tokenize([" ".join(WORDS * 6), " ".join(WORDS)])
     assert truncated[0]
-    assert len(ids[0]) == scorer.context_length
+    assert len(ids[0]) == scorer.family.context_length
     assert ids[0][-1] == {"clip": 49407, "sigl": 1}[name[:4]]
     assert ids[0][:20] == ids[1][:20]
 
@@ -224,11 +224,12 @@ def test_every_text_encodes(folder, scorers, shelf):
     ids, truncated = scorer.tokenize(captions)
     assert torch.isfinite(scorer.encode_texts(ids[::8])).all()
     assert {type(cut) for cut in truncated} == {bool}
-    if scorer.kind == "clip":
+    if scorer.family.kind == "clip":
         assert not any(truncated)
-        assert {(row[0], row[-1]) for row in ids} == {(scorer.tokenizer.bos_token_id, scorer.tokenizer.eos_token_id)}
+        tokenizer = scorer.family.tokenizer
+        assert {(row[0], row[-1]) for row in ids} == {(tokenizer.bos_token_id, tokenizer.eos_token_id)}
         for caption, row in zip(captions, ids, strict=True):
-            assert spelt(scorer.tokenizer, row[1:-1]) == spaceless(caption), ascii(caption)
+            assert spelt(tokenizer, row[1:-1]) == spaceless(caption), ascii(caption)
 
 
 BYTES = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
@@ -268,7 +269,7 @@ def test_special_tokens_in_a_caption_are_text(scorers, shelf):
         scorer = scorers(shelf(name), dtype="float32")
         rows = scorer.encode_texts(scorer.tokenize([f"a cat {token} and a dog", f"a cat {token} on a sofa"])[0])
         assert (rows[0] - rows[1]).abs().max() > 1e-3, name
-        assert scorer.tokenize([f"a cat {token} dog"])[0][0].count(scorer.tokenizer.eos_token_id) == 1, name
+        assert scorer.tokenize([f"a cat {token} dog"])[0][0].count(scorer.family.tokenizer.eos_token_id) == 1, name
 
 
 def test_capitals_do_not_count(scorers, shelf):
@@ -291,7 +292,7 @@ def test_an_image_processor_called_fast_loads(shelf, tmp_path, scorers, noise):
 # ── Fast ways are as good ─────────────────────────────────────────────────────────────────────────────────────────────
 
 def read_pairs(table, folder, limit):
-    """Paths and captions of the first rows of a bundled table whose pictures are there."""
+    """Paths and captions of the first rows of a bundled table whose images are there."""
     with open(ROOT / table, encoding="utf-8", newline="") as file:
         rows = [(ROOT / folder / row["url"].rsplit("/", 1)[-1], row["caption"]) for row in csv.DictReader(file)]
     rows = [row for row in rows if row[0].is_file()][:limit]
@@ -320,7 +321,8 @@ def test_bfloat16_moves_few_scores_by_more_than_a_hundredth(scorers):
 @pytest.mark.parametrize("name", ["siglip-base", "siglip2-base"])
 def test_half_precision_does_not_round_scale_and_bias(name, dtype, scorers, shelf):
     """The two numbers that make a cosine a probability stay float32: in bfloat16 a scale of 117.35 would become 115.58."""
-    half, full = scorers(shelf(name), dtype=dtype), scorers(shelf(name), dtype="float32")
+    half = scorers(shelf(name), dtype=dtype).family
+    full = scorers(shelf(name), dtype="float32").family
     assert (half.scale, half.bias) == pytest.approx((full.scale, full.bias), rel=1e-6)
     assert half.probabilities(np.float32([0.1, 0.12])) == pytest.approx(full.probabilities(np.float32([0.1, 0.12])), rel=1e-5)
 
@@ -330,14 +332,14 @@ def test_trimming_captions_changes_nothing(name, scorers, shelf):
     """CLIP captions padded to the longest of a batch give the embeddings of captions padded to the whole context."""
     scorer = scorers(shelf(name), dtype="float32", batch_size=5)
     ids, _ = scorer.tokenize(CAPTIONS)
-    whole = torch.tensor([row + [scorer.tokenizer.pad_token_id] * (77 - len(row)) for row in ids])
+    whole = torch.tensor([row + [scorer.family.tokenizer.pad_token_id] * (77 - len(row)) for row in ids])
     with torch.inference_mode():
-        wanted = torch.nn.functional.normalize(scorer.model.get_text_features(input_ids=whole).pooler_output, dim=-1)
+        wanted = torch.nn.functional.normalize(scorer.family.model.get_text_features(input_ids=whole).pooler_output, dim=-1)
     assert len({len(row) for row in ids}) > 10
     assert (scorer.encode_texts(ids) - wanted).abs().max() <= 1e-6
 
 
-def test_pictures_and_captions_that_come_again_are_encoded_once(run_main, write_config, write_table, read_table, tmp_path,
+def test_images_and_captions_that_come_again_are_encoded_once(run_main, write_config, write_table, read_table, tmp_path,
                                                                 noise, scorers, monkeypatch):
     """Repeated URLs, equal files under other names and repeated captions cost one encoding, and score as if encoded each."""
     (tmp_path / "pictures").mkdir()
@@ -364,9 +366,9 @@ def test_pictures_and_captions_that_come_again_are_encoded_once(run_main, write_
 
 
 @pytest.mark.parametrize("name", FOUR_KINDS)
-def test_a_score_does_not_depend_on_its_neighbours(name, scorers, shelf, pictures, pairs):
+def test_a_score_does_not_depend_on_its_neighbours(name, scorers, shelf, images, pairs):
     """A pair scored alone, among others, and in another order differs by rounding only, by 1e-6 at most."""
-    paths, captions = [pictures / file for file, _ in pairs], [caption for _, caption in pairs]
+    paths, captions = [images / file for file, _ in pairs], [caption for _, caption in pairs]
     together = scorers(shelf(name), dtype="float32").similarity(paths, captions)
     backwards = scorers(shelf(name), dtype="float32", batch_size=5).similarity(paths[::-1], captions[::-1])[::-1]
     alone = [scorers(shelf(name), dtype="float32").similarity([paths[i]], [captions[i]])[0] for i in range(0, len(paths), 3)]
@@ -376,16 +378,16 @@ def test_a_score_does_not_depend_on_its_neighbours(name, scorers, shelf, picture
 
 # ── The Python API ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def test_the_api_takes_pictures_and_paths(write_config, pictures, shelf, references):
-    """`Scorer(load_config(path)).similarity` gives float32 cosines for PIL pictures, Paths and strings, mixed and lazily."""
+def test_the_api_takes_images_and_paths(write_config, images, shelf, references):
+    """`Scorer(load_config(path)).similarity` gives float32 cosines for PIL images, Paths and strings, mixed and lazily."""
     scorer = script.Scorer(script.load_config(write_config(pretrained_model=str(shelf("clip-new-eos")), preprocess="exact")))
-    paths = sorted(pictures.iterdir())
+    paths = sorted(images.iterdir())
     opened = [Image.open(path) for path in paths]
     mixed = [(str(path), path, image)[i % 3] for i, (path, image) in enumerate(zip(paths, opened, strict=True))]
     captions = CAPTIONS[:len(paths)]
-    by_path, by_picture = scorer.similarity(paths, captions), scorer.similarity(opened, captions)
+    by_path, by_image = scorer.similarity(paths, captions), scorer.similarity(opened, captions)
     assert (by_path.dtype, by_path.shape) == (np.float32, (len(paths),))
-    assert np.array_equal(by_path, by_picture)
+    assert np.array_equal(by_path, by_image)
     assert np.array_equal(by_path, scorer.similarity(iter(mixed), iter(captions)))
     wanted = [references("clip-new-eos").cosine(image, caption) for image, caption in zip(opened, captions, strict=True)]
     assert by_path == pytest.approx(wanted, abs=1e-5)
@@ -417,8 +419,8 @@ def test_the_caption_template_is_filled(scorers, run_main, shapes, read_table, t
     assert [row["caption"] for row in rows] == list(captions)
 
 
-def test_the_api_says_why_a_picture_cannot_be_read(scorers, tmp_path):
-    """A file that is no picture raises RowFailure with its status."""
+def test_the_api_says_why_an_image_cannot_be_read(scorers, tmp_path):
+    """A file that is no image raises RowFailure with its status."""
     (tmp_path / "page.png").write_text("<html></html>")
     with pytest.raises(script.RowFailure) as failure:
         scorers(BUNDLED).similarity([tmp_path / "page.png"], ["a"])
@@ -464,7 +466,7 @@ def test_what_overflows_in_half_precision_is_done_again_in_float32(shelf, tmp_pa
     paths, captions = read_pairs("challenge_set/shapes.csv", "challenge_set/shapes", 20)
     half, full = scorers(folder, dtype="float16"), scorers(folder, dtype="float32")
     with torch.inference_mode():
-        raw = half.model.get_text_features(input_ids=torch.tensor([half.tokenize([captions[0]])[0][0]])).pooler_output
+        raw = half.family.model.get_text_features(input_ids=torch.tensor([half.tokenize([captions[0]])[0][0]])).pooler_output
     assert not torch.isfinite(raw).all(), "nothing overflows, so this test shows nothing"
     assert half.similarity(paths, captions) == pytest.approx(full.similarity(paths, captions), abs=5e-3)
 
@@ -489,9 +491,9 @@ def true_float32():
 
 @pytest.mark.parametrize("name", FOUR_KINDS)
 @pytest.mark.usefixtures("cuda", "true_float32")
-def test_a_gpu_in_float32_scores_as_the_cpu_does(name, shelf, scorers, pictures, pairs):
+def test_a_gpu_in_float32_scores_as_the_cpu_does(name, shelf, scorers, images, pairs):
     """CUDA in float32 differs from the CPU by 1e-4 at most."""
-    paths, captions = [pictures / file for file, _ in pairs], [caption for _, caption in pairs]
+    paths, captions = [images / file for file, _ in pairs], [caption for _, caption in pairs]
     gpu = script.Scorer(script.Config(pretrained_model=str(shelf(name)), use_cuda=True, dtype="float32"))
     assert gpu.device == "cuda"
     cpu = scorers(shelf(name), dtype="float32")
@@ -505,12 +507,12 @@ def test_a_gpu_that_has_bfloat16_uses_it():
         pytest.skip("this GPU has no bfloat16")
     paths, captions = read_pairs("challenge_set/shapes.csv", "challenge_set/shapes", 200)
     gpu, cpu = (script.Scorer(script.Config(pretrained_model=str(BUNDLED), use_cuda=use)) for use in (True, False))
-    assert (gpu.device, gpu.dtype, gpu.model.dtype) == ("cuda", "bfloat16", torch.bfloat16)
+    assert (gpu.device, gpu.dtype, gpu.family.model.dtype) == ("cuda", "bfloat16", torch.bfloat16)
     assert np.quantile(np.abs(gpu.similarity(paths, captions) - cpu.similarity(paths, captions)), 0.99) <= 1e-2
 
 
 @pytest.mark.usefixtures("cuda")
-def test_the_default_model_fits_a_4_gb_card(tmp_path, noise):
+def test_the_default_model_fits_a_4_gb_gpu(tmp_path, noise):
     """ViT-B/32 in its published shape, with the batch size that is found for it, stays within 4 GB of GPU memory."""
     from bench_work import write_clip
     write_clip(tmp_path / "clip-b32", "clip-b32")
@@ -542,7 +544,7 @@ def test_without_a_gpu_use_cuda_warns_and_runs_on_the_cpu(capfd, monkeypatch):
 # ── Values known from the published weights ───────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture
-def coco_picture():
+def coco_image():
     """COCO val2017 000000039769 (two cats on a sofa), where this machine has it and may ask the Hub for weights."""
     if os.environ.get("IMAGE_TEXT_SIM_HUB") != "1":
         pytest.skip("needs huggingface.co: run with IMAGE_TEXT_SIM_HUB=1 and COCO_39769=<path of val2017/000000039769.jpg>")
@@ -559,11 +561,11 @@ def coco_picture():
     ("openai/clip-vit-base-patch32", 100.0, 0.0, {"a photo of a cat": 24.5701, "a photo of a dog": 19.3049}),
     ("google/siglip-base-patch16-224", 117.3308, -12.9324, {"a photo of 2 cats": -0.7567, "a photo of 2 dogs": -10.3354}),
 ])
-def test_published_weights_give_the_published_values(model, scale, bias, logits, coco_picture, run_cli, write_config,
+def test_published_weights_give_the_published_values(model, scale, bias, logits, coco_image, run_cli, write_config,
                                                      write_table, read_table, tmp_path):
     """The logits that transformers' own tests expect of the published weights, from a run with exact preprocessing."""
-    table = write_table([("url", "caption"), *((coco_picture.name, caption) for caption in logits)])
-    config = write_config(csv_path=str(table), image_path=str(coco_picture.parent), pretrained_model=model, preprocess="exact",
+    table = write_table([("url", "caption"), *((coco_image.name, caption) for caption in logits)])
+    config = write_config(csv_path=str(table), image_path=str(coco_image.parent), pretrained_model=model, preprocess="exact",
                           dtype="float32")
     outcome = run_cli("--config", config, timeout=1800, env={"HF_HUB_OFFLINE": None})
     assert outcome.code == 0, outcome.stderr

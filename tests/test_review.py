@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import curate
 import image_text_sim_clip as script
-from addons import review
+from addons.curation import review
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -100,7 +100,7 @@ def open_page(browser):
 
 
 def write_page(folder, monkeypatch, **keys):
-    """Curate the finished run in `folder`/out with the drawings as its pictures, and return the page's path."""
+    """Curate the finished run in `folder`/out with the drawings as its images, and return the page's path."""
     (folder / "config.yaml").write_text(json.dumps({
         "image_path": str(ROOT / "challenge_set/shapes"), "output_path": str(folder / "out"),
         "curate": {"review": True} | keys}))
@@ -176,7 +176,7 @@ def test_opens_at_the_chosen_cut(table, open_page):
 
 @pytest.mark.slow
 def test_pairs_are_sorted_around_the_threshold(table, open_page):
-    """Above and below stand the pairs nearest to the threshold, the nearest first, with their pictures; more on demand."""
+    """Above and below stand the pairs nearest to the threshold, the nearest first, with their images; more on demand."""
     path, similarities, _ = table
     page = open_page(path)
     page.fill("#exact", "0.5")
@@ -237,7 +237,7 @@ def test_keyboard_is_enough(table, open_page):
 
 
 @pytest.mark.slow
-def test_picture_moves_the_threshold(table, open_page):
+def test_plot_moves_the_threshold(table, open_page):
     """A click in the histogram, or a drag, puts the threshold there; logarithmic heights lift what is low."""
     page = open_page(table[0])
     box = page.locator("#plot").bounding_box()
@@ -345,7 +345,7 @@ def test_a_hundred_thousand_rows(tmp_path, monkeypatch, open_page):
 
 @pytest.mark.slow
 def test_scores_without_random_pairs(tmp_path, monkeypatch, open_page):
-    """A run without a null has a page too, which says so and counts all the same."""
+    """A run without random pairs has a page too, which says so and counts all the same."""
     similarities = np.linspace(0, 1, 101, dtype=np.float32)
     write_finished_run(tmp_path / "out", similarities, sources=["shape-000.png"] * 101)
     page = open_page(write_page(tmp_path, monkeypatch, min_similarity=0.5))
@@ -365,15 +365,15 @@ def test_page_of_a_table_without_scores(tmp_path, monkeypatch, open_page, simila
 
 
 @pytest.mark.slow
-def test_missing_pictures_are_said(tmp_path, monkeypatch, open_page):
-    """A row whose picture is gone, or is none, keeps its card."""
+def test_missing_images_are_said(tmp_path, monkeypatch, open_page):
+    """A row whose image is gone, or is none, keeps its card."""
     write_finished_run(tmp_path / "out", [0.3, 0.4], sources=["gone.png", "shape-001.png"])
     page = open_page(write_page(tmp_path, monkeypatch))
-    assert sorted(page.locator(".plate").all_inner_texts()) == ["", "no picture"]
+    assert sorted(page.locator(".plate").all_inner_texts()) == ["", "no image"]
 
 
-def test_page_without_a_picture_folder(tmp_path, monkeypatch):
-    """A page needs the pictures: without their folder it says so before any work, with exit code 3."""
+def test_page_without_an_image_folder(tmp_path, monkeypatch):
+    """A page needs the images: without their folder it says so before any work, with exit code 3."""
     write_finished_run(tmp_path / "out", [0.3])
     (tmp_path / "c.yaml").write_text(json.dumps({"image_path": str(tmp_path / "none"), "output_path": str(tmp_path / "out"),
                                                  "curate": {"review": True}}))

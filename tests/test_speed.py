@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import image_text_sim_clip as script
-from addons import compiled, tune
+from addons.models import batch_size, compiled
 
 
 @pytest.mark.parametrize(("rates", "expected", "tried"), [
@@ -23,19 +23,19 @@ def test_smallest_batch_that_is_nearly_the_fastest(rates, expected, tried):
     def rate_of(batch):
         seen.append(batch)
         return rates[len(seen) - 1]
-    assert tune.choose_batch(rate_of) == expected
+    assert batch_size.choose_batch(rate_of) == expected
     assert len(seen) == tried
 
 
 def test_search_for_a_batch_ends_in_time():
     """When the seconds are over, the best of what was measured is taken."""
     clock = iter([0, 4, 8, 12, 16, 20, 24])
-    assert tune.choose_batch(lambda batch: batch, now=lambda: next(clock), budget_s=10) == 256
+    assert batch_size.choose_batch(lambda batch: batch, now=lambda: next(clock), budget_s=10) == 256
 
 
 def test_first_worker_finds_the_batch_and_others_adopt_it(shapes, run_main, tmp_path):
     """`batch_size: auto`: what the manifest records is taken over, by another worker and by a resumption, without a search."""
-    plan = script.plan(script.load_config(shapes()))
+    plan = script.make_plan(script.load_config(shapes()))
     searches = []
 
     def worker(found):
@@ -93,7 +93,7 @@ def photos(write_table):
     ({}, 2e-3, 100),
     ({"dtype": "bfloat16"}, 1e-2, 99),
 ])
-def test_drift_of_fast_settings_on_bundled_pictures(keys, most, percentile, photos, bundled_model, write_config, run_main,
+def test_drift_of_fast_settings_on_bundled_images(keys, most, percentile, photos, bundled_model, write_config, run_main,
                                                     read_table, tmp_path):
     """`fast` against `exact`: at most 2e-3 in float32; in bfloat16 the 99th percentile is at most 1e-2."""
     tables = []
@@ -107,20 +107,21 @@ def test_drift_of_fast_settings_on_bundled_pictures(keys, most, percentile, phot
 
 def test_trimmed_captions_and_shared_embeddings_change_nothing(photos, bundled_model, write_config, run_main, read_table,
                                                                tmp_path):
-    """Captions cut to their batch's longest, and pictures and captions encoded once, give what one pair alone gives (1e-6)."""
+    """Captions cut to their batch's longest, and images and captions encoded once, give what one pair alone gives (1e-6)."""
     run_main("--config", write_config(image_path=photos, pretrained_model=bundled_model, parity_rows=0))
     scorer = script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False, batch_size=1))
     rows = read_table(tmp_path / "out/scores.csv")[::7]
     for row in rows:
-        picture = script.pathlib.Path(photos, row["url"])
+        path = script.pathlib.Path(photos, row["url"])
         ids = scorer.tokenize([row["caption"]])[0][0]
-        ids += [scorer.tokenizer.pad_token_id] * (scorer.context_length - len(ids))
-        alone = scorer.cosines(scorer.encode_images(pixels_of(scorer, picture)), scorer.encode_texts([ids]))[0]
+        ids += [scorer.family.tokenizer.pad_token_id] * (scorer.family.context_length - len(ids))
+        alone = scorer.cosines(scorer.encode_images(pixels_of(scorer, path)), scorer.encode_texts([ids]))[0]
         assert float(row["similarity"]) == pytest.approx(alone, abs=1e-6)
 
 
 def pixels_of(scorer, path):
-    """(1, 3, H, W) uint8 of one picture, the way the loader makes it."""
+    """(1, 3, H, W) uint8 of one image, the way the loader makes it."""
     import torch
-    loader = script.ImageLoader(script.Config(image_path=str(path.parent)), scorer.settings, scorer.resize, 0)
+    config = script.Config(image_path=str(path.parent))
+    loader = script.ImageLoader(script.open_source(config, 0), script.ImageDecoder(config, scorer.settings), scorer.resize)
     return torch.from_numpy(loader(path.name).pixels)[None]

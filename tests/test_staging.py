@@ -1,10 +1,12 @@
 """Staging text at speed: the fast way gives what the careful reader alone gives, whatever the bytes and the block sizes."""
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import os
+import pathlib
 import shutil
 import signal
 from unittest import mock
@@ -16,21 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
-from addons import staging, text
-from addons import tables as careful
+from addons.inputs import csv_blocks, text
 
 
 def read_carefully(data, columns, separator=",", encoding="utf-8", limit=None):
     """(rows, bad rows as text) of a table's bytes, header left out: the careful reader over the whole, and nothing else."""
     codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     lines = io.TextIOWrapper(io.BytesIO(data), encoding=codec, errors="surrogateescape", newline="")
-    rows, bad, records = [], [], careful.csv_records(iter(lines), separator)
+    rows, bad, records = [], [], script.csv_records(iter(lines), separator)
     next(records)
     for line, fields, raw, _ in records:
-        if fields is not None and len(fields) == columns and careful.is_text("".join(fields)):
+        if fields is not None and len(fields) == columns and script.is_text("".join(fields)):
             rows.append(fields)
         else:
-            reason = careful.why_malformed(fields, columns)
+            reason = script.why_malformed(fields, columns)
             bad.append((str(line), reason, raw.rstrip("\r\n")[:1000].encode("utf-8", "backslashreplace").decode()))
         if len(rows) == limit:
             break
@@ -67,13 +68,21 @@ PIECES = st.sampled_from([
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
 
 
+@contextlib.contextmanager
+def block_sizes(block_bytes, line_piece_bytes, rows):
+    """While in this context, text is cut into tiny pieces, and rows are handed over and written a few at a time."""
+    with mock.patch.multiple(csv_blocks, BLOCK_BYTES=block_bytes, CAREFUL_BYTES=min(block_bytes, line_piece_bytes)), \
+            mock.patch.object(text, "LINE_PIECE_BYTES", line_piece_bytes), \
+            mock.patch.multiple(script, BATCH_ROWS=rows, STAGE_ROWS=rows):
+        yield
+
+
 @settings(max_examples=400, deadline=None)
 @given(pieces=st.lists(PIECES, max_size=30), sizes=SIZES, limit=st.none() | st.integers(1, 9))
 def test_fast_is_careful(folder, pieces, sizes, limit):
     """Rows, malformed lines, line numbers and bad_rows.csv do not depend on the way, for hostile tables and tiny blocks."""
     data = b"url,caption\n" + b"".join(pieces)
-    with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2]), LINE_PIECE_BYTES=sizes[1]), \
-            mock.patch.object(careful, "BATCH_ROWS", sizes[2]), mock.patch.object(staging, "STAGE_ROWS", sizes[2]):
+    with block_sizes(*sizes):
         _, rows, bad = read_fast(folder, data, limit=limit)
     assert (rows, bad) == read_carefully(data, 2, limit=limit)
 
@@ -85,7 +94,7 @@ def test_fast_is_careful_in_other_encodings(folder, pieces, sizes, encoding, gz)
     """Nor in encodings other than UTF-8, whose undecodable bytes make malformed rows too, nor under gzip."""
     data = b"url,caption\n" + b"".join(pieces)
     name, packed = ("table.csv.gz", gzip.compress(data)) if gz else ("table.csv", data)
-    with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2]), LINE_PIECE_BYTES=sizes[1]):
+    with block_sizes(*sizes):
         try:
             described, rows, bad = read_fast(folder, packed, name=name, encoding=encoding)
         except script.Trouble as trouble:  # a codec that knows no escape, as before
@@ -103,16 +112,16 @@ def test_fast_is_careful_in_other_encodings(folder, pieces, sizes, encoding, gz)
 def test_fast_is_careful_for_any_separator_and_width(folder, data, separator, width, sizes):
     """Nor for tables of one column or three, and separators of every kind."""
     header = separator.join(["x", "y", "z"][:width]).encode() + b"\n"
-    with mock.patch.multiple(text, BLOCK_BYTES=sizes[0], CAREFUL_BYTES=min(sizes[:2])):
+    with block_sizes(*sizes):
         _, rows, bad = read_fast(folder, header + data, separator=separator, url_column="x", caption_column="x")
     assert (rows, bad) == read_carefully(header + data, width, separator)
 
 
 def test_clean_blocks_need_no_careful_reader(folder, monkeypatch):
     """Quoted captions, line ends in them, quotes that are text, ragged and blank lines are all read the fast way."""
-    monkeypatch.setattr(careful, "careful_batches", None)
-    monkeypatch.setattr(text, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(text, "CAREFUL_BYTES", 200)
+    monkeypatch.setattr(csv_blocks, "read_stretch", None)
+    monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(csv_blocks, "CAREFUL_BYTES", 200)
     literal = '5" pipe,the "best" one\n' * 3
     table = literal + "".join(f'a{n},"caption {n}, ""quoted""\r\nand long"\n' + "ragged\n\n" * (n % 3)
                               for n in range(50)) + literal
@@ -124,14 +133,14 @@ def test_clean_blocks_need_no_careful_reader(folder, monkeypatch):
 
 def test_careful_reader_hands_back(folder, monkeypatch):
     """One stray quote in a long table costs one careful stretch, not the fast way for all the rest."""
-    stretches, real = [], careful.careful_batches
+    stretches, real = [], csv_blocks.read_stretch
 
     def counted(source, *arguments):
         stretches.append(source.line)
         return real(source, *arguments)
-    monkeypatch.setattr(careful, "careful_batches", counted)
-    monkeypatch.setattr(text, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(text, "CAREFUL_BYTES", 500)
+    monkeypatch.setattr(csv_blocks, "read_stretch", counted)
+    monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(csv_blocks, "CAREFUL_BYTES", 500)
     lines = [b'a,"b"\n'] * 40_000
     lines[20_000] = b'a,"b\n'
     _, rows, bad = read_fast(folder, b"url,caption\n" + b"".join(lines))
@@ -139,9 +148,20 @@ def test_careful_reader_hands_back(folder, monkeypatch):
     assert 1 <= len(stretches) <= 3
 
 
+@settings(max_examples=200, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=30), rows=st.integers(1, 9), limit=st.none() | st.integers(1, 9),
+       encoding=st.sampled_from(["utf-8", "UTF8", "latin-1", "cp1252"]))
+def test_script_alone_is_careful(folder, pieces, rows, limit, encoding):
+    """Without addons/ the script reads the same rows and bad rows, record by record."""
+    data = b"url,caption\n" + b"".join(pieces)
+    with mock.patch.object(script, "ADDONS", pathlib.Path("nowhere")), block_sizes(1, 1, rows):
+        _, found, bad = read_fast(folder, data, limit=limit, encoding=encoding)
+    assert (found, bad) == read_carefully(data, 2, limit=limit, encoding=encoding)
+
+
 @pytest.fixture
 def run_alone(tmp_path, run_cli, write_config):
-    """Dry-run table.csv by a copy of the script that has no addons/ beside it."""
+    """Dry-run table.csv by a copy of the script that has no addons/ next to it."""
     (tmp_path / "alone").mkdir()
     shutil.copy(script.__file__, tmp_path / "alone")
 
@@ -151,25 +171,56 @@ def run_alone(tmp_path, run_cli, write_config):
     return run
 
 
-@pytest.mark.parametrize("keys", [{}, {"limit": 2}])
-def test_script_alone_stages_clean_tables(tmp_path, run_alone, run_main, write_config, write_table, keys):
-    """Without addons/ beside it the script reads a clean table, and its scores.csv and manifest are the same."""
-    write_table('url,caption\n\na,"b, ""c""\nd"\r\ne,f\ng,\n'.encode("utf-8-sig"))
+ALONE = {
+    "clean": ({}, 'url,caption\n\na,"b, ""c""\nd"\r\ne,f\ng,\n'.encode("utf-8-sig"), 3, 0),
+    "limit": ({"limit": 2}, 'url,caption\n\na,"b, ""c""\nd"\r\nragged\ne,f\nx\ng,\n', 2, 1),
+    "stray quotes": ({}, 'url,caption\na,"b\nc,d\ne,"f"g\n"h,i\nj,k', 2, 3),
+    "ragged lines": ({}, "url,caption\na,b\nragged\n\nc,d,e\nf,g\n", 2, 2),
+    "old line ends": ({}, b'url,caption\ra,"b\r\nc"\rd\re,f\r', 2, 1),
+    "bytes that are not text": ({}, b"url,caption\na,\xff\nb,caf\xc3\xa9\n\xe9,c\n", 1, 2),
+    "a line too long": ({}, "url,caption\na," + "x" * 16_000_001 + "\nb,y\n", 1, 1),
+    "columns of one name": ({}, "note,url, note,caption,note_2\n1,u,2,c,3\n", 1, 0),
+    "no header": ({"url_column": 1, "caption_column": 0}, 'a cat,u\n"a\ndog",v\nx\n', 2, 1),
+    "another encoding": ({"encoding": "latin-1"}, "url,caption\na,\xe9\n".encode("latin-1"), 1, 0),
+    "utf-16": ({"encoding": "utf-16"}, "url,caption\na,\xe9\n".encode("utf-16"), 1, 0),
+    "another separator": ({"separator": ";"}, 'url;caption\na;"b;c"\nd;e;f\n', 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_script_alone_reads_any_csv(tmp_path, run_alone, run_main, write_config, write_table, name):
+    """Without addons/ next to it the script reads flawed tables, too, and what it writes is the same byte for byte."""
+    keys, table, rows, malformed = ALONE[name]
+    write_table(table)
     outputs = []
     for run in (lambda: run_alone(**keys), lambda: run_main("--config", write_config(**keys), "--fresh")):
         outcome = run()
-        assert outcome.code == 0 and outcome.result["rows"] == keys.get("limit", 3)
-        outputs.append([(tmp_path / "out" / name).read_bytes() for name in ("scores.csv", "manifest.json", "bad_rows.csv")])
+        assert (outcome.code, outcome.result["rows"], outcome.result["malformed"]) == (0, rows, malformed), outcome.stderr
+        outputs.append([(tmp_path / "out" / file).read_bytes() for file in ("scores.csv", "manifest.json", "bad_rows.csv")])
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.parametrize("table", ['url,caption\na,"b\nc,d\n', "url,caption\na,b\nragged\n", b"url,caption\na,\xff\n",
-                                   gzip.compress(b"url,caption\n", mtime=0), "url,caption\na," + "x" * 16_000_001])
-def test_script_alone_refuses_tables_with_flaws(tmp_path, run_alone, write_table, table):
-    """A table with any flaw is exit 3 there, saying what helps, and nothing is staged."""
+@pytest.mark.parametrize(("table", "words"), [
+    (gzip.compress(b"url,caption\n", mtime=0), "header"), ("", "header"), ('"url,caption\na,b\n', "header"),
+    ("image,text\na,b\n", "no column 'url'"), ("url,caption,url\na,b,c\n", "more than one column 'url'")])
+def test_script_alone_refuses_what_is_no_table(tmp_path, run_alone, run_main, write_config, write_table, table, words):
+    """What is no table with the two columns is exit 3 and one line, the same as with addons/, and nothing is staged."""
     write_table(table)
-    outcome = run_alone()
-    assert outcome.code == 3 and "the folder addons/" in outcome.stderr.splitlines()[-1]
+    lines = []
+    for run in (run_alone, lambda: run_main("--config", write_config(), "--fresh")):
+        outcome = run()
+        assert outcome.code == 3 and words in outcome.stderr.splitlines()[-1]
+        assert not (tmp_path / "out/pairs.parquet").exists()
+        lines.append(outcome.stderr.splitlines()[-1])
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("name", ["table.jsonl", "table.csv.gz", "table.parquet", "table.tar"])
+def test_script_alone_names_what_other_kinds_need(tmp_path, run_alone, write_table, name):
+    """An input of another kind needs addons/, which is said in one line, and nothing is staged."""
+    path = write_table(b"", name)
+    outcome = run_alone(csv_path=str(path))
+    assert outcome.code == 2 and "addons" in outcome.stderr.splitlines()[-1]
     assert not (tmp_path / "out/pairs.parquet").exists()
 
 
@@ -180,7 +231,7 @@ def test_gzipped_tables(folder, name):
     packed = b"".join(gzip.compress(part.encode()) for part in (f"url{separator}cap", f"tion\na{separator}b\n"))
     described, rows, _ = read_fast(folder, packed, name=name)
     assert rows == [["a", "b"]]
-    assert described["files"][0] == {"name": name, "rows": 1, "bytes": len(packed), "mtime_ns": mock.ANY,
+    assert described["files"][0] == {"name": name, "rows": 1, "bytes": len(packed), "mtime_ns": mock.ANY, "ctime_ns": mock.ANY,
                                      "sha256": hashlib.sha256(packed).hexdigest()}
 
 
@@ -225,9 +276,9 @@ def test_ctrl_c_while_arrow_parses_is_ours(monkeypatch):
     """Arrow does not take SIGINT while it parses: its own handler lost one that came at the end of a block."""
     caught = []
     before = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-    monkeypatch.setattr(text.arrow_csv, "ParseOptions", interrupting_options(text.arrow_csv.ParseOptions))
+    monkeypatch.setattr(csv_blocks.arrow_csv, "ParseOptions", interrupting_options(csv_blocks.arrow_csv.ParseOptions))
     try:
-        rows, bad = text.parse_clean(b"1,2\n3\n", np.array([], int), ",", ["a", "b"], 1)
+        rows, bad = csv_blocks.parse_clean(b"1,2\n3\n", np.array([], int), ",", ["a", "b"], 1)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(caught) == 1 and rows.to_pylist() == [{"a": "1", "b": "2"}] and len(bad) == 1

@@ -1,7 +1,6 @@
 """Tables: every line of the input becomes a row of scores.csv or a line of bad_rows.csv, and no cell changes on the way."""
 import csv
 import io
-import json
 import pathlib
 import tempfile
 import time
@@ -12,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
-from addons import staging
-from addons import tables as careful
+
+RESULT_COLUMNS = script.column_names(script.result_columns(script.Config()))
 
 
 def records(text, separator=","):
     """csv_records over text."""
-    found = careful.csv_records(iter(io.StringIO(text, newline="")), separator)
+    found = script.csv_records(iter(io.StringIO(text, newline="")), separator)
     return [record[:3] for record in found]
 
 
@@ -81,7 +80,7 @@ def test_line_after_a_bad_quote_is_a_record_again():
 
 def test_endless_record_is_cut_off():
     """A record longer than any caption is given up as an unbalanced quote."""
-    with mock.patch.object(careful, "MAX_RECORD_CHARS", 1000):
+    with mock.patch.object(script, "MAX_RECORD_CHARS", 1000):
         found = records('x,"abc\n' + "y,d\n" * 1000)
         assert found[0] == (1, None, 'x,"abc\n')
         assert len(found) == 1001
@@ -104,7 +103,7 @@ def test_line_ends_and_bom(rows_of, end, bom):
     outcome, rows, bad = rows_of(bom + text.encode())
     assert outcome.code == 0
     assert captions(rows) == ["one", "two", "drei é"]
-    assert list(rows[0]) == ["url", "caption", *script.RESULT_COLUMNS]
+    assert list(rows[0]) == ["url", "caption", *RESULT_COLUMNS]
     assert bad == []
 
 
@@ -239,7 +238,7 @@ def test_clashing_columns_are_renamed(rows_of):
     """An input column with a result's name is written as input_<name>, and keeps its cells."""
     _, rows, _ = rows_of("status,url,similarity,caption,input_status,detail\ns,u,0.5,c,i,d\n")
     assert list(rows[0]) == ["input_input_status", "url", "input_similarity", "caption", "input_status", "input_detail",
-                             *script.RESULT_COLUMNS]
+                             *RESULT_COLUMNS]
     assert list(rows[0].values())[:6] == ["s", "u", "0.5", "c", "i", "d"]
     assert rows[0]["status"] == "missing" and rows[0]["similarity"] == ""
 
@@ -346,7 +345,7 @@ def test_header_only(rows_of, tmp_path, header):
     assert outcome.result["rows"] == outcome.result["scored"] == 0 and outcome.result["mean_similarity"] is None
     assert rows == bad == []
     names = [n.replace("status", "input_status") for n in header.split()[0].split(",")]
-    assert (tmp_path / "out/scores.csv").read_text() == ",".join([*names, *script.RESULT_COLUMNS]) + "\n"
+    assert (tmp_path / "out/scores.csv").read_text() == ",".join([*names, *RESULT_COLUMNS]) + "\n"
 
 
 def test_missing_file_or_folder(write_config, run_main, tmp_path):
@@ -383,7 +382,7 @@ def test_limit(rows_of, limit, expected):
 
 def test_limit_at_the_edge_of_a_chunk(rows_of, monkeypatch):
     """limit holds where it falls on the edge of what is staged at a time."""
-    monkeypatch.setattr(staging, "STAGE_ROWS", 4)
+    monkeypatch.setattr(script, "STAGE_ROWS", 4)
     text = "url,caption\n" + "".join(f"u,{i}\n" for i in range(20))
     for limit in (3, 4, 5, 8, 19, 20):
         assert captions(rows_of(text, limit=limit)[1]) == [str(i) for i in range(limit)]
@@ -397,12 +396,12 @@ def dry_run(folder, table, **keys):
     (folder / "table.csv").write_bytes(table)
     config = script.Config(csv_path=str(folder / "table.csv"), image_path=str(folder / "pictures"), pretrained_model="none",
                            output_path=str(folder / "out"), loader_threads=0, **keys)
-    plan = script.plan(config, fresh=True)
+    plan = script.make_plan(config, fresh=True)
     job = script.Job(config)
     job.plan = plan
     job.work(job.pending())
     with (folder / "out/scores.csv").open("wb") as file:
-        script.write_csv(config, plan, file)
+        script.write_csv(plan, file)
     with open(folder / "out/scores.csv", encoding="utf-8", newline="") as file:
         return plan, list(csv.reader(file, strict=True))
 
@@ -446,14 +445,14 @@ def quick_folder():
 def test_no_cell_changes(quick_folder, table, end, partition_rows, chunk, threads):
     """Rows come out as they went in: all of them, in order, text unchanged, for any partition and chunk sizes."""
     header, rows = table
-    with mock.patch.object(staging, "STAGE_ROWS", chunk):
+    with mock.patch.object(script, "STAGE_ROWS", chunk):
         plan, (names, *out) = dry_run(quick_folder, quoted([header, *rows], end), partition_rows=partition_rows)
     width = len(header)
-    assert len(names) == len(set(names)) == width + len(script.RESULT_COLUMNS)
+    assert len(names) == len(set(names)) == width + len(RESULT_COLUMNS)
     assert [row[:width] for row in out] == rows
-    assert plan.rows == len(rows) and plan.manifest["malformed"] == 0
+    assert plan.row_count == len(rows) and plan.manifest["malformed"] == 0
     assert [a.stop for a in plan.partitions[:-1]] == [b.start for b in plan.partitions[1:]]
-    counts = [json.loads(p.json.read_text())["rows"] for p in plan.partitions]
+    counts = [script.read_part_metadata(plan, partition)["rows"] for partition in plan.partitions]
     assert sum(counts) == len(rows) and all(0 < n <= partition_rows for n in counts)
     statuses = [row[-2] for row in out]
     assert set(statuses) <= set(script.STATUSES) - {"ok", "not_tried"}  # there is no picture in the folder
@@ -479,7 +478,7 @@ def test_every_line_is_a_row_or_malformed(quick_folder, lines, end, partition_ro
     good = [line for line in lines if line and line not in bad]
     assert bad_lines(quick_folder) == expected
     assert plan.manifest["malformed"] == len(expected)
-    assert len(out) == plan.rows == len(good)
+    assert len(out) == plan.row_count == len(good)
     assert [row[:2] for row in out] == [next(csv.reader([line.decode()])) for line in good]
 
 
@@ -488,6 +487,6 @@ def test_every_line_is_a_row_or_malformed(quick_folder, lines, end, partition_ro
 def test_any_bytes_are_read(quick_folder, data):
     """Any bytes after a header are rows and bad rows; nothing is raised, and the count of what comes out agrees."""
     plan, (_, *out) = dry_run(quick_folder, b"caption,url\n" + data, partition_rows=4)
-    assert len(out) == plan.rows
+    assert len(out) == plan.row_count
     assert len(bad_lines(quick_folder)) == plan.manifest["malformed"]
-    assert plan.rows + plan.manifest["malformed"] <= data.count(b"\n") + data.count(b"\r") + 1
+    assert plan.row_count + plan.manifest["malformed"] <= data.count(b"\n") + data.count(b"\r") + 1

@@ -1,4 +1,4 @@
-"""The zoo of odd and broken pictures, through the decoder one by one and through a whole run."""
+"""The zoo of odd and broken images, through the decoder one by one and through a whole run."""
 import contextlib
 import csv
 import time
@@ -31,8 +31,8 @@ def test_converted_modes_have_their_known_pixels(data, rgb, tolerance):
         assert np.abs(np.subtract(middle, rgb)).max() <= tolerance, middle
 
 
-def test_every_picture_of_the_zoo_gets_what_it_should(tmp_path, write_config, write_table, run_main):
-    """A run over the whole zoo ends well: every proper picture is ok, every broken one has a right status."""
+def test_every_image_of_the_zoo_gets_what_it_should(tmp_path, write_config, write_table, run_main):
+    """A run over the whole zoo ends well: every proper image is ok, every broken one has a right status."""
     expected = {name: ("ok",) for name, *_ in PROPER} | {name: statuses for name, _, statuses in BROKEN}
     config = write_config(loader_threads=2, max_failure_rate=1.0)
     for name, data, _ in PROPER + BROKEN:
@@ -48,7 +48,7 @@ def test_every_picture_of_the_zoo_gets_what_it_should(tmp_path, write_config, wr
 
 
 def large_animals():
-    """Pictures near the pixel cap whose careless conversion takes a gigabyte: (name, bytes)."""
+    """Images near the pixel cap whose careless conversion takes a gigabyte: (name, bytes)."""
     side = 7000  # 49 megapixels
     yield "rgba.png", zoo.saved(Image.new("RGBA", (side, side), (9, 9, 9, 90)), "PNG", compress_level=1)
     yield "grey16.png", zoo.saved(Image.fromarray(np.full((side, side), 9000, np.uint16)), "PNG", compress_level=1)
@@ -59,7 +59,7 @@ def large_animals():
 
 @pytest.mark.slow
 def test_zoo_stays_within_memory_and_time(tmp_path, write_config, write_table, start_cli):
-    """Pictures of 49 megapixels and bombs together: under 500 MB above the start, no picture above 5 s."""
+    """Images of 49 megapixels and bombs together: under 500 MB above the start, no image above 5 s."""
     config = write_config(max_failure_rate=1.0)
     animals = [*large_animals()] + [(name, data) for name, data, _ in BROKEN if "bomb" in name]
     for name, data in animals:

@@ -1,4 +1,4 @@
-"""A zoo of odd and broken picture files: name -> (bytes, expected statuses, expected RGB of the middle or None)."""
+"""A zoo of odd and broken image files: name -> (bytes, expected statuses, expected RGB of the middle or None)."""
 import io
 import struct
 import zipfile
@@ -12,14 +12,14 @@ FLAT = (200, 60, 20)
 
 
 def saved(image, format_, **options):
-    """The picture's bytes."""
+    """The image's bytes."""
     out = io.BytesIO()
     image.save(out, format_, **options)
     return out.getvalue()
 
 
 def photo(width=64, height=48, mode="RGB", seed=1):
-    """A picture with detail, so that a truncated file lacks something."""
+    """An image with detail, so that a truncated file lacks something."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 

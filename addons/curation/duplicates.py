@@ -1,0 +1,224 @@
+"""What one row does to another: one caption per image, one of several equal images, one of several equal captions.
+
+Rows are compared by 64-bit hashes in plain arrays, about 80 bytes a row that is still there, so 100 million rows take
+8 GB. Two different texts or files share such a hash by chance in one of 3,700 runs of 100 million rows.
+The best row of a group is the one with the highest similarity, and of equal ones the first.
+"""
+import dataclasses
+import hashlib
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+
+from addons.curation import NeighbourRule
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from PIL import Image
+
+    from addons.curation.rules import Curation
+
+
+def hash_bytes(data: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFacts:
+    """What the rules need to know of an image: pixels, and a hash that equal (or, perceptually, similar) ones share."""
+
+    width: int
+    height: int
+    fingerprint: int
+
+
+def measure_image(data: bytes, decode: "Callable[[bytes], Image.Image]", perceptual: bool) -> ImageFacts:
+    """Facts of an encoded image. `decode` (bytes -> RGB image, raises for a broken one) is called for `perceptual`.
+
+    Otherwise only the header is read. Raises OSError or ValueError, or what `decode` raises.
+    """
+    from PIL import Image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    if not perceptual:
+        return ImageFacts(width, height, hash_bytes(data))
+    import imagehash
+    return ImageFacts(width, height, int(str(imagehash.phash(decode(data))), 16))
+
+
+class Neighbours(NamedTuple):
+    """Rows that passed the rules for one row, as parallel arrays (n,), the best row first."""
+
+    rows: np.ndarray  # int64: numbers in the input
+    keys: np.ndarray  # uint32: order keys of the similarities
+    sources: np.ndarray  # uint64: hashes of URL or path
+    captions: np.ndarray  # uint64: hashes of the captions
+    images: np.ndarray  # uint64: fingerprints of the images
+
+    def select(self, which: np.ndarray) -> "Neighbours":
+        """Those at `which`, an index or a bool array, in its order."""
+        return Neighbours(*(column[which] for column in self))
+
+
+class Candidates:
+    """Gathers, chunk by chunk, the rows to be compared with each other."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Neighbours] = []
+        self.add([], [], [], [], [])  # gives the types when there is no other chunk
+
+    def add(self, rows: "ArrayLike", keys: "ArrayLike", sources: "ArrayLike", captions: "ArrayLike",
+            images: "ArrayLike") -> None:
+        """Keep a chunk, its rows in any order: see `Neighbours`."""
+        self._chunks.append(Neighbours(np.asarray(rows, np.int64), np.asarray(keys, np.uint32), np.asarray(sources, np.uint64),
+                                       np.asarray(captions, np.uint64), np.asarray(images, np.uint64)))
+
+    def gather(self) -> Neighbours:
+        """All chunks together, the best row first; they are given away, so that they are held once."""
+        whole = Neighbours(*(np.concatenate(arrays) for arrays in zip(*self._chunks, strict=True)))
+        self._chunks.clear()
+        return whole.select(np.lexsort((whole.rows, ~whole.keys)))
+
+
+# ── Groups ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def is_first_of_group(groups: np.ndarray) -> np.ndarray:
+    """Which elements of (n,) are the first of their value: bool (n,)."""
+    first = np.zeros(len(groups), bool)
+    first[np.unique(groups, return_index=True)[1]] = True
+    return first
+
+
+def is_of_first_source(groups: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """Which elements belong to the source that is met first in their group: an image keeps all its captions. bool (n,)."""
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    return sources == sources[first][group]
+
+
+class Leaders:
+    """The perceptual hashes that lead a group, found by any hash that is within `distance` bits of them.
+
+    A hash within d bits of another equals it in at least one of d + 1 bands of bits, so only those that share a band are
+    compared. Time grows with the square of the number of different images, slowly: good for a million, not for a hundred
+    million.
+    """
+
+    def __init__(self, distance: int) -> None:
+        bounds = [64 * band // (distance + 1) for band in range(distance + 2)]
+        self._distance = distance
+        self._bands = list(itertools.pairwise(bounds))  # (lowest bit, bit after the highest)
+        self._with_bits: list[dict[int, list[int]]] = [{} for _ in self._bands]  # of each band: its bits -> leaders
+
+    def _cut(self, fingerprint: int) -> list[int]:
+        """The bits of each band."""
+        return [fingerprint >> low & (1 << high - low) - 1 for low, high in self._bands]
+
+    def find(self, fingerprint: int) -> int | None:
+        """The first leader within the distance, band by band; None where there is none."""
+        for bits, leaders in zip(self._cut(fingerprint), self._with_bits, strict=True):
+            for leader in leaders.get(bits, ()):
+                if (leader ^ fingerprint).bit_count() <= self._distance:
+                    return leader
+        return None
+
+    def add(self, fingerprint: int) -> None:
+        """Let this hash lead a group."""
+        for bits, leaders in zip(self._cut(fingerprint), self._with_bits, strict=True):
+            leaders.setdefault(bits, []).append(fingerprint)
+
+
+def group_similar(fingerprints: np.ndarray, distance: int) -> np.ndarray:
+    """(n,) uint64 perceptual hashes, the best row first -> (n,) groups: each joins a leader within `distance` bits.
+
+    A hash that finds no leader leads a group itself. So of two leaders none is within `distance` bits of the other.
+    """
+    leaders = Leaders(distance)
+    group_of: dict[int, int] = {}
+    hashes = np.asarray(fingerprints, np.uint64).tolist()
+    for fingerprint in hashes:
+        if fingerprint in group_of:
+            continue
+        leader = leaders.find(fingerprint)
+        if leader is None:
+            leader = fingerprint
+            leaders.add(fingerprint)
+        group_of[fingerprint] = leader
+    return np.array([group_of[fingerprint] for fingerprint in hashes], np.uint64)
+
+
+# ── Rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass(frozen=True)
+class OneCaptionPerImage:
+    """Keeps the best row of each URL or path."""
+
+    name: ClassVar[str] = "one_caption_per_image"
+
+    def keeps(self, rows: Neighbours) -> np.ndarray:
+        """Tell which rows are the best of their source: bool (n,)."""
+        return is_first_of_group(rows.sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualImages:
+    """Keeps, of images with the same bytes, the best-scoring source with all its captions."""
+
+    name: ClassVar[str] = "duplicate_image"
+
+    def keeps(self, rows: Neighbours) -> np.ndarray:
+        """Tell which rows are of the best source of their image: bool (n,)."""
+        return is_of_first_source(rows.images, rows.sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilarImages:
+    """Keeps, of images whose perceptual hashes differ by few bits, the best-scoring source with all its captions."""
+
+    distance: int  # bits
+    name: ClassVar[str] = "duplicate_image"
+
+    def keeps(self, rows: Neighbours) -> np.ndarray:
+        """Tell which rows are of the best source of their group: bool (n,)."""
+        return is_of_first_source(group_similar(rows.images, self.distance), rows.sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualCaptions:
+    """Keeps the best row of each caption."""
+
+    name: ClassVar[str] = "duplicate_caption"
+
+    def keeps(self, rows: Neighbours) -> np.ndarray:
+        """Tell which rows are the best of their caption: bool (n,)."""
+        return is_first_of_group(rows.captions)
+
+
+def make_neighbour_rules(curation: "Curation") -> list[NeighbourRule]:
+    """The rules between rows that the keys ask for, in the order in which they are applied."""
+    made: list[NeighbourRule] = []
+    if curation.one_caption_per_image:
+        made.append(OneCaptionPerImage())
+    if curation.duplicate_images == "exact":
+        made.append(EqualImages())
+    if curation.duplicate_images == "perceptual":
+        made.append(SimilarImages(curation.perceptual_distance))
+    if curation.duplicate_captions == "exact":
+        made.append(EqualCaptions())
+    return made
+
+
+def find_duplicates(rows: Neighbours, rules: Sequence[NeighbourRule]) -> dict[str, np.ndarray]:
+    """Row numbers to drop, by the name of the rule; each rule is applied to what the last one left."""
+    dropped = {}
+    for rule in rules:
+        stays = rule.keeps(rows)
+        dropped[rule.name] = rows.rows[~stays]
+        rows = rows.select(stays)
+    return dropped

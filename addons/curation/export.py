@@ -1,0 +1,337 @@
+"""Write the rows that curation kept: tables, an `imagefolder` for Hugging Face datasets, or webdataset tars.
+
+Images are written as the bytes that were scored, never encoded anew. Each row carries `similarity`, `dissimilarity` and
+the columns of further measures, so that a trainer can weight by them. Every file is written under another name and then
+renamed: one that exists is complete, which is all of resuming, and an export that was interrupted ends with the same
+bytes as one that was not.
+"""
+import csv
+import dataclasses
+import io
+import json
+import math
+import pathlib
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypeVar
+
+import numpy as np
+
+from addons.curation import Export
+from addons.curation.finished import FinishedRun
+from addons.curation.images import RunImages
+from addons.curation.rules import KEPT, Curation
+from image_text_sim_clip import RowFailure, atomic_file, file_sha256, read_json, say, write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "AVIF": "avif"}
+FOLDER_ROWS = 10_000  # images in one folder of an imagefolder
+
+Cell = float | bool | str | None  # of a further measure's column
+Item = TypeVar("Item")
+
+
+# ── What is exported ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One kept row: its number in the input, where its image is, and what is said of it."""
+
+    row: int
+    source: str
+    url: str
+    caption: str
+    similarity: float
+    dissimilarity: float
+    further: dict[str, Cell]  # the columns of further measures
+
+    @property
+    def key(self) -> str:
+        """The row number as a file name without its ending."""
+        return f"{self.row:09d}"
+
+    def describe(self) -> dict[str, Cell]:
+        """What goes into metadata.jsonl and the tars' JSON files; a further column that clashes becomes measure_<name>."""
+        described: dict[str, Cell] = {"text": self.caption, "row": self.row, "url": self.url,
+                                      "similarity": self.similarity, "dissimilarity": self.dissimilarity}
+        reserved = {*described, "file_name", "image"}
+        for name, value in self.further.items():
+            described[f"measure_{name}" if name in reserved else name] = value
+        return described
+
+
+@dataclasses.dataclass
+class Exported:
+    """How many rows were written, and which were not: (row, url, reason)."""
+
+    count: int = 0
+    missing: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptRows:
+    """The rows that an export writes, in input order, and the section `curate:` that chose them."""
+
+    run: FinishedRun
+    verdicts: np.ndarray  # uint8 (rows,)
+    curation: Curation
+    images: RunImages | None  # None for an export that needs none
+
+    @property
+    def count(self) -> int:
+        """How many rows were kept."""
+        return int((np.asarray(self.verdicts) == KEPT).sum())
+
+    def tables(self) -> Iterator["pa.Table"]:
+        """Yield the kept rows as tables with the columns of scores.csv."""
+        import pyarrow as pa
+        for _, table, verdicts in self.run.judged_chunks(self.verdicts):
+            yield table.filter(pa.array(verdicts == KEPT))
+
+    def records(self, images: RunImages) -> Iterator[Record]:
+        """Yield the kept rows one by one."""
+        further_names = [column.name for column in self.run.further_columns]
+        names = [self.run.source_name, self.run.caption_name, "similarity", "dissimilarity", *further_names]
+        for first_row, table, verdicts in self.run.judged_chunks(self.verdicts):
+            places = np.flatnonzero(verdicts == KEPT)
+            if not len(places):
+                continue
+            sources = images.locate(first_row, table)
+            columns = [table[name].take(places).to_pylist() for name in names]
+            for place, (url, caption, similarity, dissimilarity, *cells) in zip(places.tolist(), zip(*columns, strict=True),
+                                                                                strict=True):
+                further = dict(zip(further_names, map(none_for_nan, cells), strict=True))
+                yield Record(first_row + place, sources[place], url, caption, similarity, dissimilarity, further)
+
+
+def none_for_nan(cell: Cell) -> Cell:
+    """The cell as JSON can hold it: None instead of NaN."""
+    return None if isinstance(cell, float) and math.isnan(cell) else cell
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` items, the last one shorter."""
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ── Tables ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Csv:
+    """kept.csv alone, which every run writes."""
+
+    name: ClassVar[str] = "csv"
+    needs_images: ClassVar[bool] = False
+
+    def write(self, kept: KeptRows, folder: pathlib.Path) -> Exported:
+        """Write nothing more."""
+        return Exported(kept.count)
+
+
+class Parquet:
+    """kept.parquet: the columns of kept.csv with their types."""
+
+    name: ClassVar[str] = "parquet"
+    needs_images: ClassVar[bool] = False
+
+    def write(self, kept: KeptRows, folder: pathlib.Path) -> Exported:
+        """Write `folder`/kept.parquet."""
+        import pyarrow.parquet as pq
+        exported = Exported()
+        schema = kept.run.schema
+        with atomic_file(folder / "kept.parquet") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for table in kept.tables():
+                writer.write_table(table)
+                exported.count += table.num_rows
+        return exported
+
+
+# ── Images ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class ImageExport:
+    """An export that writes images too, below `folder`/`name`/. A class of it writes what is not yet there."""
+
+    name: ClassVar[str]
+    needs_images: ClassVar[bool] = True
+
+    def write(self, kept: KeptRows, folder: pathlib.Path) -> Exported:
+        """Write what is not there yet; kept rows whose image is gone are listed in `folder`/not_exported.csv."""
+        assert kept.images
+        state = ExportState(folder, self.name, self.parameters(kept.curation))
+        if state.is_complete:
+            return Exported(state.exported)
+        exported = self.write_images(state.target, kept, kept.images)
+        write_missing(folder / "not_exported.csv", exported.missing)
+        state.finish(exported)
+        return exported
+
+    def parameters(self, curation: Curation) -> dict[str, int]:
+        """The keys, besides the rows kept, that decide how the files are cut."""
+        return {}
+
+    def write_images(self, target: pathlib.Path, kept: KeptRows, images: RunImages) -> Exported:
+        """Write the kept rows below `target`; files that are there already are of these rows."""
+        raise NotImplementedError
+
+
+class ExportState:
+    """Which rows the export in `folder`/`name`/ is of, and whether it is complete: `name`.json next to it.
+
+    An export of other rows is removed before the new one is written, so that the files of two choices never mix. What
+    another kind of export left is not touched.
+    """
+
+    def __init__(self, folder: pathlib.Path, name: str, parameters: dict[str, int]) -> None:
+        self.target = folder / name
+        self._path = folder / f"{name}.json"
+        self._wanted = {"kept_sha256": file_sha256(folder / "kept.csv"), **parameters}
+        held = read_json(self._path) or {}
+        self.exported = held.pop("exported", 0)
+        is_complete = held.pop("complete", False)
+        is_of_these_rows = held == self._wanted
+        self.is_complete = is_complete and is_of_these_rows and self.target.exists()
+        if not is_of_these_rows:
+            shutil.rmtree(self.target, ignore_errors=True)
+            write_json(self._path, {**self._wanted, "complete": False})
+
+    def finish(self, exported: Exported) -> None:
+        """Record the end; an export that lacks images stays incomplete, and the same command tries those again."""
+        self.exported = exported.count
+        write_json(self._path, {**self._wanted, "complete": not exported.missing, "exported": exported.count})
+
+
+def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]]) -> None:
+    """Write not_exported.csv: kept rows whose image cannot be had any more; no file where there are none."""
+    path.unlink(missing_ok=True)
+    if not missing:
+        return
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+        csv.writer(text, lineterminator="\n").writerows([("row", "url", "reason"), *missing])
+        text.detach()
+    say(f"{len(missing)} kept rows have no image any more: see {path}; the same command tries them again")
+
+
+def find_extension(data: bytes) -> str | None:
+    """The usual ending of an image's file, from its content; None for no image that is known."""
+    from PIL import Image
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
+            return EXTENSIONS[str(image.format)]
+    except (OSError, KeyError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def load_records(records: list[Record], images: RunImages, exported: Exported) -> Iterator[tuple[Record, bytes, str]]:
+    """Yield (record, bytes, extension) for those whose image can be had; the others are noted in `exported`."""
+    for record, data in zip(records, images.load([record.source for record in records]), strict=True):
+        if isinstance(data, RowFailure):
+            exported.missing.append((record.row, record.url, str(data)))
+            continue
+        extension = find_extension(data)
+        if extension is None:
+            exported.missing.append((record.row, record.url, "not an image any more"))
+            continue
+        yield record, data, extension
+
+
+class ImageFolder(ImageExport):
+    """imagefolder/train/metadata.jsonl and the images it names, 10,000 a folder.
+
+    It loads with datasets.load_dataset("imagefolder", data_dir=...), and with the diffusers training scripts, whose default
+    columns are `image` and `text`.
+    """
+
+    name: ClassVar[str] = "imagefolder"
+
+    def write_images(self, target: pathlib.Path, kept: KeptRows, images: RunImages) -> Exported:
+        """Write the images and then, last of all, metadata.jsonl."""
+        exported = Exported()
+        root = target / "train"
+        root.mkdir(parents=True, exist_ok=True)
+        with atomic_file(root / "metadata.jsonl") as file:
+            for records in batched(kept.records(images), FOLDER_ROWS):
+                file_names = self._write_missing_images(root, records, images, exported)
+                for record in records:
+                    if record.key in file_names:
+                        line = {"file_name": file_names[record.key], **record.describe()}
+                        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                        exported.count += 1
+        return exported
+
+    def _write_missing_images(self, root: pathlib.Path, records: list[Record], images: RunImages,
+                              exported: Exported) -> dict[str, str]:
+        """Write those images that are not there yet; returns where each record's image is below `root`, by its key."""
+        file_names: dict[str, str] = {}
+        for place in sorted({self._folder_of(record) for record in records}):
+            (root / place).mkdir(exist_ok=True)
+            for path in (root / place).iterdir():
+                if not path.name.startswith("."):
+                    file_names[path.stem] = f"{place}/{path.name}"
+        absent = [record for record in records if record.key not in file_names]
+        for record, data, extension in load_records(absent, images, exported):
+            file_names[record.key] = f"{self._folder_of(record)}/{record.key}.{extension}"
+            with atomic_file(root / file_names[record.key]) as file:
+                file.write(data)
+        return file_names
+
+    @staticmethod
+    def _folder_of(record: Record) -> str:
+        return f"{record.row // FOLDER_ROWS:05d}"
+
+
+class WebDataset(ImageExport):
+    """webdataset/kept-00000.tar ..., `shard_rows` rows each: an image, a .txt (caption) and a .json for every key."""
+
+    name: ClassVar[str] = "webdataset"
+
+    def parameters(self, curation: Curation) -> dict[str, int]:
+        """How many rows a tar holds."""
+        return {"shard_rows": curation.shard_rows}
+
+    def write_images(self, target: pathlib.Path, kept: KeptRows, images: RunImages) -> Exported:
+        """Write the tars that are not there yet, or that lack rows."""
+        exported = Exported()
+        target.mkdir(parents=True, exist_ok=True)
+        for number, records in enumerate(batched(kept.records(images), kept.curation.shard_rows)):
+            path = target / f"kept-{number:05d}.tar"
+            if path.exists() and read_keys(path) == [record.key for record in records]:
+                exported.count += len(records)
+                continue
+            with atomic_file(path) as file:
+                self._write_tar(file, records, images, exported)
+        return exported
+
+    def _write_tar(self, file: BinaryIO, records: list[Record], images: RunImages, exported: Exported) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for record, data, extension in load_records(records, images, exported):
+                description = json.dumps(record.describe(), ensure_ascii=False)
+                add_member(tar, f"{record.key}.{extension}", data)
+                add_member(tar, f"{record.key}.txt", record.caption.encode())
+                add_member(tar, f"{record.key}.json", description.encode())
+                exported.count += 1
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file to the tar, with owner 0 and time 0: the same bytes at any time."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def read_keys(path: pathlib.Path) -> list[str]:
+    """The keys of a finished tar, in order."""
+    with tarfile.open(path) as tar:
+        return [name.removesuffix(".txt") for name in tar.getnames() if name.endswith(".txt")]
+
+
+EXPORTS: dict[str, Export] = {export.name: export for export in (Csv(), Parquet(), ImageFolder(), WebDataset())}

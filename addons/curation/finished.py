@@ -1,0 +1,186 @@
+"""The finished scores as curation reads them: parts in input order, chunk by chunk, and what is known of the whole."""
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from addons.curation import JsonObject
+from addons.measures import random_pairs
+from image_text_sim_clip import (
+    EXIT_INPUT,
+    EXIT_VERIFY,
+    RESULT_COLUMNS,
+    Column,
+    Config,
+    FlawedPart,
+    PartsChanged,
+    Plan,
+    StagedRows,
+    Trouble,
+    arrow_type,
+    column_name,
+    column_names,
+    cut_rows,
+    output_names,
+    part_metadata,
+    read_json,
+    read_part,
+    refuse_other_format,
+    result_columns,
+    result_tables,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNK_ROWS = 1 << 14  # rows in memory at a time
+
+JudgedChunk = tuple[int, "pa.Table", np.ndarray]  # number of its first row, rows as in scores.csv, verdicts uint8 (n,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What the scoring script left in `output_path`."""
+
+    plan: Plan  # with the settings that the rows were scored with
+    parts: list[JsonObject]  # each part's metadata, without what its measures kept
+    profile: JsonObject  # profile.json
+    random_pairs: random_pairs.PairCounts | None  # histograms of random and matched pairs; None after a dry run
+    names: list[str]  # the input's columns, as scores.csv names them
+    source_name: str
+    caption_name: str
+
+    @property
+    def output(self) -> pathlib.Path:
+        """The folder of the scores."""
+        return self.plan.output
+
+    @property
+    def model(self) -> str:
+        """What gave the scores: a Hub id or a folder."""
+        return self.plan.config.pretrained_model
+
+    @property
+    def row_count(self) -> int:
+        """How many rows there are, scored or not."""
+        return sum(part["rows"] for part in self.parts)
+
+    @property
+    def scored_count(self) -> int:
+        """How many rows have a similarity."""
+        return sum(part["similarity_count"] for part in self.parts)
+
+    @property
+    def result_columns(self) -> tuple[Column, ...]:
+        """The columns of scores.csv after the input's."""
+        return result_columns(self.plan.config)
+
+    @property
+    def further_columns(self) -> list[Column]:
+        """The columns of further measures among them."""
+        return [column for column in self.result_columns if column not in RESULT_COLUMNS]
+
+    @property
+    def schema(self) -> "pa.Schema":
+        """The columns of scores.csv with their types."""
+        import pyarrow as pa
+        fields = [pa.field(name, pa.string()) for name in self.names]
+        fields += [pa.field(column.name, arrow_type(column)) for column in self.result_columns]
+        return pa.schema(fields)
+
+    def chunks(self, columns: list[str]) -> Iterator[tuple[int, "pa.Table"]]:
+        """Yield (number of the first row, table of these columns of the parts) for up to CHUNK_ROWS rows at a time."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        first_row = 0
+        for partition in self.plan.partitions:
+            with pq.ParquetFile(partition.parquet) as part:
+                for batch in part.iter_batches(CHUNK_ROWS, columns=columns):
+                    yield first_row, pa.Table.from_batches([batch])
+                    first_row += batch.num_rows
+
+    def similarities(self) -> Iterator[np.ndarray]:
+        """Yield all rows' similarities, in input order: float32 arrays with NaN for none."""
+        for _, table in self.chunks(["similarity"]):
+            yield read_similarities(table)
+
+    def judged_chunks(self, verdicts: np.ndarray) -> Iterator[JudgedChunk]:
+        """Yield all rows with their verdicts, uint8 (rows,), up to CHUNK_ROWS at a time."""
+        first_row = 0
+        for table in self._tables():
+            for start in range(0, table.num_rows, CHUNK_ROWS):
+                chunk = table.slice(start, CHUNK_ROWS)
+                yield first_row, chunk, np.asarray(verdicts[first_row:first_row + chunk.num_rows])
+                first_row += chunk.num_rows
+
+    def _tables(self) -> Iterator["pa.Table"]:
+        """Yield each part's rows with the columns of scores.csv. Trouble (exit 7) where a part was replaced meanwhile."""
+        if not self.plan.partitions:  # no rows
+            return
+        try:
+            yield from result_tables(self.plan)
+        except PartsChanged:
+            raise Trouble(EXIT_VERIFY, f"{self.output}: another process has replaced parts meanwhile: run the same command "
+                                       "again") from None
+
+    def random_counts(self) -> np.ndarray | None:
+        """How many random pairs score in each bin, (BINS,) int64; None where there are no random pairs."""
+        if self.random_pairs is None or not self.random_pairs.random.count:
+            return None
+        return self.random_pairs.random.counts
+
+    def matched_counts(self) -> np.ndarray:
+        """How many rows score in each bin, (BINS,) int64."""
+        if self.random_pairs is not None:
+            return self.random_pairs.matched.counts
+        histogram = random_pairs.Histogram()
+        for similarities in self.similarities():
+            histogram.add(similarities)
+        return histogram.counts
+
+
+def read_similarities(table: "pa.Table") -> np.ndarray:
+    """The table's similarities: float32 (n,), NaN for none."""
+    return table["similarity"].to_numpy().astype(np.float32)
+
+
+def open_run(config: Config) -> FinishedRun:
+    """Find the finished run in `output_path` and verify its parts.
+
+    Trouble: exit 2 for the results of another version, 3 for none or unfinished ones, 7 for a damaged part.
+    """
+    output = pathlib.Path(config.output_path)
+    manifest = read_json(output / "manifest.json")
+    if manifest:
+        refuse_other_format(manifest, output)
+    profile = read_json(output / "profile.json")
+    if not manifest or not profile:
+        raise Trouble(EXIT_INPUT, f"{output} holds no finished scores: run image_text_sim_clip.py with this config first")
+    scored_with = dataclasses.replace(config, **manifest["settings"])
+    # all rows are in the parts, so the table that they came from is not opened: it may be gone by now
+    plan = Plan(scored_with, output, manifest, cut_rows(manifest, output), StagedRows(output / "pairs.parquet"))
+    parts = _verify_parts(plan)
+    totals = random_pairs.RandomPairs.add_up(part_metadata(plan))
+    names = output_names(manifest["columns"], column_names(result_columns(scored_with)))
+    shown_as = dict(zip(manifest["columns"], names, strict=True))
+    return FinishedRun(plan, parts, profile, totals, names, shown_as[column_name(scored_with.url_column)],
+                       shown_as[column_name(scored_with.caption_column)])
+
+
+def _verify_parts(plan: Plan) -> list[JsonObject]:
+    """Read every part in full, which finds any damage; returns their metadata without what their measures kept."""
+    parts = []
+    for partition in plan.partitions:
+        try:
+            part = read_part(plan, partition)
+        except FlawedPart:
+            raise Trouble(EXIT_VERIFY, f"{partition.parquet} is not what had been written: run image_text_sim_clip.py with "
+                                       "this config and --verify, which removes it, and then without") from None
+        if part is None:
+            raise Trouble(EXIT_INPUT, f"{plan.output} is not finished ({partition.parquet.name} is missing): run "
+                                      "image_text_sim_clip.py with this config again")
+        # histograms are some kB a part, and there may be ten thousand parts
+        parts.append({key: value for key, value in part.metadata.items() if key != "measures"})
+    return parts

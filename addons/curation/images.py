@@ -1,0 +1,91 @@
+"""The images of finished rows, read again the way the scoring script reads them: several at a time and in order."""
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from addons.curation.duplicates import ImageFacts, measure_image
+from addons.curation.finished import FinishedRun
+from image_text_sim_clip import (
+    Config,
+    LoaderPool,
+    RowFailure,
+    decode_image,
+    find_reader,
+    loader_threads,
+    open_source,
+    say,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from PIL import Image
+
+    from addons.inputs import Rows
+
+
+def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
+    """The rows of an input that brings its images along, such as tars; None where the images are elsewhere.
+
+    Trouble (exit 3) for an input that is gone, unless it is a staged table, which brings none.
+    """
+    if "staged" in run.plan.manifest:
+        return None
+    rows = find_reader(config.csv_path).open(run.plan.manifest, config, run.output)
+    return rows if rows.brings_images else None
+
+
+class RunImages:
+    """Sources -> bytes -> images. Use it in a `with`: at its end what is still queued is dropped."""
+
+    def __init__(self, config: Config, run: FinishedRun) -> None:
+        """Open the source of images that the config names. Trouble (exit 3) for a folder or an input that is not there."""
+        self._config = config
+        self._source_name = run.source_name
+        threads = loader_threads(config)
+        self._rows = open_rows_with_images(config, run)
+        self._read = self._rows.read_bytes if self._rows else open_source(config, threads)
+        if self._rows is None and config.image_path == "url" and not config.cache_path:
+            say("image_path: url without cache_path: the images are fetched again")
+        self._pool = LoaderPool[bytes | RowFailure](threads)
+
+    def __enter__(self) -> "RunImages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
+
+    def locate(self, first_row: int, table: "pa.Table") -> list[str]:
+        """The source of each row of a chunk: its URL or path, or its place in an input that brings images along."""
+        if self._rows:
+            return self._rows.sources(first_row, first_row + table.num_rows)
+        return table[self._source_name].to_pylist()
+
+    def load(self, sources: list[str]) -> Iterator[bytes | RowFailure]:
+        """Yield for each source its bytes, or the RowFailure that says why there are none."""
+        self._pool.add(self._read_or_fail, sources)
+        for _ in sources:
+            yield self._pool.take()
+
+    def _read_or_fail(self, source: str) -> bytes | RowFailure:
+        try:
+            return self._read(source.strip())
+        except RowFailure as failure:
+            return failure.with_traceback(None)
+
+    def decode(self, data: bytes) -> "Image.Image":
+        """Bytes -> 8-bit RGB image; raises RowFailure."""
+        return decode_image(data, self._config)
+
+    def measure_all(self, sources: Iterable[str], perceptual: bool) -> dict[str, ImageFacts | None]:
+        """Each source's facts, or None where the image cannot be read; every source is read once."""
+        names = list(dict.fromkeys(sources))
+        facts = {}
+        for name, data in zip(names, self.load(names), strict=True):
+            facts[name] = None if isinstance(data, RowFailure) else self._measure(data, perceptual)
+        return facts
+
+    def _measure(self, data: bytes, perceptual: bool) -> ImageFacts | None:
+        from PIL import Image
+        try:
+            return measure_image(data, self.decode, perceptual)
+        except (RowFailure, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None

@@ -1,0 +1,365 @@
+"""Which scored rows to keep: the section `curate:`, known recipes, and the rules that look at one row at a time.
+
+Every row gets one verdict, KEPT or the first of RULES that it fails. What one row does to another (duplicates, one
+caption per image) is judged afterwards, in addons/curation/duplicates.py, among the rows that are still there.
+Similarities are compared as the float32 that they are: a row whose cell says 0.3 passes `min_similarity: 0.3`.
+"""
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from addons.curation import ImageRule, JsonObject, RowRule
+from addons.curation.duplicates import ImageFacts
+from image_text_sim_clip import setting
+
+# Verdicts are the numbers of these names; a dropped row shows the first rule it fails.
+RULES = ("kept", "not_scored", "caption_length", "min_similarity", "keep_fraction", "max_random_rate", "unreadable_image",
+         "image_size", "aspect", "one_caption_per_image", "duplicate_image", "duplicate_caption")
+VERDICTS = {name: number for number, name in enumerate(RULES)}
+KEPT = VERDICTS["kept"]
+
+RULE_TEXTS = {
+    "not_scored": "has no similarity: see its status",
+    "caption_length": "the caption is shorter or longer than allowed",
+    "min_similarity": "scores below min_similarity",
+    "keep_fraction": "is not among the best keep_fraction of the scored rows",
+    "max_random_rate": "more than max_random_rate of random pairs score as high",
+    "unreadable_image": "the image could not be read again",
+    "image_size": "the image is smaller than min_width x min_height",
+    "aspect": "the image is longer than max_aspect allows",
+    "one_caption_per_image": "another caption of the same image scores higher",
+    "duplicate_image": "another row with an equal image scores higher",
+    "duplicate_caption": "another row with the same caption scores higher",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curation:
+    """Every key of config.yaml's section `curate`, which says in a comment what each is for."""
+
+    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30"] | None = None
+    recipe_for_any_model: bool = False
+    min_similarity: float | None = setting(None, -1, 1)
+    keep_fraction: float | None = setting(None, 0, 1)
+    max_random_rate: float | None = setting(None, 0, 1)
+    min_caption_chars: int = setting(0, 0)
+    max_caption_chars: int | None = setting(None, 1)
+    min_width: int = setting(0, 0)
+    min_height: int = setting(0, 0)
+    max_aspect: float | None = setting(None, 1)
+    one_caption_per_image: bool = False
+    duplicate_images: Literal["keep", "exact", "perceptual"] = "keep"
+    perceptual_distance: int = setting(4, 0, 16)
+    duplicate_captions: Literal["keep", "exact"] = "keep"
+    export: Literal["csv", "parquet", "imagefolder", "webdataset"] = "csv"
+    shard_rows: int = setting(10_000, 1)
+    review: bool = False
+    review_rows: int = setting(2000, 1, 20_000)
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether a rule looks at the images themselves, so that they are read again."""
+        return self.duplicate_images != "keep" or bool(make_image_rules(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A published way of choosing: the keys that it sets, the model whose cosines it speaks of, and who used it."""
+
+    keys: dict[str, float]
+    model: str
+    source: str
+
+
+RECIPES = {
+    "laion-400m": Recipe({"min_similarity": 0.30}, "openai/clip-vit-base-patch32", "LAION-400M (Schuhmann et al. 2021)"),
+    "laion-2b": Recipe({"min_similarity": 0.28}, "openai/clip-vit-base-patch32", "LAION-5B, its English part (2022)"),
+    "datacomp-l14-top30": Recipe({"keep_fraction": 0.3}, "openai/clip-vit-large-patch14",
+                                 "DataComp, CLIP score (L/14 30 %) (Gadre et al. 2023)"),
+}
+
+
+def apply_recipe(curation: Curation, model: str) -> Curation:
+    """Fill in the keys of the curation's recipe.
+
+    `model` is the one that gave the scores, a Hub id or a folder whose last segment counts. ValueError, with a message
+    for the user, when the recipe was made for another (unless `recipe_for_any_model`) or a key says something else.
+    """
+    if curation.recipe is None:
+        return curation
+    recipe = RECIPES[curation.recipe]
+    if _last_segment(model) != _last_segment(recipe.model) and not curation.recipe_for_any_model:
+        raise ValueError(f"recipe {curation.recipe} was made for {recipe.model}, and these scores are from {model}: cosines of "
+                         "two models do not compare (max_random_rate does; recipe_for_any_model: true insists)")
+    for key, value in recipe.keys.items():
+        if getattr(curation, key) not in (None, value):
+            raise ValueError(f"recipe {curation.recipe} sets {key} to {value}; leave {key} out, or the recipe")
+    return dataclasses.replace(curation, **recipe.keys)  # type: ignore[arg-type]  # its keys are numbers, as above
+
+
+def _last_segment(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+# ── The best fraction, exactly and in constant memory ─────────────────────────────────────────────────────────────────
+
+def order_keys(similarities: np.ndarray) -> np.ndarray:
+    """float32 (n,) without NaN -> uint32 (n,) in the same order: their bits, turned so that they count upwards."""
+    bits = (np.asarray(similarities, np.float32) + np.float32(0)).view(np.uint32)  # + 0 makes -0.0 equal to 0.0
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def similarity_of_key(key: int) -> float:
+    """The float32 whose order key this is."""
+    bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
+    return float(np.array(bits, np.uint32).view(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class FractionCut:
+    """The best rows by similarity: all above `key`, and those at `key` up to and including row `last_row`."""
+
+    key: int
+    last_row: int
+
+    def keeps(self, similarities: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Tell which of the scored rows, given by similarity (n,) and row number (n,), are among the best: bool (n,)."""
+        keys = order_keys(similarities)
+        return (keys > self.key) | ((keys == self.key) & (rows <= self.last_row))
+
+    @property
+    def similarity(self) -> float:
+        """The lowest similarity that is kept."""
+        return similarity_of_key(self.key)
+
+
+Chunks = Callable[[], Iterable[np.ndarray]]
+
+
+def find_fraction_cut(chunks: Chunks, fraction: float) -> FractionCut:
+    """Find the cut that keeps exactly floor(fraction x scored rows): the highest, and of equal ones the first rows.
+
+    `chunks()` gives the similarities of all rows, in input order, as float32 arrays of any length with NaN for a row
+    without a score; it is called three times. One pass counts the upper half of each order key, one the lower half within
+    the decisive upper half, one finds the row at which the ties run out: 1 MB of counts for any number of rows.
+    """
+    upper = np.zeros(1 << 16, np.int64)
+    for similarities in chunks():
+        upper += np.bincount(order_keys(_scored(similarities)) >> 16, minlength=1 << 16)
+    # the fraction as it is written: 0.7 of 10 is 7, though the nearest float lies a little below 0.7
+    wanted = math.floor(Fraction(str(fraction)) * int(upper.sum()))
+    if not wanted:
+        return FractionCut(0xFFFFFFFF, -1)
+    half, above_half = _find_decisive(upper, wanted)
+    lower = np.zeros(1 << 16, np.int64)
+    for similarities in chunks():
+        keys = order_keys(_scored(similarities))
+        lower += np.bincount(keys[keys >> 16 == half] & 0xFFFF, minlength=1 << 16)
+    rest, above_rest = _find_decisive(lower, wanted - above_half)
+    key = half << 16 | rest
+    return FractionCut(key, _find_last_tie(chunks, key, wanted - above_half - above_rest))
+
+
+def _scored(similarities: np.ndarray) -> np.ndarray:
+    return similarities[~np.isnan(similarities)]
+
+
+def _find_decisive(counts: np.ndarray, wanted: int) -> tuple[int, int]:
+    """Find the highest bin such that it and those above hold at least `wanted`; also return how many lie above it."""
+    reached = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(reached, wanted))
+    decisive = len(counts) - 1 - place
+    return decisive, int(reached[place] - counts[decisive])
+
+
+def _find_last_tie(chunks: Chunks, key: int, ties: int) -> int:
+    """Find the row number of the `ties`-th row whose similarity has this order key."""
+    first_row = 0
+    for similarities in chunks():
+        at_key = np.flatnonzero(~np.isnan(similarities) & (order_keys(similarities) == key))
+        if len(at_key) >= ties:
+            return first_row + int(at_key[ties - 1])
+        ties -= len(at_key)
+        first_row += len(similarities)
+    raise AssertionError("the chunks were not the same in each pass")
+
+
+# ── Rules for one row ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """Where the three rules on similarity cut; None for a rule that is not asked for."""
+
+    min_similarity: float | None = None
+    fraction: FractionCut | None = None
+    random_rate: float | None = None  # the similarity that at most max_random_rate of random pairs reach
+
+    @property
+    def similarity(self) -> float | None:
+        """The strictest of them, as a similarity."""
+        fraction = self.fraction.similarity if self.fraction else None
+        given = [self.min_similarity, fraction, self.random_rate]
+        return max((cut for cut in given if cut is not None), default=None)
+
+
+class ScoredRows(NamedTuple):
+    """What a `RowRule` sees of n rows that follow each other."""
+
+    first_row: int  # its number in the input
+    similarities: np.ndarray  # float32 (n,), NaN for none
+    is_ok: np.ndarray  # bool (n,): whether the status is ok
+    captions: list[str]  # n
+
+
+@dataclasses.dataclass(frozen=True)
+class NotScored:
+    """Drops a row without a similarity."""
+
+    name: ClassVar[str] = "not_scored"
+
+    def fails(self, rows: ScoredRows) -> np.ndarray:
+        """Tell which rows have no score: bool (n,)."""
+        return ~rows.is_ok | np.isnan(rows.similarities)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionLength:
+    """Drops a caption of fewer or more characters than allowed, white space around it aside."""
+
+    fewest: int
+    most: int | None
+    name: ClassVar[str] = "caption_length"
+
+    def fails(self, rows: ScoredRows) -> np.ndarray:
+        """Tell which captions are too short or too long: bool (n,)."""
+        lengths = np.fromiter((len(caption.strip()) for caption in rows.captions), np.int64, len(rows.captions))
+        most = math.inf if self.most is None else self.most
+        return (lengths < self.fewest) | (lengths > most)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilarityBelow:
+    """Drops what scores below a cut, by the name of the rule that set the cut."""
+
+    name: str
+    cut: float
+
+    def fails(self, rows: ScoredRows) -> np.ndarray:
+        """Tell which rows score lower, compared as float32: bool (n,)."""
+        return rows.similarities < np.float32(self.cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsideFraction:
+    """Drops what is not among the best rows."""
+
+    cut: FractionCut
+    name: ClassVar[str] = "keep_fraction"
+
+    def fails(self, rows: ScoredRows) -> np.ndarray:
+        """Tell which rows are not among the best: bool (n,)."""
+        numbers = rows.first_row + np.arange(len(rows.similarities))
+        return ~self.cut.keeps(rows.similarities, numbers)
+
+
+def make_row_rules(curation: Curation, cuts: Cuts) -> list[RowRule]:
+    """The rules for one row that the keys ask for, in the order in which they are applied."""
+    made: list[RowRule] = [NotScored()]
+    if curation.min_caption_chars or curation.max_caption_chars is not None:
+        made.append(CaptionLength(curation.min_caption_chars, curation.max_caption_chars))
+    if cuts.min_similarity is not None:
+        made.append(SimilarityBelow("min_similarity", cuts.min_similarity))
+    if cuts.fraction is not None:
+        made.append(OutsideFraction(cuts.fraction))
+    if cuts.random_rate is not None:
+        made.append(SimilarityBelow("max_random_rate", cuts.random_rate))
+    return made
+
+
+def judge_rows(row_rules: Sequence[RowRule], rows: ScoredRows) -> np.ndarray:
+    """Verdicts, uint8 (n,): for each row the first rule that it fails, or KEPT."""
+    verdicts = np.full(len(rows.similarities), KEPT, np.uint8)
+    for rule in row_rules:
+        verdicts[rule.fails(rows) & (verdicts == KEPT)] = VERDICTS[rule.name]
+    return verdicts
+
+
+# ── Rules for one image ───────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass(frozen=True)
+class SmallImage:
+    """Drops an image that is narrower or lower than asked, in pixels."""
+
+    min_width: int
+    min_height: int
+    name: ClassVar[str] = "image_size"
+
+    def fails(self, facts: ImageFacts) -> bool:
+        """Tell whether the image is too small."""
+        return facts.width < self.min_width or facts.height < self.min_height
+
+
+@dataclasses.dataclass(frozen=True)
+class LongImage:
+    """Drops an image whose longer side is more than `max_aspect` times the shorter one."""
+
+    max_aspect: float
+    name: ClassVar[str] = "aspect"
+
+    def fails(self, facts: ImageFacts) -> bool:
+        """Tell whether the image is too long."""
+        return max(facts.width, facts.height) > self.max_aspect * min(facts.width, facts.height)
+
+
+def make_image_rules(curation: Curation) -> list[ImageRule]:
+    """The rules for one image that the keys ask for, in the order in which they are applied."""
+    made: list[ImageRule] = []
+    if curation.min_width or curation.min_height:
+        made.append(SmallImage(curation.min_width, curation.min_height))
+    if curation.max_aspect is not None:
+        made.append(LongImage(curation.max_aspect))
+    return made
+
+
+def judge_image(image_rules: Sequence[ImageRule], facts: ImageFacts | None) -> int:
+    """The verdict on a row by its image: the first rule that it fails, or KEPT. None: the image could not be read."""
+    if facts is None:
+        return VERDICTS["unreadable_image"]
+    for rule in image_rules:
+        if rule.fails(facts):
+            return VERDICTS[rule.name]
+    return KEPT
+
+
+# ── What was chosen ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the rules did to the table, as curated.json holds it."""
+
+    rows: int
+    scored: int
+    kept: int
+    dropped: dict[str, int]  # by rule, those that dropped any
+    cut_similarity: float | None  # the strictest cut
+    random_pairs_at_cut: float | None  # the share of random pairs that reach it, in [0, 1]
+    random_pairs: JsonObject | None  # their entry in profile.json
+    model: str
+    curate: JsonObject  # the section, with the recipe's keys
+    exported: int = 0
+    not_exported: int = 0  # kept rows whose image is gone
+
+    def tell(self) -> str:
+        """One line for people: how many rows stay, and what the cut means."""
+        text = f"{self.kept:,} of {self.scored:,} scored rows kept"
+        if self.scored:
+            text += f" ({100 * self.kept / self.scored:.1f} %)"
+        if self.cut_similarity is not None:
+            text += f", cut at similarity {self.cut_similarity:.4f}"
+        if self.random_pairs_at_cut is not None:
+            text += f", which {100 * self.random_pairs_at_cut:.2f} % of random pairs reach"
+        return text

@@ -1,0 +1,136 @@
+"""Partitions as the items of a Ray Data pipeline, scored by a pool of actors that each hold a model.
+
+A local cluster by default; `ray_address` joins one, whose nodes see the same paths (a shared POSIX disk). The script and
+its add-ons travel along. An actor that dies with its node is started elsewhere and its partition is done again, which is
+harmless: a part appears whole or not at all, and its bytes are the same.
+"""
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import image_text_sim_clip
+from image_text_sim_clip import ADDONS, EXIT_CONFIG, INTERRUPTION, Clock, Config, Job, PartSummary, Trouble, Worker, make_plan
+
+if typing.TYPE_CHECKING:
+    import ray.data
+
+JOB = "IMAGE_TEXT_SIM_JOB"  # the environment variable that tells actors what to do: it outlives the node that started them
+
+
+class Answer(typing.TypedDict):
+    """What an actor returns of a partition: a PartSummary (`statuses` as JSON), or the Trouble it met (`exit_code` not 0)."""
+
+    rows: int
+    statuses: str
+    exit_code: int
+    message: str
+
+
+class RayWorker:
+    """An actor: builds the script's Worker in its own process, then maps {"index"} to the partition's Answer."""
+
+    def __init__(self) -> None:
+        import ray
+        job = json.loads(os.environ[JOB])
+        os.chdir(job["folder"])  # Ray starts its workers in a copy of the code; the config's paths are relative to the user's
+        self.retry: bool = job["retry"]
+        self.trouble: Trouble | None = None
+        try:
+            config = Config(**job["settings"])
+            self.plan = make_plan(config, joins=True)
+            self.worker = Worker(config, self.plan, f"actor {ray.get_runtime_context().get_actor_id()}", Clock())
+        except Trouble as trouble:  # told by the first item, because an actor that fails to start is started for ever
+            self.trouble = trouble
+
+    def __call__(self, row: dict[str, int]) -> Answer:
+        """Score and commit one partition; a user's mistake comes back as a value, since an exception would be tried again."""
+        try:
+            if self.trouble:
+                raise self.trouble
+            summary, = self.worker.run([self.plan.partitions[row["index"]]], self.retry)
+        except Trouble as trouble:
+            return {"rows": 0, "statuses": "{}", "exit_code": trouble.exit_code, "message": str(trouble)}
+        return {"rows": summary.rows, "statuses": json.dumps(summary.statuses), "exit_code": 0, "message": ""}
+
+
+def run(job: Job) -> bool:
+    """Plan the job here, have the actors do what is pending, and follow them; True: this process writes the results."""
+    least, most = pool_size(job)
+    import ray
+    job.make_plan()
+    todo = job.pending()
+    if not todo:
+        return True
+    pool = ray.data.ActorPoolStrategy(min_size=min(least, len(todo)), max_size=min(most, len(todo)))
+    with tempfile.TemporaryDirectory() as code:
+        copy_code(pathlib.Path(code))
+        start_ray(job, code, most)
+        try:
+            INTERRUPTION.install()  # Ray has taken SIGTERM over
+            quieten_ray()
+            items = ray.data.from_items([{"index": p.index} for p in todo], override_num_blocks=len(todo))
+            answers = items.map(
+                RayWorker,  # type: ignore[arg-type]
+                compute=pool, num_cpus=1, num_gpus=job.config.ray_gpus)
+            job.follow(summaries(job, answers), todo)
+        finally:
+            ray.shutdown()
+    return True
+
+
+def summaries(job: Job, answers: "ray.data.Dataset") -> Iterator[PartSummary]:
+    """Each partition's summary as it comes in; raises the Trouble that an actor met."""
+    for number, answer in enumerate(answers.iter_rows()):
+        if answer["exit_code"]:
+            raise Trouble(answer["exit_code"], answer["message"])
+        if number == 0:
+            job.plan.refresh()  # the actors have recorded which model it is: parts bear the mark of that, too
+        yield PartSummary(answer["rows"], json.loads(answer["statuses"]))
+
+
+def pool_size(job: Job) -> tuple[int, int]:
+    """The least and the most actors, from `ray_workers`: one number, or "min:max"; Trouble (exit 2) for anything else."""
+    low, _, high = str(job.config.ray_workers).partition(":")
+    high = high or low
+    if not low.isdigit() or not high.isdigit() or not 0 < int(low) <= int(high):
+        raise Trouble(EXIT_CONFIG, f'ray_workers must be a number or "min:max", got {job.config.ray_workers!r}')
+    return int(low), int(high)
+
+
+def start_ray(job: Job, code: str, most_actors: int) -> None:
+    """Join the cluster at `ray_address`, or start one on this machine; the folder `code` and the job travel along."""
+    import ray
+    variables = {JOB: describe_job(job)}
+    options: dict[str, Any] = {}
+    if not job.config.ray_address:
+        variables["LOCAL_WORLD_SIZE"] = str(most_actors)  # the actors divide this machine's cores among them
+        options = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}  # listen on this machine only, serve no page
+    ray.init(address=job.config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR,
+             runtime_env={"working_dir": code, "env_vars": variables}, **options)
+
+
+def describe_job(job: Job) -> str:
+    """What an actor needs to know, as text."""
+    return json.dumps({"settings": dataclasses.asdict(job.config), "folder": str(pathlib.Path.cwd()), "retry": job.retry})
+
+
+def copy_code(folder: pathlib.Path) -> None:
+    """Copy the script and the whole of addons/ to `folder`, under the names that actors import."""
+    shutil.copy(image_text_sim_clip.__file__, folder / "image_text_sim_clip.py")
+    shutil.copytree(ADDONS, folder / "addons", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def quieten_ray() -> None:
+    """Turn off Ray Data's own bars and logs, which would mix with this program's."""
+    import ray
+    logging.disable(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,43 @@
+"""Where the bytes of images come from, when it is not a folder, and what only some images or runs need.
+
+An image source is a module of this room with the two names of `ImageSource` below. A run chooses it by its
+`image_path`: the source whose `SOURCES` hold that value is opened, and any other `image_path` is a folder, which
+the script reads itself.
+
+To add one, put a file into this room, without a change anywhere else:
+
+    SOURCES = ("archive",)                      # used by `image_path: archive`
+
+    def open_source(config, threads):
+        archive = Archive(...)
+        return archive.read                     # (what the row's url column holds) -> the image file's bytes
+
+What lives here:
+
+    fetch.py         the source `url`: each row's URL is fetched, from public addresses only and within limits
+    isolate.py       decodes in a child process, for a partition at which an earlier run crashed or hung
+    odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
+    gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
+
+Each of these is imported only by the run that needs it.
+"""
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from image_text_sim_clip import Config
+
+
+class ImageSource(Protocol):
+    """What a module of this room offers to be an image source."""
+
+    SOURCES: tuple[str, ...]
+    """The values of `image_path` for which a run uses this source."""
+
+    def open_source(self, config: "Config", threads: int) -> Callable[[str], bytes]:
+        """Return the function that reads one image: what the row's url column holds -> the bytes of the image file.
+
+        The function is called from `threads` loader threads at once (0: from the main thread alone). It raises RowFailure,
+        with a status of STATUSES and a detail without times, addresses or absolute paths, for an image that cannot be had,
+        and it returns or raises within a bounded time. `open_source` itself raises Trouble for a mistake in the config.
+        """

@@ -1,0 +1,146 @@
+"""Decode images in a child process with a time limit, for a partition at which an earlier run crashed or hung.
+
+A decoder that crashes or never returns then costs one row, with the status `crashed`, and not the run. The child, its
+time limit and the pipes to it are the library pebble's.
+"""
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, NamedTuple
+
+from image_text_sim_clip import EXIT_CONFIG, Config, ImageDecoder, ImageSettings, RowFailure, Trouble
+
+if TYPE_CHECKING:
+    import pebble
+    from PIL import Image
+
+LIMIT_S = 15.0  # for one image; 50 megapixels take one or two
+START_LIMIT_S = 60.0  # for a new child to import what it needs, which does not count in an image's limit
+
+
+class IsolatedDecoder:
+    """Does in a child process what the script's ImageDecoder does here.
+
+    Its method `decode` takes the place of an ImageLoader's. Safe to call from many threads, which take turns.
+    """
+
+    def __init__(self, config: Config, settings: ImageSettings) -> None:
+        self.decoder = ImageDecoder(config, settings)  # which can be pickled
+        self.child_pid = 0  # 0: there is no child
+        self._lock = threading.Lock()
+        self._pool: pebble.ProcessPool | None = None
+        self._closed = False
+
+    def decode(self, data: bytes, holding: contextlib.ExitStack | None = None) -> "Image.Image":
+        """Turn the bytes of an image file into an RGB image that is ready to be resized.
+
+        Raises RowFailure for what is no proper image, and with the status `crashed` where the child ended or did not answer
+        within LIMIT_S; the next image then gets a new child. `holding` is what other decoders keep the turn of a large image
+        in; here all images take turns anyway.
+        """
+        from PIL import Image
+        with self._lock:
+            if self._closed:
+                raise RowFailure("not_tried", "the run has ended")
+            pool = self._pool or self._start_child()
+            try:
+                answer = pool.schedule(decode_here, (self.decoder, data), timeout=LIMIT_S).result()
+            except TimeoutError:
+                self._end_child()
+                raise RowFailure("crashed", "decoder did not return") from None
+            except (OSError, RuntimeError):  # pebble.ProcessExpired; a child that ended before it had the image
+                self._end_child()
+                raise RowFailure("crashed", "decoder ended the process") from None
+        if isinstance(answer, Refused):
+            raise RowFailure(answer.status, answer.detail)
+        return Image.frombytes("RGB", answer.size, answer.pixels)
+
+    def _start_child(self) -> "pebble.ProcessPool":
+        """Start a child and wait until it is ready; raises Trouble (exit 2) where that cannot be done."""
+        try:
+            import pebble
+        except ImportError:
+            raise Trouble(EXIT_CONFIG, "a partition at which an earlier run crashed needs the package pebble "
+                                       "(pip install -r requirements.txt)") from None
+        # spawn: a fork would copy the locks that torch's threads hold at this moment
+        context = multiprocessing.get_context("spawn")
+        self._pool = pebble.ProcessPool(max_workers=1, initializer=prepare_child, context=context)
+        try:
+            with _sigint_blocked():
+                ready = self._pool.schedule(os.getpid)
+            self.child_pid = ready.result(START_LIMIT_S)
+        except (OSError, RuntimeError) as error:
+            self._end_child()
+            raise Trouble(EXIT_CONFIG, "a partition at which an earlier run crashed is decoded in a process of its own, which "
+                                       f"cannot be started here: {str(error) or 'it does not answer'}") from error
+        return self._pool
+
+    def _end_child(self) -> None:
+        """End the child, whatever it is doing, and pebble's threads with it.
+
+        The whole pool goes, because a child that ended in the middle of an answer leaves a half message in the pool's pipe.
+        """
+        if self._pool:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+            self.child_pid = 0
+
+    def close(self) -> None:
+        """End the child, without waiting for the image that it may be at; threads that still call get a RowFailure."""
+        self._closed = True
+        for process in multiprocessing.active_children():
+            if process.pid == self.child_pid:
+                process.kill()
+        with self._lock:
+            self._end_child()
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Start threads and processes inside that never see SIGINT: Ctrl-C is this process's to handle, not the child's.
+
+    pebble's child ignores the signal once it runs, but not while it still imports.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it with the first child, and unblock SIGINT thereby
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ── What runs in the child ────────────────────────────────────────────────────────────────────────────────────────────
+
+class Decoded(NamedTuple):
+    """An RGB image on its way to the parent: (width, height) and three bytes a pixel."""
+
+    size: tuple[int, int]
+    pixels: bytes
+
+
+class Refused(NamedTuple):
+    """A RowFailure on its way to the parent."""
+
+    status: str
+    detail: str
+
+
+def prepare_child() -> None:
+    """Import what decoding needs before the first image's time limit runs, and keep decoders off the parent's stdout."""
+    import PIL.Image
+    PIL.Image.init()
+    os.dup2(2, 1)  # stdout belongs to the result, and a C library may print
+
+
+def decode_here(decoder: ImageDecoder, data: bytes) -> Decoded | Refused:
+    """Decode in this process, and return what can be pickled, whatever an image's metadata holds."""
+    try:
+        image = decoder(data)
+    except RowFailure as failure:
+        return Refused(failure.status, failure.detail)
+    return Decoded(image.size, image.tobytes())

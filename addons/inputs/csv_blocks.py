@@ -1,0 +1,238 @@
+"""CSV at speed: blocks that keep to the strict grammar go through Arrow, the rest record by record as the script reads them.
+
+The script's CsvReader uses this where it is there. Rows, malformed records and line numbers are those that the script's
+careful reader alone would find; the block sizes below decide how long it takes and nothing else.
+"""
+import codecs
+import csv
+import gzip
+import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+
+from addons.inputs.text import READ_BYTES, Text, is_utf8
+from image_text_sim_clip import (
+    MAX_RECORD_CHARS,
+    Batch,
+    Config,
+    Malformed,
+    TextTable,
+    careful_batches,
+    csv_records,
+    is_text,
+    name_columns,
+    separator_of,
+)
+
+pa.enable_signal_handlers(False)  # Arrow's own would take a Ctrl-C that comes while it parses, and lose it
+
+BLOCK_BYTES = 1_000_000  # of text that is parsed at a time; larger ones are no faster and take more memory
+CAREFUL_BYTES = 128_000  # a block of this size that does not keep to the grammar is read record by record
+MOST_LINES_BACK = 1000  # how far from the end of a block the end of its last record is looked for
+
+QUOTE = ord('"')
+LINE_FEED = ord("\n")
+CARRIAGE_RETURN = ord("\r")
+
+Codes = npt.NDArray[np.uint8]  # the bytes of a block, (n,)
+Places = npt.NDArray[np.int64]  # where in a block something is, (m,), ascending
+Flags = npt.NDArray[np.bool_]
+
+
+def open_table(config: Config, known: list[str]) -> TextTable:
+    """Open the CSV at `config.csv_path`; `known` does not matter, because its first record names all columns.
+
+    Raises Trouble (exit 3) for a table that cannot be read, or lacks the columns.
+    """
+    text = Text(config.csv_path, config.encoding)
+    separator = separator_of(config)
+    has_header = not isinstance(config.url_column, int)
+    columns = name_columns(read_first(text, separator, put_back=not has_header), config)
+    return TextTable(columns, read_batches(text, separator, columns), text.sha256)
+
+
+def read_first(text: Text, separator: str, put_back: bool) -> list[str]:
+    """The first record, blank lines before it left out; [] if there is none or it cannot be read. Taken unless `put_back`."""
+    csv.field_size_limit(MAX_RECORD_CHARS)
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in text.lines():
+            taken.append(line)
+            yield line
+    first: list[str] = []
+    try:
+        for record in csv.reader(lines(), delimiter=separator, strict=True):
+            if record:
+                first = record
+                break
+    except csv.Error:
+        return []
+    if not is_text("".join(first)):
+        return []
+    if put_back:
+        text.put_back(taken)
+    return first
+
+
+def read_batches(text: Text, separator: str, columns: list[str]) -> Iterator[Batch]:
+    """Batches of rows and malformed records, a block at a time, carefully where it must be."""
+    size = BLOCK_BYTES
+    while block := text.peek(size):
+        end, quotes = find_clean_end(block, separator, is_last=len(block) < size)
+        if end:
+            clean = block[:end]
+            size = min(2 * size, BLOCK_BYTES)
+            yield parse_clean(clean, quotes, separator, columns, text.line)
+            text.take(end, count_lines(clean))
+        elif size > CAREFUL_BYTES:
+            size = max(size // 8, CAREFUL_BYTES)
+        else:
+            yield from read_stretch(text, separator, columns, size)
+
+
+def read_stretch(text: Text, separator: str, columns: list[str], size: int) -> Iterator[Batch]:
+    """Batches read record by record, until `size` bytes have passed and a record ends for sure."""
+    end = text.taken_bytes + size
+    records = csv_records(text.lines(), separator, text.line)
+    return careful_batches(records, columns, lambda: text.taken_bytes >= end)
+
+
+def count_lines(block: bytes) -> int:
+    """How many physical lines end in the block: \\n, \\r\\n and \\r each end one."""
+    line_feeds = np.count_nonzero(np.frombuffer(block, np.uint8) == LINE_FEED)  # faster than bytes.count where there are many
+    return int(line_feeds) + block.count(b"\r") - block.count(b"\r\n")
+
+
+def find_first_bad_byte(path: pathlib.Path, encoding: str) -> int:
+    """Where the file (unzipped, if it ends in .gz) stops being text, in bytes from its start; its length if it is all text."""
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    offset = 0
+    with path.open("rb") as stored:
+        text: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=stored) if path.suffix.lower() == ".gz" else stored
+        while block := text.read(READ_BYTES):
+            begun = len(decoder.getstate()[0])  # bytes of a character that the last block began
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return offset - begun + error.start
+            offset += len(block)
+    return offset
+
+
+# ── Which part of a block is clean ────────────────────────────────────────────────────────────────────────────────────
+
+def find_clean_end(block: bytes, separator: str, is_last: bool) -> tuple[int, Places]:
+    """Length of the whole records that `block` begins with, 0 unless they are UTF-8 and every parser agrees on them.
+
+    Also where their quotes are, (m,), those left out that are text for sure, such as the one of `5" pipe`.
+    """
+    codes = np.frombuffer(block, np.uint8)
+    quotes = np.flatnonzero(codes == QUOTE)
+    if not separator.isascii() or block.startswith(codecs.BOM_UTF8):  # Arrow knows no such separator, and drops a BOM
+        return 0, quotes
+    borders = np.isin(np.arange(256), [ord(separator), CARRIAGE_RETURN, LINE_FEED])
+    end = _find_strict_end(block, quotes, borders, is_last)
+    if not end:
+        quotes = drop_literal_quotes(codes, quotes, borders)
+        end = _find_strict_end(block, quotes, borders, is_last)
+    if not is_utf8(block, end):
+        return 0, quotes
+    return end, quotes[:np.searchsorted(quotes, end)]
+
+
+def _find_strict_end(block: bytes, quotes: Places, borders: Flags, is_last: bool) -> int:
+    """Length of the whole records that `block` begins with, 0 unless their quotes keep to the grammar."""
+    end = len(block) if is_last else _find_last_end(block, quotes)
+    quotes = quotes[:np.searchsorted(quotes, end)]
+    codes = np.frombuffer(block, np.uint8)[:end]
+    return end if end and keeps_to_grammar(codes, quotes, borders) else 0
+
+
+def _find_last_end(block: bytes, quotes: Places) -> int:
+    """Where the last record of `block` ends that does so within it; 0 if that is not quickly found."""
+    end = max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1)) + 1  # a \r at the very end may have a \n to come
+    for _ in range(MOST_LINES_BACK):
+        quotes_before = int(np.searchsorted(quotes, end))
+        if quotes_before % 2 == 0:
+            return end
+        quote = int(quotes[quotes_before - 1])  # the line ends inside quotes; the record began before them
+        end = max(block.rfind(b"\n", 0, quote), block.rfind(b"\r", 0, quote)) + 1
+    return 0
+
+
+def keeps_to_grammar(codes: Codes, quotes: Places, borders: Flags) -> bool:
+    """Whether each quote opens a field at its start, closes it at its end, or is one of two that stand for one.
+
+    `codes` are the bytes (n,) of whole records, `quotes` the places (m,) of the quotes, `borders` says of each of the 256
+    bytes whether it ends a field.
+    """
+    if len(quotes) % 2:
+        return False
+    opening = quotes[0::2]
+    closing = quotes[1::2]
+    starts_field = borders[codes[opening - 1]] | (opening == 0)
+    ends_field = borders[codes[np.minimum(closing + 1, len(codes) - 1)]] | (closing == len(codes) - 1)
+    doubled = closing[:-1] + 1 == opening[1:]  # two quotes that stand for one, inside a field
+    starts_field[1:] |= doubled
+    ends_field[:-1] |= doubled
+    return bool(starts_field.all() and ends_field.all())
+
+
+def drop_literal_quotes(codes: Codes, quotes: Places, borders: Flags) -> Places:
+    """The quotes less those on physical lines that begin outside quotes and have none where a field starts.
+
+    No reader takes such a quote for more than text. Whether a line begins outside follows from the lines before it.
+    """
+    line_of_quote = np.searchsorted(np.flatnonzero((codes == LINE_FEED) | (codes == CARRIAGE_RETURN)), quotes)
+    _, line, counts = np.unique(line_of_quote, return_inverse=True, return_counts=True)  # of lines that have quotes
+    starts_field = borders[codes[quotes - 1]] | (quotes == 0)
+    has_opening = np.bincount(line, starts_field, len(counts)) > 0
+    keep_line = np.zeros(len(counts), bool)
+    inside = False  # whether the line begins inside a quoted field
+    for number, count in enumerate(counts.tolist()):
+        if inside or has_opening[number]:
+            keep_line[number] = True
+            ends_elsewhere = count % 2 == 1  # an odd number of quotes opens or closes a field
+            inside = inside != ends_elsewhere
+    return quotes[keep_line[line]]
+
+
+# ── Clean records to rows ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def parse_clean(block: bytes, quotes: Places, separator: str, columns: list[str], line: int) -> Batch:
+    """Clean records, their quotes at `quotes`, to rows and malformed records; `line` is the number of the first line."""
+    odd: list[arrow_csv.InvalidRow] = []
+
+    def set_aside(row: arrow_csv.InvalidRow) -> str:
+        odd.append(row)
+        return "skip"
+    names = [str(number) for number in range(len(columns))]  # because `columns` may hold one name twice
+    rows = arrow_csv.read_csv(
+        pa.BufferReader(block), arrow_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
+        arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=set_aside),
+        arrow_csv.ConvertOptions(check_utf8=False, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False))
+    malformed: list[Malformed] = []
+    if odd:
+        lines_before = _count_lines_before_records(block, quotes)
+        for number, row in enumerate(odd):
+            record = row.number - 1  # its place among all records of the block
+            reason = f"{row.actual_columns} fields instead of {len(columns)}"
+            malformed.append((record - number, line + int(lines_before[record]), reason, row.text))
+    return rows.rename_columns(columns), malformed
+
+
+def _count_lines_before_records(block: bytes, quotes: Places) -> Places:
+    """For each record, (n,), how many physical lines of the block come before it; blank lines are no records."""
+    codes = np.frombuffer(block, np.uint8)
+    following = np.append(codes[1:], 0)
+    ends = np.flatnonzero((codes == LINE_FEED) | ((codes == CARRIAGE_RETURN) & (following != LINE_FEED)))
+    starts = np.append(0, ends[ends < len(codes) - 1] + 1)  # of physical lines
+    is_outside = np.searchsorted(quotes, starts) % 2 == 0
+    is_blank = (codes[starts] == LINE_FEED) | (codes[starts] == CARRIAGE_RETURN)
+    return np.flatnonzero(is_outside & ~is_blank)

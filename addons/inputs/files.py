@@ -1,0 +1,289 @@
+"""Which files an input is made of, which reader fits them, and what all readers share that read files where they lie.
+
+`csv_path` may be one file, a folder, a glob (`shards/*.parquet`), or a pattern with numbers (`shards/{00000..00099}.tar`).
+"""
+import bisect
+import itertools
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from addons.inputs import Manifest, Reader, Rows
+from addons.stores import FileInfo, find_store
+from image_text_sim_clip import EXIT_INPUT, Config, Trouble
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+MOST_FILES = 10_000_000  # of one pattern; {0..9999999999} is a slip
+MOST_DIFFERENCES = 3  # that are named one by one
+NUMBERS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+WILDCARD = re.compile(r"[*?\[]")
+
+
+class InputFile(NamedTuple):
+    """A file of the input."""
+
+    name: str  # relative to the folder that all files of the input share: what manifest.json and messages say
+    path: str
+
+    def info(self) -> FileInfo | None:
+        """Size and time; None if there is no such file."""
+        return find_store(self.path).info(self.path)
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, for random access."""
+        return find_store(self.path).open(self.path)
+
+    def open_native(self) -> "pa.NativeFile":
+        """The file's bytes, for Arrow."""
+        return find_store(self.path).open_native(self.path)
+
+    def next_to(self, suffix: str) -> "InputFile":
+        """The file of the same name with another suffix, which may be there or not."""
+        return InputFile(self.name.rpartition(".")[0] + suffix, self.path.rpartition(".")[0] + suffix)
+
+
+# ── From csv_path to files ────────────────────────────────────────────────────────────────────────────────────────────
+
+def expand_path(csv_path: str) -> list[str]:
+    """The paths that `csv_path` stands for, each once, in order; those that are written out may not be there."""
+    store = find_store(csv_path)
+    if store.info(csv_path):
+        return [csv_path]
+    if store.is_folder(csv_path):
+        return [path for path in store.list_files(csv_path) if not path.rpartition("/")[2].startswith((".", "_"))]
+    paths = _expand_numbers(csv_path)
+    if paths and WILDCARD.search(paths[0]):
+        found = map(store.glob, paths)
+        paths = list(itertools.chain.from_iterable(found))
+    return list(dict.fromkeys(paths))
+
+
+def _expand_numbers(csv_path: str) -> list[str]:
+    """`x{08..10}` to x08, x09, x10; every pair of braces in turn. Raises Trouble (exit 3) for too many files."""
+    paths = [csv_path]
+    while paths and (braces := NUMBERS.search(paths[0])):
+        first, last = braces.groups()
+        numbers = range(int(first), int(last) + 1)
+        count = len(numbers) * len(paths)
+        if count > MOST_FILES:
+            raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r} stands for {count} files")
+        paths = [path.replace(braces[0], str(number).zfill(len(first)), 1)
+                 for path, number in itertools.product(paths, numbers)]
+    return paths
+
+
+def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
+    """The files that `reader` has to read, in order. Raises Trouble (exit 3) unless there are any, and all are there."""
+    paths = expand_path(csv_path)
+    if find_store(csv_path).is_folder(csv_path):
+        paths = [path for path in paths if fits(reader, path)]
+    if not paths:
+        raise _name_nothing(csv_path, [reader])
+    absent = [path for path in paths if find_store(path).info(path) is None]
+    if absent:
+        name = csv_path if paths == [csv_path] else absent[0].rpartition("/")[2]
+        more = f", nor are there {len(absent) - 1} others" if absent[1:] else ""
+        raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more} {_where()}")
+    shared = _count_shared_folders(paths)
+    return [InputFile("/".join(path.split("/")[shared:]), path) for path in paths]
+
+
+def _count_shared_folders(paths: list[str]) -> int:
+    """With how many names of folders all of the paths begin."""
+    folders = [path.split("/")[:-1] for path in paths]
+    count = 0
+    for names in zip(*folders, strict=False):
+        if len(set(names)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _where() -> str:
+    return f"(in {pathlib.Path.cwd().name}/)"
+
+
+def _name_nothing(csv_path: str, readers: Sequence[Reader]) -> Trouble:
+    return Trouble(EXIT_INPUT, f"csv_path {csv_path!r} names no {_join_suffixes(readers)} file {_where()}")
+
+
+def _join_suffixes(readers: Sequence[Reader]) -> str:
+    suffixes = [reader.suffixes[0] for reader in readers]
+    return " or ".join(sorted(suffixes))
+
+
+# ── From files to a reader ────────────────────────────────────────────────────────────────────────────────────────────
+
+def fits(reader: Reader, path: str) -> bool:
+    """Whether the path has one of the reader's suffixes; only text may be gzipped as well."""
+    name = path.lower()
+    if not isinstance(reader, InPlaceReader):
+        name = name.removesuffix(".gz")
+    return name.endswith(reader.suffixes)
+
+
+def choose_reader(csv_path: str, readers: Sequence[Reader]) -> Reader:
+    """The one of `readers` for what `csv_path` names; the last of them reads a single file whose suffix nobody knows.
+
+    Raises Trouble (exit 3) where it names nothing, or files of several kinds or of none.
+    """
+    paths = expand_path(csv_path)
+    if find_store(csv_path).is_folder(csv_path):
+        return _choose_in_folder(csv_path, paths, readers)
+    if paths == [csv_path]:
+        return _choose_for_file(csv_path, readers)
+    return _choose_for_all(csv_path, paths, readers)
+
+
+def _choose_for_file(csv_path: str, readers: Sequence[Reader]) -> Reader:
+    fitting = [reader for reader in readers if fits(reader, csv_path)]
+    if fitting:
+        return fitting[0]
+    if _is_packed(csv_path, readers):
+        raise _refuse_kinds(csv_path, [csv_path], readers)
+    return readers[-1]
+
+
+def _choose_for_all(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Reader:
+    if not paths:
+        raise _name_nothing(csv_path, _in_place(readers))
+    fitting = [reader for reader in readers[:-1] if fits(reader, paths[0])]
+    if not fitting or not all(fits(fitting[0], path) for path in paths):
+        raise _refuse_kinds(csv_path, paths, readers)
+    return fitting[0]
+
+
+def _choose_in_folder(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Reader:
+    """What is read where it lies goes before text, and files of another kind do not matter."""
+    found = [reader for reader in readers[:-1] if any(fits(reader, path) for path in paths)]
+    in_place = _in_place(found)
+    side_suffixes = set(itertools.chain.from_iterable(reader.side_suffixes for reader in in_place))
+    main = [reader for reader in in_place if not side_suffixes.intersection(reader.suffixes)]
+    candidates: Sequence[Reader] = main or found
+    if not candidates:
+        raise _name_nothing(csv_path, _in_place(readers))
+    if len(candidates) > 1:
+        example = f"*{candidates[0].suffixes[0]}"
+        raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r} is a folder with files of several kinds "
+                                  f"({_join_suffixes(candidates)}): name those meant, as in {csv_path.rstrip('/')}/{example}")
+    return candidates[0]
+
+
+def _in_place(readers: Sequence[Reader]) -> "list[InPlaceReader]":
+    return [reader for reader in readers if isinstance(reader, InPlaceReader)]
+
+
+def _is_packed(path: str, readers: Sequence[Reader]) -> bool:
+    """Whether the file is compressed and of a kind that is read from its midst."""
+    name = path.lower()
+    return name.endswith(".tgz") or any(fits(reader, name.removesuffix(".gz")) for reader in _in_place(readers))
+
+
+def _refuse_kinds(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Trouble:
+    kinds = {pathlib.PurePosixPath(path).suffix.lower() or "others" for path in paths}
+    hint = "; tars must not be compressed, because images are read from their midst" if kinds & {".gz", ".tgz"} else ""
+    return Trouble(EXIT_INPUT, f"csv_path {csv_path!r} must name {_join_suffixes(_in_place(readers))} files, all of one kind, "
+                               f"not {' and '.join(sorted(kinds))}{hint}")
+
+
+# ── What readers share that read files where they lie ─────────────────────────────────────────────────────────────────
+
+class InPlaceReader:
+    """A Reader of files that are not staged: planned once, then read where they lie, a partition at a time.
+
+    A subclass says `kind` and `suffixes`, what its files hold (`describe_files`), and how to read them (`open_files`).
+    """
+
+    kind: str
+    suffixes: tuple[str, ...]
+    side_suffixes: tuple[str, ...] = ()  # of files next to this kind's own that belong to them, and are no input themselves
+
+    def describe_files(self, found: list[InputFile], config: Config) -> Manifest:
+        """What manifest.json says of the files: kind, columns, rows, malformed, files (of each its name, rows and identity)."""
+        raise NotImplementedError
+
+    def open_files(self, manifest: Manifest, found: list[InputFile], config: Config) -> Rows:
+        """The rows of the files that `manifest` describes."""
+        raise NotImplementedError
+
+    def identify(self, file: InputFile) -> Manifest:
+        """What in a file's entry in manifest.json tells this version of it from another. Raises FileNotFoundError."""
+        info = file.info()
+        if info is None:
+            raise FileNotFoundError(2, "no such file", file.path)
+        return info._asdict()
+
+    def describe(self, config: Config, output: pathlib.Path) -> Manifest:
+        """See Reader. Files behind the last row that `limit` asks for are left out, so that they may change."""
+        described = self.describe_files(list_files(config.csv_path, self), config)
+        if config.limit is None or described["rows"] <= config.limit:
+            return described
+        counts = [file["rows"] for file in described["files"]]
+        starts = itertools.accumulate(counts, initial=0)
+        cut = {**described, "rows": config.limit}
+        cut["files"] = [file for file, start in zip(described["files"], starts, strict=False) if start < config.limit]
+        if "starts" in described:
+            cut["starts"] = [start for start in described["starts"] if start < config.limit]
+        return cut
+
+    def open(self, manifest: Manifest, config: Config, output: pathlib.Path) -> Rows:
+        """See Reader."""
+        found = list_files(config.csv_path, self)[:len(manifest["files"])]  # `limit` may leave some out
+        return self.open_files(manifest, found, config)
+
+    def differences(self, manifest: Manifest, config: Config) -> list[str]:
+        """See Reader."""
+        try:
+            found = list_files(config.csv_path, self)
+        except Trouble as trouble:
+            return [str(trouble)]
+        recorded = {file["name"]: file for file in manifest["files"]}
+        there = {file.name: file for file in (found[:len(recorded)] if config.limit else found)}
+        gone = [f"{name} is gone" for name in recorded if name not in there]
+        new = [f"{name} is new" for name in there if name not in recorded]
+        changed = [f"{name} has changed" for name, entry in recorded.items()
+                   if name in there and self._has_changed(there[name], entry)]
+        words = gone + new + changed
+        if len(words) <= MOST_DIFFERENCES:
+            return words
+        return [*words[:MOST_DIFFERENCES], f"and {len(words) - MOST_DIFFERENCES} more files of the input differ"]
+
+    def _has_changed(self, file: InputFile, entry: Manifest) -> bool:
+        identity = self.identify(file)
+        return any(entry[key] != value for key, value in identity.items())
+
+
+class FileRows:
+    """Rows by number over several files. A subclass reads a stretch of one file; see Rows."""
+
+    brings_images = False
+
+    def __init__(self, manifest: Manifest, found: list[InputFile]) -> None:
+        self.columns: list[str] = manifest["columns"]
+        self.files = found
+        self.counts: list[int] = [file["rows"] for file in manifest["files"]]
+        self.starts = list(itertools.accumulate(self.counts, initial=0))  # of each file, and the end
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where the rows [start, stop) are: the file's place in `files`, the first row within it, and the end within it."""
+        while start < stop:
+            number = bisect.bisect_right(self.starts, start) - 1
+            end = min(stop, self.starts[number + 1])
+            yield number, start - self.starts[number], end - self.starts[number]
+            start = end
+
+    def read(self, start: int, stop: int) -> "pd.DataFrame":
+        """Rows [start, stop) as columns of text."""
+        raise NotImplementedError
+
+    def sources(self, start: int, stop: int) -> list[str]:
+        """What `read_bytes` takes; only rows that bring their images have any."""
+        raise NotImplementedError
+
+    def read_bytes(self, source: str) -> bytes:
+        """The bytes of an image."""
+        raise NotImplementedError

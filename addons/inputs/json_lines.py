@@ -1,0 +1,259 @@
+"""JSON Lines as a table of text: one object a line, its keys the columns, in the order in which they first appear.
+
+Cells are text as the file has it: strings without their quotes, numbers in their own digits, true and false as words,
+null and a key that is not there as an empty cell, nested values as JSON. A line that is no object, or that lacks the
+URL's or the caption's key, is malformed. Used for .jsonl and .ndjson, gzipped or not.
+"""
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import json as arrow_json
+
+from addons.inputs import needed_columns
+from addons.inputs.text import Text, TextReader, is_utf8
+from image_text_sim_clip import (
+    BATCH_ROWS,
+    EXIT_INPUT,
+    Batch,
+    Config,
+    Malformed,
+    TextTable,
+    Trouble,
+    is_text,
+    to_table,
+)
+
+BLOCK_BYTES = 4_000_000  # of text that Arrow parses at a time
+FIRST_BYTES = 1_000_000  # of text in which the columns are looked for before the first row is written
+LINE_ENDS = ("\n", "\r\n", "\r", "")
+
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)  # numbers keep the digits they have
+
+
+class JsonLinesReader(TextReader):
+    """One JSON object a line."""
+
+    kind = "jsonl"
+    suffixes = (".jsonl", ".ndjson")
+
+    def open_table(self, config: Config, known: list[str]) -> TextTable:
+        """Open the table at `config.csv_path`; without `known`, its columns are looked for in the first FIRST_BYTES."""
+        needed = needed_columns(config)
+        limit = config.limit or sys.maxsize
+        text = Text(config.csv_path, config.encoding)
+        columns = known or find_columns(text, needed, limit)
+        if not columns:
+            names = f"{config.url_column!r} and {config.caption_column!r}"
+            raise Trouble(EXIT_INPUT, f"{text.path} begins with no JSON object that has {names}")
+        return TextTable(columns, LineParser(text, needed, columns, limit).read_batches(), text.sha256)
+
+
+READER = JsonLinesReader()
+
+
+# ── A line ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def parse_line(line: str, needed: list[str]) -> tuple[dict[str, str] | None, str]:
+    """One line to (cells by key, ""), or to (None, why it is no row)."""
+    if not is_text(line):
+        return None, "bytes that are not text"
+    try:
+        values = parse_object(line)
+    except ValueError as error:
+        return None, str(error)
+    absent = [key for key in needed if key not in values]
+    return (None, f"no key {absent[0]!r}") if absent else (values, "")
+
+
+def parse_object(text: str) -> dict[str, str]:
+    """The cells of one JSON object by key; ValueError says why it is none."""
+    try:
+        values = _DECODER.decode(text)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        cells = {key: value if isinstance(value, str) else _tell_value(key, value, text) for key, value in values.items()}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    if "\\u" in text and not is_text("".join((*cells, *cells.values()))):
+        raise ValueError("half a surrogate pair")
+    return cells
+
+
+def _tell_value(key: str, value: bool | list[object] | dict[str, object] | None, text: str) -> str:
+    """The cell for a value of the object `text` that is neither a string nor a number."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(json.loads(text)[key], ensure_ascii=False)  # decoded again, so that numbers in it are numbers
+
+
+def find_columns(text: Text, needed: list[str], limit: int) -> list[str]:
+    """The keys of the rows, `limit` at most, in the first FIRST_BYTES of `text`, which are not taken; [] without a row."""
+    head = text.peek(FIRST_BYTES)
+    lines = head.splitlines()
+    if len(head) == FIRST_BYTES:
+        del lines[-1]  # it may go on
+    decoded = (line.decode("utf-8", text.errors) for line in lines)
+    return _join_keys(decoded, needed, [], limit)
+
+
+def _join_keys(lines: Iterator[str], needed: list[str], columns: list[str], limit: int) -> list[str]:
+    """`columns`, and behind them the keys that the next rows, `limit` at most, have more."""
+    found = dict.fromkeys(columns)
+    rows = 0
+    for line in lines:
+        if rows >= limit:
+            break
+        values, _ = parse_line(line, needed)
+        if values is not None:
+            found.update(dict.fromkeys(values))
+            rows += 1
+    return list(found)
+
+
+# ── Lines to batches ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+class LineParser:
+    """Reads a text of JSON lines into batches of rows with `columns`, until `limit` rows are there."""
+
+    def __init__(self, text: Text, needed: list[str], columns: list[str], limit: int) -> None:
+        self.text = text
+        self.needed = needed
+        self.columns = columns
+        self.rows_left = limit
+
+    def read_batches(self) -> Iterator[Batch]:
+        """Batches of rows and malformed lines, the last of which may go beyond the limit.
+
+        Where a line has a key that is no column, the batches end with an empty table of all columns that there are.
+        """
+        strings: set[str] = set()
+        while self.rows_left > 0 and (block := self.text.peek(BLOCK_BYTES)):
+            whole_lines = block[:block.rfind(b"\n") + 1]
+            table = parse_plain(whole_lines, self.columns, self.needed, strings)
+            if table is None:
+                yield from self._read_lines(len(whole_lines))
+            else:
+                self.text.take(len(whole_lines), lines=len(table))
+                self.rows_left -= len(table)
+                yield table, []
+
+    def _read_lines(self, size: int) -> Iterator[Batch]:
+        """Batches of the next `size` bytes, line by line; of one batch of lines at least."""
+        end = self.text.taken_bytes + max(size, 1)
+        lines = self.text.lines()
+        while self.text.taken_bytes < end and self.rows_left > 0:
+            first_line = self.text.line
+            batch = list(itertools.islice(lines, BATCH_ROWS))
+            if not batch:
+                return
+            malformed: list[Malformed] = []
+            new_keys: list[str] = []
+            try:
+                table = to_table([scan_line(line, self.columns) for line in batch], self.columns)
+            except (StopIteration, ValueError, TypeError, AttributeError, RecursionError):  # some line is not plain
+                table, malformed, new_keys = self._parse_carefully(batch, first_line)
+            self.rows_left -= len(table)
+            if new_keys:
+                columns = _join_keys(lines, self.needed, [*self.columns, *new_keys], self.rows_left)
+                self.rows_left = 0  # the table is read again from its start, with these columns
+                yield to_table([], columns), []
+                return
+            yield table, malformed
+
+    def _parse_carefully(self, batch: list[str], first_line: int) -> tuple[pa.Table, list[Malformed], list[str]]:
+        """The rows that are left to be read of some lines, the malformed ones among them, and the keys that are no column."""
+        rows: list[list[str]] = []
+        malformed: list[Malformed] = []
+        new_keys: dict[str, None] = {}
+        for number, line in enumerate(batch, first_line):
+            if len(rows) == self.rows_left:
+                break
+            if not line.strip(" \t\r\n"):
+                continue
+            values, reason = parse_line(line, self.needed)
+            if values is None:
+                malformed.append((len(rows), number, reason, line.rstrip("\r\n")))
+            else:
+                new_keys.update((key, None) for key in values if key not in self.columns)
+                rows.append([values.get(column, "") for column in self.columns])
+        return to_table(rows, self.columns), malformed, list(new_keys)
+
+
+def scan_line(line: str, columns: list[str]) -> list[str]:
+    """The cells of a plain line: an object with these very keys in this order, and nothing around it; else an exception."""
+    values, end = _DECODER.scan_once(line, 0)  # type: ignore[attr-defined]
+    if line[end:] not in LINE_ENDS or list(values) != columns:
+        raise ValueError
+    return list(values.values())  # of which to_table refuses what is no string
+
+
+# ── The fast way ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def parse_plain(block: bytes, columns: list[str], needed: list[str], strings: set[str]) -> pa.Table | None:
+    """The rows of whole lines that hold nothing odd, by Arrow; None where it could see them otherwise than `parse_line`.
+
+    Arrow keeps no number's digits: those of fractions are looked up in the text, and must give Arrow's values in its order.
+    `strings` are the columns that Arrow may not take for times, learned from call to call.
+    """
+    lines = block.count(b"\n")
+    if not _looks_plain(block, lines):
+        return None
+    try:
+        table = _read_with_arrow(block, strings)
+        taken_for_times = {field.name for field in table.schema if pa.types.is_timestamp(field.type)}
+        strings.update(field.name for field in table.schema if pa.types.is_string(field.type))
+        if taken_for_times:
+            strings.update(taken_for_times)
+            table = _read_with_arrow(block, strings)
+        if len(table) != lines or not set(columns).issuperset(table.column_names):
+            return None
+        if any(name not in table.column_names or table[name].null_count for name in needed):
+            return None
+        cells = [_to_text(table[name], name, block) if name in table.column_names else pa.array([""] * lines)
+                 for name in columns]
+        return pa.Table.from_arrays(cells, columns)
+    except (pa.ArrowException, ValueError):  # ArrowInvalid is a ValueError; so is what this module raises
+        strings.clear()
+        return None
+
+
+def _looks_plain(block: bytes, lines: int) -> bool:
+    """Whether the text is UTF-8 with one object a line, and nothing in it that Arrow is known to see otherwise."""
+    if not lines or block.count(b"}\n{") != lines - 1 or block[:1] != b"{" or block[-2:] != b"}\n":
+        return False  # objects that do not stand one on a line
+    if re.search(rb"\\u[dD]", block) or re.search(rb"-0+\s*[,}]", block):
+        return False  # half a character, perhaps; a whole number that is a negative zero, perhaps
+    return b"\r" not in block and is_utf8(block, len(block))
+
+
+def _read_with_arrow(block: bytes, strings: set[str]) -> pa.Table:
+    read_options = arrow_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+    schema = pa.schema([(name, pa.string()) for name in strings])
+    return arrow_json.read_json(pa.BufferReader(block), read_options, arrow_json.ParseOptions(explicit_schema=schema))
+
+
+def _to_text(column: pa.ChunkedArray, name: str, block: bytes) -> pa.ChunkedArray:
+    """A column of Arrow's as the text that the block has; ValueError where that is not sure."""
+    if pa.types.is_nested(column.type):
+        raise ValueError("nested")
+    if not pa.types.is_floating(column.type):
+        return column.cast(pa.string()).fill_null("")
+    key = re.escape(json.dumps(name, ensure_ascii=False).encode())
+    digits = re.findall(key + rb"\s*:\s*(-?[0-9][0-9.eE+-]*)", block)  # within a string the quotes would have backslashes
+    has_value = column.is_valid().to_numpy()
+    if len(digits) != np.count_nonzero(has_value):
+        raise ValueError("digits that cannot be told")
+    if not np.array_equal(np.array(digits, "S").astype(np.float64), column.drop_null().to_numpy()):
+        raise ValueError("digits that cannot be told")
+    cells = np.full(len(column), "", object)
+    cells[has_value] = [word.decode() for word in digits]
+    return pa.chunked_array([pa.array(cells, pa.string())])

@@ -1,0 +1,42 @@
+"""Model families besides CLIP and SigLIP, and shortcuts for all of them.
+
+A family is what the script must know of one kind of model: how to load it, which tokens a caption becomes and how far they
+are padded, how its two encoders are called, and whether a cosine tells a probability. It is a subclass of the script's
+`Family`, or of `Clip` or `Siglip` where only some of that differs. A run chooses it by `model_type` in the model's
+config.json: `clip` and `siglip` are the script's own, any other is looked for in the file of that name in this folder.
+
+To add one, drop one file into this folder, named after its model_type with `-` written as `_`:
+
+    from image_text_sim_clip import Clip
+
+    class ToyFamily(Clip):
+        \"\"\"A CLIP whose captions are read backwards.\"\"\"
+
+        kind = "toy"
+
+        def prepare(self, caption):
+            return caption[::-1]
+
+    FAMILY = ToyFamily
+
+The shortcuts, each imported only where its config key asks for it; the first two need a model with CLIP's two towers:
+
+    quantize.py     `quantization: int8`: the encoders' linear layers multiply bytes
+    compiled.py     `compile: true`: both encoders through torch.compile
+    batch_size.py   `batch_size: auto` on a GPU: the smallest batch that is nearly as fast as the fastest
+"""
+from typing import TYPE_CHECKING
+
+from image_text_sim_clip import EXIT_MODEL, Trouble
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_towers(model: "torch.nn.Module", key: str) -> "tuple[torch.nn.Module, torch.nn.Module]":
+    """The image and the text tower of a CLIPModel or SiglipModel; Trouble (exit 6) naming the `key` that needs them."""
+    image_tower = getattr(model, "vision_model", None)
+    text_tower = getattr(model, "text_model", None)
+    if image_tower is None or text_tower is None:
+        raise Trouble(EXIT_MODEL, f"{key} needs a vision_model and a text_model, which {type(model).__name__} lacks")
+    return image_tower, text_tower
