@@ -2932,9 +2932,11 @@ def find_engine(config: Config) -> Callable[[Job], bool]:
     """
     name = config.engine
     if name == "auto":
-        is_launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ
-        is_array = "SLURM_ARRAY_TASK_ID" in os.environ
-        name = "accelerate" if is_launched else ("slurm" * is_array or "local")
+        name = "local"
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            name = "accelerate"
+        elif "SLURM_ARRAY_TASK_ID" in os.environ:
+            name = "slurm"
     if name == "local":
         return run_local
     engine: Callable[[Job], bool] = addon(f"engines.{name}", f"engine: {name}").run

@@ -7,9 +7,9 @@
     verify.py        --verify: is everything still as it was written?
     retry.py         --retry-failed: which rows to score again
 
-To write another kind of results, put a file with `FORMAT = "<name>"` and a function `write` (see `Writer`) here and set
-`output_format: <name>`; the results go to scores.<name>. The other files are called by their names: each option of the
-command line has one.
+To write another kind of results, put a file <name>.py with `FORMAT = "<name>"` and a function `write` (see `Writer`) here
+and set `output_format: <name>`; the results go to scores.<name>. The other files are called by the script where they are
+needed, --plan, --verify and --retry-failed among them.
 """
 import typing
 from collections.abc import Iterable
