@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from addons.inputs import Reader, Rows
     from addons.measures import Measure
     from addons.results.memory_curve import MemoryCurve
-    from addons.results.progress import ProgressBar
+    from addons.results.progress import ProgressBar, ProgressLog
 
 __version__ = "0.2.0"
 
@@ -2853,14 +2853,15 @@ class Job:
     With `once` a run that others have finalised already is not summed up again.
     """
 
-    def __init__(self, config: Config, fresh: bool = False, retry: bool = False) -> None:
+    def __init__(self, config: Config, fresh: bool = False, retry: bool = False, quiet: bool = False) -> None:
         self.config = config
         self.fresh = fresh
         self.retry = retry
+        self.quiet = quiet
         self.once = False
         self.clock = Clock()
         self.plan: Plan
-        self._bar: ProgressBar | None = None
+        self._progress: ProgressBar | ProgressLog | None = None
 
     def make_plan(self, joins: bool = False) -> None:
         """Plan the run, or read the plan that another process has made; see the function `make_plan`."""
@@ -2892,29 +2893,29 @@ class Job:
             self.follow(worker.run(todo, self.retry, self.image_loaded), todo, judge)
 
     def follow(self, summaries: Iterator[PartSummary], todo: list[Partition], judge: bool = True) -> None:
-        """Show each finished partition of `todo` on the progress bar, and judge by them (see `work`)."""
+        """Show each finished partition of `todo` as progress, and judge by them (see `work`)."""
         limit = FailureLimit(self.config.max_failure_rate)
         left = sum(partition.stop - partition.start for partition in todo)
-        if ADDONS.is_dir():
+        if ADDONS.is_dir() and not self.quiet:
             done = self.plan.row_count - left
-            self._bar = addon("results.progress", "the progress bar").ProgressBar(self.plan.row_count, done)
+            self._progress = addon("results.progress", "progress").start_progress(self.plan.row_count, done)
         try:
             for summary in summaries:
                 limit.count(summary)
-                if self._bar:
-                    self._bar.partition_done(summary, limit.failures.total())
+                if self._progress:
+                    self._progress.partition_done(summary)
                 if judge:
                     limit.judge()
         finally:
-            if self._bar:
-                self._bar.close()
+            if self._progress:
+                self._progress.close()
             if isinstance(summaries, types.GeneratorType):
                 summaries.close()
 
     def image_loaded(self) -> None:
-        """Move the progress bar by an image."""
-        if self._bar:
-            self._bar.image_loaded()
+        """Move the progress by an image."""
+        if self._progress:
+            self._progress.image_loaded()
 
 
 def run_local(job: Job) -> bool:
@@ -3247,6 +3248,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                                                                  "(timeout, connect, dns, 429, 5xx)")
     how.add_argument("--verify", action="store_true", help="check every part of output_path bit by bit; score nothing")
     how.add_argument("--plan", action="store_true", help="score a few hundred rows and tell what the whole input will cost")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
 
@@ -3255,7 +3257,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Config -> plan -> parts -> results. Returns the exit code; the last line on stdout is one JSON object."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.set)
-    job = Job(config, options.fresh, options.retry_failed)
+    job = Job(config, options.fresh, options.retry_failed, options.quiet)
     if options.verify:
         return int(addon("results.verify", "--verify").verify(job))
     if options.plan:

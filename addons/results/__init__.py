@@ -1,7 +1,7 @@
 """Results: what a run can do with its parts besides writing scores.csv, and what it shows on its way there.
 
     parquet.py       `output_format: parquet`: scores.parquet instead of scores.csv
-    progress.py      the progress bar
+    progress.py      the progress bar, or lines in a log
     memory_curve.py  memory-time.png
     cost.py          --plan: what the whole input will cost
     verify.py        --verify: is everything still as it was written?
