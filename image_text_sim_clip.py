@@ -1787,6 +1787,7 @@ class Family:
 
     kind: ClassVar[str]  # config.json's model_type
     architecture: ClassVar[str]  # its class in transformers
+    attention: ClassVar[str] = "sdpa"  # the implementation of attention that is asked for
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
         self.model = model
@@ -1794,9 +1795,9 @@ class Family:
         self.processor = processor
         self.name = name
         # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
-        self.scale: float = self.model.logit_scale.exp().item()
+        self.scale = self.read_scale()
         self.bias = 0.0
-        self.context_length: int = self.model.config.text_config.max_position_embeddings
+        self.context_length = self.read_context_length()
         self.check_tokenizer()
 
     @classmethod
@@ -1812,7 +1813,7 @@ class Family:
         transformers.utils.logging.disable_progress_bar()
         try:
             model, loading = getattr(transformers, cls.architecture).from_pretrained(
-                files.folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=files.safetensors,
+                files.folder, dtype=torch.float32, attn_implementation=cls.attention, use_safetensors=files.safetensors,
                 output_loading_info=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
             # explicit, because the default backend depends on what is installed, and the two differ slightly
@@ -1824,6 +1825,14 @@ class Family:
         if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
             raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
         return cls(model.eval().requires_grad_(False), tokenizer, processor, name)
+
+    def read_scale(self) -> float:
+        """What a cosine is multiplied by to give the model's logit."""
+        return float(self.model.logit_scale.exp().item())
+
+    def read_context_length(self) -> int:
+        """How many tokens of a caption the model reads."""
+        return int(self.model.config.text_config.max_position_embeddings)
 
     def check_tokenizer(self) -> None:
         """Raise Trouble (exit 6) for a tokenizer that does not belong to the model."""
