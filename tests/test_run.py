@@ -36,7 +36,7 @@ def files(folder):
 
 
 def is_whole(part):
-    """Whether a part has both digests that stand in it: of its bytes with zeros for the two, and of the JSON up to the second."""
+    """Whether a part has both its digests: of the file with zeros for the two, and of the JSON up to the second."""
     data = part.read_bytes()
     of_file, own = re.findall(rb'"file_sha256": "([0-9a-f]{64})", "sha256": "([0-9a-f]{64})"', data)[-1]
     blank = data.replace(of_file, b"0" * 64).replace(own, b"0" * 64)

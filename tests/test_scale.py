@@ -592,7 +592,7 @@ def test_retry_on_top_of_what_is_pending(dry, run_main, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut off", "scrambled", "footer scrambled"])
 def test_retry_finds_flawed_parts(dry, run_main, tmp_path, damage):
-    """--retry-failed does a part again that is cut off, and one that is not as written, which it names."""
+    """--retry-failed names a part that is not as written, whatever the damage, and does all of it again."""
     assert run_main("--config", dry).code == 0
     expected, part = outcome_of(tmp_path / "out"), tmp_path / "out/parts/part-00003.parquet"
     data = part.read_bytes()
@@ -601,7 +601,7 @@ def test_retry_finds_flawed_parts(dry, run_main, tmp_path, damage):
     flawed[place] = bytes(byte ^ 255 for byte in data[place])
     part.write_bytes(data[:500] if damage == "cut off" else flawed)
     outcome = run_main("--config", dry, "--retry-failed")
-    assert outcome.code == 0 and ("part-00003" in outcome.stderr) == (damage != "cut off"), outcome
+    assert outcome.code == 0 and "part-00003" in outcome.stderr, outcome
     assert outcome_of(tmp_path / "out") == expected
 
 
