@@ -228,11 +228,11 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images), folder)
         choice = describe_choice(curation, cuts, run, counts, exported)
-        write_json(folder / "curated.json", dataclasses.asdict(choice))
         draw_plots(run, choice, folder)
         if curation.review:
             assert images
             review.write_review(run, images, config, verdicts, choice, curation.review_rows, folder / "review.html")
+        write_json(folder / "curated.json", dataclasses.asdict(choice))
     return choice, folder
 
 
