@@ -213,3 +213,117 @@ def test_leftovers_of_others_go_when_they_are_old(tmp_path):
             os.utime(path, (1, 1))
     script.remove_leftovers(tmp_path)
     assert sorted(path.name.split(".")[1] for path in (tmp_path / "parts").iterdir()) == ["part-mark", "part-new"]
+
+
+# ── A retry replaces two files ────────────────────────────────────────────────────────────────────────────────────────
+
+class Killed(BaseException):
+    """Stands for kill -9 at a rename: nothing after it is done."""
+
+
+@pytest.fixture
+def late_rows(tmp_path, write_table, write_config, run_main, bundled_model, scorers, late):
+    """Config of a finished run of one part with embeddings, of whose ten rows five failed for a passing reason."""
+    for name in ("here.png", "late.png"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        shutil.copy(ROOT / f"challenge_set/shapes/shape-00{len(name) - 8}.png", tmp_path / "pictures" / name)
+    write_table([("url", "caption"), *((("here.png", "late.png")[i % 2], f"a red square {i}") for i in range(10))])
+    config = write_config(pretrained_model=bundled_model, save_embeddings="float16", loader_threads=0)
+    with late("late.png"):
+        assert run_main("--config", config).result["failed"] == {"timeout": 5}
+    return config
+
+
+def statuses_of(config):
+    plan = script.make_plan(script.load_config(config), joins=True)
+    return script.read_part(plan, plan.partitions[0], thorough=True).table["status"].to_pylist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_retry_killed_at_any_rename(late_rows, run_main, monkeypatch, tmp_path, after):
+    """--retry-failed that dies before or after any of its renames leaves the old part or the new one, with its embeddings."""
+    config, out = late_rows, tmp_path / "out"
+    shutil.copytree(out, tmp_path / "before")
+    assert run_main("--config", config, "--retry-failed").result["scored"] == 10
+    expected = bytes_that_count(out)
+    real = pathlib.Path.replace
+    reached = 0
+    for number in range(1, 20):
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "before", out)
+        calls = []
+
+        def die(self, target, number=number, calls=calls):
+            calls.append(target)
+            if len(calls) == number and not after:
+                raise Killed
+            done = real(self, target)
+            if len(calls) == number:
+                raise Killed
+            return done
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "replace", die)
+            try:
+                run_main("--config", config, "--retry-failed")
+                break
+            except Killed:
+                reached += 1
+        assert statuses_of(config) in (["ok", "timeout"] * 5, ["ok"] * 10), calls
+        (tmp_path / "pictures/here.png").rename(tmp_path / "gone")  # a row that is tried again without need would be lost
+        try:
+            outcome = run_main("--config", config, "--retry-failed")
+        finally:
+            (tmp_path / "gone").rename(tmp_path / "pictures/here.png")
+        assert outcome.result["scored"] == 10, (calls, outcome)
+        assert bytes_that_count(out) == expected, calls
+    assert reached >= 4  # embeddings, part, embeddings again, results
+
+
+def test_two_retries_leave_one_outcome(late_rows, run_main, tmp_path):
+    """Of two processes that retry the same part the first to commit stays: its rows and its embeddings belong together."""
+    config = script.load_config(late_rows)
+    plans = [script.make_plan(config, joins=True) for _ in range(2)]
+    for plan in plans:
+        plan.refresh()
+    workers = [script.Worker(config, plan, str(number), script.Clock()).run(plan.partitions, retry=True)
+               for number, plan in enumerate(plans)]
+    parts = [script.PartitionRun.open(plan, plan.partitions[0], retry=True) for plan in plans]
+    assert [len(part.rows) for part in parts] == [5, 5]
+    for worker in workers:
+        assert [summary.statuses for summary in worker] == [{"ok": 10}]
+    assert statuses_of(late_rows) == ["ok"] * 10
+    assert run_main("--config", late_rows, "--verify").code == 0
+
+
+def test_two_workers_whose_embeddings_differ(late_rows, monkeypatch, run_main, tmp_path):
+    """Two processes at one new part, whose images differed by chance: part and embeddings are those of the first to commit."""
+    config = script.load_config(late_rows, [f"output_path={tmp_path / 'two'}"])
+    plans = [script.make_plan(config) for _ in range(2)]
+    workers = [script.Worker(config, plan, str(number), script.Clock()) for number, plan in enumerate(plans)]
+    commit = script.commit_part
+    waiting = []
+
+    def commit_later(*arguments):
+        waiting.append(arguments)
+        return script.PartSummary(10, {"ok": 10})
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "commit_part", commit_later)
+        for worker in workers:
+            list(worker.run(worker.plan.partitions))
+            (tmp_path / "pictures/late.png").unlink(missing_ok=True)
+    assert sorted(commit(*waiting[1]).statuses) == ["missing", "ok"]
+    assert sorted(commit(*waiting[0]).statuses) == ["missing", "ok"]
+    plan = script.make_plan(config, joins=True)
+    assert script.read_part(plan, plan.partitions[0], thorough=True).table["status"].to_pylist() == ["ok", "missing"] * 5
+
+
+def test_second_terminal_does_not_undo_the_first(late_rows, tmp_path):
+    """A second process that starts before the first has committed anything leaves what the first has settled."""
+    config = script.load_config(late_rows, [f"output_path={tmp_path / 'two'}"])
+    first_plan = script.make_plan(config)
+    first = script.Worker(config, first_plan, "first", script.Clock())
+    second_plan = script.make_plan(config)
+    assert [summary.rows for summary in first.run(first_plan.partitions)] == [10]
+    second = script.Worker(config, second_plan, "second", script.Clock())
+    assert [summary.rows for summary in second.run(second_plan.partitions)] == [10]
