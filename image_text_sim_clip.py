@@ -2341,7 +2341,7 @@ def _part_to_retry(plan: Plan, partition: Partition) -> "Part | None":
         return read_part(plan, partition, thorough=True)
     except FlawedPart as flaw:
         say(str(flaw))
-        remove_flawed_part(plan, partition)
+        remove_flawed_part(plan, partition, thorough=True)
         return None
 
 
@@ -2798,11 +2798,11 @@ def read_part(plan: Plan, partition: Partition, thorough: bool = False) -> Part 
     return Part(table.replace_schema_metadata(None), metadata)
 
 
-def remove_flawed_part(plan: Plan, partition: Partition) -> None:
+def remove_flawed_part(plan: Plan, partition: Partition, thorough: bool = False) -> None:
     """Take a damaged part away, so that the same command does it again; one that has been replaced meanwhile stays."""
     with locked(plan.output, COMMIT_LOCK), output_disk(partition.parquet):
         try:
-            read_part(plan, partition, thorough=True)
+            read_part(plan, partition, thorough)
         except FlawedPart:
             remove_path(partition.parquet)
 
@@ -3418,7 +3418,9 @@ def write_results(job: Job) -> dict[str, Any]:
             for partition in plan.partitions:
                 remove_flawed_part(plan, partition)  # all of them, so that the same command does them at once
             raise
-    stored |= {"scores_bytes": scores.stat().st_size, "scores_times_ns": times_of(scores), "scores_sha256": file_sha256(scores)}
+    with output_disk(scores):
+        stored |= {"scores_bytes": scores.stat().st_size, "scores_times_ns": times_of(scores),
+                   "scores_sha256": file_sha256(scores)}
     stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in RECORDED_KEYS},
                **plan.manifest.get("resolved", {}), "script": __version__}
     stored |= explain(stored)

@@ -53,7 +53,7 @@ def check_part(job: Job, partition: Partition, flaws: list[str]) -> int | None:
         part = read_part(job.plan, partition, thorough=True)
     except FlawedPart as flaw:
         flaws.append(flaw.name)
-        remove_flawed_part(job.plan, partition)
+        remove_flawed_part(job.plan, partition, thorough=True)
         return 0
     return part.table.num_rows if part else None
 
