@@ -59,6 +59,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -82,8 +83,9 @@ import types
 import typing
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import yaml
@@ -886,6 +888,18 @@ class StagedRows:
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as a DataFrame of text columns."""
+        import pyarrow as pa
+        try:
+            table = self._read_table(start, stop)
+        except (OSError, pa.ArrowException) as error:
+            raise Trouble(EXIT_VERIFY, f"cannot read {self._path}, which was sound when this run began ({error}): the same "
+                                       "command stages the table again") from None
+        if len(table) != stop - start:
+            raise Trouble(EXIT_VERIFY, f"{self._path} has been replaced by another process; run the same command again")
+        return table.to_pandas()
+
+    def _read_table(self, start: int, stop: int) -> "pa.Table":
+        """Rows [start, stop), fewer where the file ends before."""
         import pyarrow.parquet as pq
         with self._path.open("rb") as file, pq.ParquetFile(file) as staged:
             step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
@@ -893,7 +907,7 @@ class StagedRows:
             last = max(start, stop - 1) // step
             groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
             table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
-        return table.slice(start - first * step, stop - start).to_pandas()
+        return table.slice(start - first * step, stop - start)
 
     def sources(self, start: int, stop: int) -> list[str]:
         """Not asked for: the images lie elsewhere."""
@@ -909,6 +923,7 @@ class StagedRows:
 FORMAT = 2  # of the output folder; 0.1 wrote format 1, whose parts were two files
 RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
              "memory-time.png")
+STAGED_FILES = ("pairs.parquet", "bad_rows.csv")  # what staging writes; manifest.json has the sha256 of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -928,7 +943,7 @@ class Partition:
     @property
     def times(self) -> pathlib.Path:
         """Seconds, worker and memory peaks of the part; it may be missing, and no score depends on it."""
-        return self.folder / f"part-{self.index:05d}.times.json"
+        return self.folder / f"part-{self.index:05d}.json"
 
     @property
     def embeddings(self) -> pathlib.Path:
@@ -954,9 +969,11 @@ class Plan:
     manifest: dict[str, Any]
     partitions: list[Partition]
     table: "Rows"
+    begins: bool = False  # nothing was scored yet when it was made: another model than before may be settled on
 
     def __post_init__(self) -> None:
         self.fingerprint = fingerprint_of(self.manifest)
+        self._known_mark: tuple[int, ...] = ()  # of the manifest on disk when it was last found to be this plan's
 
     @property
     def row_count(self) -> int:
@@ -971,10 +988,35 @@ class Plan:
 
     def refresh(self) -> None:
         """Take in what other processes have settled since; Trouble (exit 2) if they have planned another run."""
-        refuse_other_run(self, ("staged", "resolved"))
-        known = read_json(self.output / "manifest.json") or {}
+        known = read_manifest(self.output)
+        if known is None or _without_model(known) != _without_model(self.manifest):
+            raise _planned_anew(self.output)
         if "resolved" in known:
             self.resolve(known["resolved"])
+
+    def check_still_there(self) -> None:
+        """Trouble (exit 2) unless the manifest on disk is this plan's; it is read again only when it is another file."""
+        path = self.output / "manifest.json"
+        try:
+            info = path.stat()
+        except OSError:
+            raise _planned_anew(self.output) from None
+        mark = (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        if mark == self._known_mark:
+            return
+        known = read_manifest(self.output)
+        if known is None or fingerprint_of(known) != self.fingerprint:
+            raise _planned_anew(self.output)
+        self._known_mark = mark
+
+
+def _planned_anew(output: pathlib.Path) -> Trouble:
+    return Trouble(EXIT_CONFIG, f"{output} has been planned anew by another process: this run's parts are not for it")
+
+
+def _without_model(manifest: dict[str, Any]) -> str:
+    """The fingerprint of what was known before a model was loaded."""
+    return fingerprint_of({key: value for key, value in manifest.items() if key != "resolved"})
 
 
 def fingerprint_of(manifest: dict[str, Any]) -> str:
@@ -1016,19 +1058,30 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     if would_overwrite(pathlib.Path(config.csv_path), output):
         raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where results go in output_path {config.output_path!r}: "
                                    "write elsewhere with --set output_path=...")
+    staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
     with locked(output):
         remove_leftovers(output)
         if fresh:
             discard_run(output)
-        manifest = read_json(output / "manifest.json")
+        finish_commits(output)
+        manifest = read_manifest(output)
         if manifest is not None or has_parts(output):
-            manifest = _check_manifest(manifest, config, output)
+            manifest = _check_manifest(manifest, config, output, staged)
         if manifest is None:
             manifest = _write_manifest(config, output)
-        elif not joins and not has_parts(output) and manifest.pop("resolved", None):
-            write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
+        with output_disk(output):
+            (output / "parts").mkdir(exist_ok=True)
+        begins = not joins and not has_parts(output)
     table = find_reader(config.csv_path).open(manifest, config, output)
-    return Plan(config, output, manifest, cut_rows(manifest, output), table)
+    return Plan(config, output, manifest, cut_rows(manifest, output), table, begins)
+
+
+def read_manifest(output: pathlib.Path) -> dict[str, Any] | None:
+    """manifest.json as it was written, None where there is none; one of another format is not checked."""
+    known = read_json(output / "manifest.json")
+    if known is not None and known.get("format") != FORMAT:
+        return known
+    return read_sealed(output / "manifest.json")
 
 
 def would_overwrite(source: pathlib.Path, output: pathlib.Path) -> bool:
@@ -1066,8 +1119,12 @@ def _settings_of(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS_KEYS}
 
 
-def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of `output` if it describes this very run; None where another one can be planned without a loss."""
+def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pathlib.Path,
+                    staged: dict[str, str]) -> dict[str, Any] | None:
+    """The manifest of `output` if it describes this very run; None where another one can be planned without a loss.
+
+    `staged` is what staging has left in `output`; where that is not what had been written, the table is staged again.
+    """
     elsewhere = "discard it with --fresh, or write elsewhere with --set output_path=..."
     if manifest is None:
         raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: {elsewhere}")
@@ -1089,37 +1146,41 @@ def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pat
         raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): {elsewhere}")
     if differences:
         return None  # nothing scored yet, so nothing is lost by planning anew
-    if "staged" in manifest and not _is_staged(manifest, output):
-        say(f"{output / 'pairs.parquet'} is not what had been staged: the table is staged again")
-        with output_disk(output):
-            remove_path(output / "pairs.parquet")
-            reader.describe(config, output)
-        manifest["staged"] = _describe_staged(output)
-        write_json(output / "manifest.json", manifest)
+    if "staged" in manifest and manifest["staged"] not in (staged, describe_staged(output)):
+        _stage_again(manifest, config, output)
     return manifest
 
 
-def _is_staged(manifest: dict[str, Any], output: pathlib.Path) -> bool:
-    """Whether pairs.parquet is still the file that was staged."""
-    path = output / "pairs.parquet"
-    try:
-        return path.stat().st_size == manifest["staged"]["bytes"] and file_sha256(path) == manifest["staged"]["sha256"]
-    except OSError:  # missing, or a folder
-        return False
+def _stage_again(manifest: dict[str, Any], config: Config, output: pathlib.Path) -> None:
+    """Write what staging writes once more, for a run that goes on; Trouble (exit 2) where the input gives other rows now."""
+    say(f"{' and '.join(STAGED_FILES)} in {output} are not what had been written: the table is staged again")
+    with output_disk(output):
+        for name in STAGED_FILES:
+            if (output / name).is_dir():
+                remove_path(output / name)
+        described = find_reader(config.csv_path).describe(config, output)
+    if fingerprint_of(manifest | described) != fingerprint_of(manifest):
+        raise Trouble(EXIT_CONFIG, f"{config.csv_path} has changed while it was staged again; run the same command again")
+    manifest["staged"] = describe_staged(output)
+    write_sealed(output / "manifest.json", manifest)
 
 
-def _describe_staged(output: pathlib.Path) -> dict[str, Any]:
-    path = output / "pairs.parquet"
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def describe_staged(output: pathlib.Path) -> dict[str, str]:
+    """The sha256 of each file that staging has left in `output`."""
+    found = {}
+    for name in STAGED_FILES:
+        with contextlib.suppress(OSError):  # missing, or a folder
+            found[name] = file_sha256(output / name)
+    return found
 
 
 def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
     """Describe (and stage) the input, and write the manifest of a new run."""
     with output_disk(output):
         forget_results(output)  # of a run whose table was empty
-        remove_path(output / "pairs.parquet")  # of a run that was planned and never scored
+        for name in STAGED_FILES:
+            remove_path(output / name)  # of a run that was planned and never scored
         described = find_reader(config.csv_path).describe(config, output)
-        (output / "parts").mkdir(parents=True, exist_ok=True)
     size = config.partition_rows
     if size == "auto" and "starts" in described:
         size = max(1, described["rows"])  # a tar is one partition
@@ -1127,35 +1188,41 @@ def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
         size = min(10_000, max(256, described["rows"] // 200))
     manifest = {"version": __version__, "format": FORMAT, "settings": _settings_of(config), **described, "partition_rows": size}
     if (output / "pairs.parquet").exists():
-        manifest["staged"] = _describe_staged(output)
-    write_json(output / "manifest.json", manifest)
+        manifest["staged"] = describe_staged(output)
+    write_sealed(output / "manifest.json", manifest)
     if described["malformed"]:
         say(f"{described['malformed']} lines of {config.csv_path} are not rows: see {output / 'bad_rows.csv'}")
     return typing.cast(dict[str, Any], json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
 
 
-def refuse_other_run(plan: Plan, besides: Sequence[str] = ("staged",)) -> None:
-    """Trouble (exit 2) unless the manifest on disk is this plan's, `besides` some keys: it may have been planned anew since."""
-    known = read_json(plan.output / "manifest.json")
-    ignored = dict.fromkeys(besides, 0)
-    if known is None or known | ignored != plan.manifest | ignored:
-        raise Trouble(EXIT_CONFIG, f"{plan.output} has been planned anew by another process: this run's parts are not for it")
-
-
 def settle(plan: Plan, scorer: "Scorer | None") -> None:
     """Record in the manifest what only the loaded model could tell, or refuse a worker that differs from the first one."""
     with locked(plan.output):
-        manifest = read_json(plan.output / "manifest.json")
-        if manifest is not None:
-            refuse_other_run(plan, ("staged", "resolved"))
-        recorded = (manifest or {}).get("resolved")
+        manifest = read_manifest(plan.output)
+        if manifest is None or _without_model(manifest) != _without_model(plan.manifest):
+            raise _planned_anew(plan.output)
+        recorded = manifest.get("resolved")
+        may_change = plan.begins and not has_parts(plan.output)
         if scorer and scorer.config.batch_size == "auto":
-            scorer.batch_size = (recorded or {}).get("batch_size") or scorer.find_batch_size()
+            _settle_batch_size(scorer, recorded or {}, may_change)
         resolved = scorer.identity() if scorer else {}
-        refuse_other_model(plan.output, resolved, recorded)
+        if not may_change:
+            refuse_other_model(plan.output, resolved, recorded)
         plan.resolve(resolved)
-        write_json(plan.output / "manifest.json", plan.manifest)
+        if resolved != recorded:
+            write_sealed(plan.output / "manifest.json", manifest | {"resolved": resolved})
         forget_results(plan.output)
+
+
+def _settle_batch_size(scorer: "Scorer", recorded: dict[str, Any], may_change: bool) -> None:
+    """Take the batch size that was found before; unless there is none, or `may_change` and the model or device is another."""
+    own = scorer.batch_size
+    if "batch_size" in recorded:
+        scorer.batch_size = recorded["batch_size"]
+        if not may_change or scorer.identity() == recorded:
+            return
+    scorer.batch_size = own
+    scorer.batch_size = scorer.find_batch_size()
 
 
 def refuse_other_model(output: pathlib.Path, resolved: dict[str, Any], recorded: dict[str, Any] | None) -> None:
@@ -2254,7 +2321,11 @@ class PartitionRun:
     def open(cls, plan: Plan, partition: Partition, retry: bool) -> "PartitionRun":
         """Read the partition's rows; with `retry` those alone that failed for a passing reason."""
         config = plan.config
-        rows = plan.table.read(partition.start, partition.stop)
+        try:
+            rows = plan.table.read(partition.start, partition.stop)
+        except Trouble:
+            plan.check_still_there()  # the table may be another run's by now, which is the better reason
+            raise
         finish: Callable[[pa.Table], pa.Table] = lambda table: table  # noqa: E731
         part = _part_to_retry(plan, partition) if retry else None
         if part:
@@ -2276,10 +2347,10 @@ class PartitionRun:
 def _part_to_retry(plan: Plan, partition: Partition) -> "Part | None":
     """The part whose failed rows are tried again; one that is damaged is removed, and the partition is done anew."""
     try:
-        return read_part(plan, partition) if part_is_done(plan, partition) else None
+        return read_part(plan, partition, thorough=True)
     except FlawedPart as flaw:
         say(str(flaw))
-        remove_part(partition)
+        remove_flawed_part(plan, partition, thorough=True)
         return None
 
 
@@ -2476,9 +2547,35 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """The object in `path`, or None where there is none that can be read."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def write_sealed(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write `content` as `write_json` does, with the sha256 by which `read_sealed` tells that nothing in it has changed."""
+    write_json(path, seal(content))
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` and, as its last key, the sha256 of what it holds besides."""
+    bare = {key: value for key, value in content.items() if key != "sha256"}
+    return bare | {"sha256": hashlib.sha256(json.dumps(bare).encode()).hexdigest()}
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in `path` without its seal, or None where there is none that is as it was written."""
+    content = read_json(path)
+    if content is None or seal(content) != content:
+        return None
+    del content["sha256"]
+    return content
+
+
+def times_of(path: pathlib.Path) -> list[int]:
+    """When the content and when anything of a file has changed last, in ns: a write that keeps the one moves the other."""
+    info = path.stat()
+    return [info.st_mtime_ns, info.st_ctime_ns]
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -2487,13 +2584,23 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LEFTOVER_AGE_S = 7 * 86_400  # a file that nobody has written to for so long is nobody's, whatever its name says
+
+
 def remove_leftovers(output: pathlib.Path) -> None:
-    """Remove what killed processes left half-written; those whose number cannot be looked up here may still be at work."""
+    """Remove what killed processes left half-written.
+
+    Of those whose number cannot be looked up here nobody knows whether they are at work: theirs stay until they are old. An
+    empty one may be a mark that somebody waits for.
+    """
     import psutil
     for leftover in itertools.chain((output / "parts").glob(".part-*.tmp"), output.glob(".*.tmp")):
         *_, host, pid, _ = leftover.name.rsplit(".", 3)
         with contextlib.suppress(OSError, ValueError):
-            if host == _HOST and not psutil.pid_exists(int(pid)):
+            info = leftover.stat()
+            is_dead = host == _HOST and not psutil.pid_exists(int(pid))
+            is_old = info.st_size > 0 and time.time() - info.st_mtime > LEFTOVER_AGE_S
+            if is_dead or is_old:
                 leftover.unlink()
 
 
@@ -2518,17 +2625,24 @@ def locked(output: pathlib.Path, name: str = ".lock") -> Iterator[None]:
 
 
 # ── Parts: exactly once ───────────────────────────────────────────────────────────────────────────────────────────────
-# A part is one Parquet file that appears whole. Its footer holds JSON that binds it to its run and says what is in it. The
-# last key is the sha256 of the whole file with those 64 characters as zeros, so that a flip anywhere in the file is found.
+# A part is one Parquet file that appears whole. Its footer holds JSON that binds it to its run and says what is in it. The last
+# two keys are the sha256 of the whole file, with both digests as zeros, and the sha256 of the JSON itself: so a flip anywhere
+# in the file is found, and what the footer alone says can be relied on.
 
 METADATA_KEY = "image_text_sim_clip"
 _METADATA_START = b'{"run": "'
-_DIGEST_START = b'"sha256": "'
-_NO_DIGEST = b"0" * 64
+_DIGESTS = '"file_sha256": "%s", "sha256": "%s"}'
+_DIGESTS_START = b'"file_sha256": "'
+_NO_DIGESTS = (_DIGESTS % ("0" * 64, "0" * 64)).encode()
 
 
 class FlawedPart(Trouble):
-    """A part that is not what had been written (exit 7)."""
+    """A part, or a file next to it, that is not what had been written (exit 7)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(EXIT_VERIFY, f"{name} was not what had been written; it is removed, and the same command does it "
+                                      "again")
+        self.name = name
 
 
 class Part(NamedTuple):
@@ -2545,8 +2659,9 @@ class PartSummary(NamedTuple):
     statuses: dict[str, int]
 
 
-def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The metadata of a part, all of it deterministic: what it belongs to, counts, and what each measure has `kept`."""
+def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
+                  files: Mapping[pathlib.Path, bytes]) -> dict[str, Any]:
+    """The metadata of a part, all of it deterministic: what it belongs to, counts, what each measure has `kept`, its files."""
     import pyarrow as pa
     import pyarrow.compute as pc
     counts = {entry["values"]: entry["counts"] for entry in table["status"].value_counts().to_pylist()}
@@ -2556,6 +2671,7 @@ def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dic
         "similarity_count": table.num_rows - table["similarity"].null_count,
         "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
         "measures": kept,
+        "files": {path.name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for path, data in files.items()},
     }
 
 
@@ -2563,60 +2679,77 @@ def encode_part(table: "pa.Table", metadata: dict[str, Any]) -> bytes:
     """The bytes of a part; the same for the same table and metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    text = json.dumps(metadata | {"sha256": _NO_DIGEST.decode()})
+    text = json.dumps(metadata)[:-1] + ", " + _NO_DIGESTS.decode()
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({METADATA_KEY: text})
     data: bytes = buffer.getvalue().to_pybytes()
-    place = _digest_place(data)
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data[:place] + digest + data[place + len(digest):]
+    place = data.rfind(_DIGESTS_START)
+    before = data[data.rfind(_METADATA_START):place]
+    return data[:place] + _digests(before, _file_sha256_of(data)) + data[place + len(_NO_DIGESTS):]
 
 
-def _digest_place(data: bytes) -> int:
-    """Where the digest stands: behind the last such key, because captions, which come before, may look like one."""
-    return data.rfind(_DIGEST_START) + len(_DIGEST_START)
+def _digests(metadata_text: bytes, file_sha256: str) -> bytes:
+    """The end of the JSON in a footer, whose text before the digests is `metadata_text`."""
+    own = hashlib.sha256(metadata_text + file_sha256.encode()).hexdigest()
+    return (_DIGESTS % (file_sha256, own)).encode()
 
 
-def _is_as_written(data: bytes) -> bool:
-    """Whether the bytes of a part give the digest that stands in them."""
-    place = _digest_place(data)
-    stored = data[place:place + len(_NO_DIGEST)]
-    blank = data[:place] + _NO_DIGEST + data[place + len(_NO_DIGEST):]
-    return hashlib.sha256(blank).hexdigest().encode() == stored
+def _file_sha256_of(data: bytes) -> str:
+    """The sha256 of a part's bytes with zeros for both digests. They come last, since captions may look like them."""
+    place = data.rfind(_DIGESTS_START)
+    blank = hashlib.sha256(data[:place])
+    blank.update(_NO_DIGESTS)
+    blank.update(data[place + len(_NO_DIGESTS):])
+    return blank.hexdigest()
 
 
 def _metadata_in(footer: bytes) -> dict[str, Any] | None:
-    """The JSON in a Parquet footer, found by its beginning: opening 10,000 files with pyarrow would take many seconds."""
-    place = footer.rfind(_METADATA_START)
-    if place < 0:
+    """The JSON in a footer, if it is as it was written. Opening 10,000 files with pyarrow instead would take many seconds."""
+    start = footer.rfind(_METADATA_START)
+    place = footer.rfind(_DIGESTS_START)
+    end = place + len(_NO_DIGESTS)
+    if not 0 <= start < place:
         return None
-    try:
-        metadata, _ = json.JSONDecoder().raw_decode(footer[place:].decode("ascii", "replace"))
-    except ValueError:
+    at = place + len(_DIGESTS_START)
+    file_sha256 = footer[at:at + 64].decode("ascii", "replace")
+    if footer[place:end] != _digests(footer[start:place], file_sha256):
         return None
-    return metadata if isinstance(metadata, dict) else None
+    metadata: dict[str, Any] = json.loads(footer[start:end])
+    return metadata
 
 
 def _read_footer(path: pathlib.Path) -> bytes | None:
     """The footer of a Parquet file that is whole in length; None for any other file, and where there is none."""
+    with _reading(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != b"PAR1" or length + 12 > size:
+            return None
+        file.seek(size - 8 - length)
+        return file.read(length)
+    return None
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Leave the block where there is no file that could ever be read; Trouble (exit 5) for an error that may pass.
+
+    A disk that cannot be reached, a folder that may not be entered, too many open files: none of them says that a part is
+    not there, and what is taken for missing is done anew.
+    """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 8))
-            tail = file.read(8)
-            length = int.from_bytes(tail[:4], "little")
-            if tail[4:] != b"PAR1" or length + 12 > size:
-                return None
-            file.seek(size - 8 - length)
-            return file.read(length)
-    except OSError:
-        return None
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+            raise Trouble(EXIT_DISK, f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_part_metadata(plan: Plan, partition: Partition) -> dict[str, Any] | None:
-    """What the footer of this run's part says, not checked by its digest; None where there is no part of this run."""
+    """What the footer of this run's part says; None where there is no part of this run, or its footer has changed."""
     footer = _read_footer(partition.parquet)
     metadata = _metadata_in(footer) if footer else None
     return metadata if metadata and _belongs(metadata, plan, partition) else None
@@ -2624,69 +2757,122 @@ def read_part_metadata(plan: Plan, partition: Partition) -> dict[str, Any] | Non
 
 def _belongs(metadata: dict[str, Any], plan: Plan, partition: Partition) -> bool:
     """Whether a part with this metadata is this run's, and this partition's."""
-    return metadata.get("run") == plan.fingerprint and metadata.get("partition") == partition.index
+    return metadata["run"] == plan.fingerprint and metadata["partition"] == partition.index
 
 
 def part_is_done(plan: Plan, partition: Partition) -> bool:
-    """Whether this run's part is there, whole in length, and its embeddings with it (`read_part` checks every byte)."""
+    """Whether this run's part is there, and its files with it, all whole in length (`read_part` checks every byte)."""
     metadata = read_part_metadata(plan, partition)
-    if metadata is None:
-        return False
-    measures = {measure.name: measure for measure in find_measures(plan.config)}
-    return all(measures[name].is_whole(partition, kept) for name, kept in metadata["measures"].items() if name in measures)
+    return metadata is not None and _find_flawed_file(partition, metadata) is None
 
 
-def read_part(plan: Plan, partition: Partition) -> Part | None:
-    """This run's part, every byte checked; None where there is none; raises FlawedPart (exit 7) for a damaged one."""
+def _find_flawed_file(partition: Partition, metadata: dict[str, Any], thorough: bool = False) -> str | None:
+    """The name of a file next to the part that is missing or has another length or, when `thorough`, another sha256."""
+    for name, written in metadata["files"].items():
+        path = partition.folder / name
+        is_whole = False
+        with _reading(path):
+            is_whole = path.stat().st_size == written["bytes"]
+            if is_whole and thorough:
+                is_whole = file_sha256(path) == written["sha256"]
+        if not is_whole:
+            return str(name)
+    return None
+
+
+def read_part(plan: Plan, partition: Partition, thorough: bool = False) -> Part | None:
+    """This run's part, every byte checked and, when `thorough`, those of the files next to it.
+
+    None where there is none; raises FlawedPart (exit 7) for a damaged one.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    flaw = FlawedPart(EXIT_VERIFY, f"{partition.parquet.name} was not what had been written; it is removed, and the same "
-                                   "command does it again")
-    try:
+    data = None
+    with _reading(partition.parquet):
         data = partition.parquet.read_bytes()
-    except FileNotFoundError:
+    if data is None:
+        if partition.parquet.exists():
+            raise FlawedPart(partition.parquet.name)
         return None
-    except OSError:
-        raise flaw from None
     metadata = _metadata_in(data)
-    if metadata is None or not _is_as_written(data):
-        raise flaw
+    if metadata is None or _file_sha256_of(data) != metadata["file_sha256"]:
+        raise FlawedPart(partition.parquet.name)
     if not _belongs(metadata, plan, partition):
         return None
-    table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)  # threads may not outlive the program
-    return Part(table, metadata)
+    flawed = _find_flawed_file(partition, metadata, thorough) if thorough else None
+    if flawed:
+        raise FlawedPart(flawed)
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:  # a quarter of what pq.read_table takes
+        table = file.read(use_threads=False)  # threads may not outlive the program
+    return Part(table.replace_schema_metadata(None), metadata)
 
 
-def remove_part(partition: Partition) -> None:
-    """Take a part away, so that the same command does it again."""
-    with output_disk(partition.parquet):
-        remove_path(partition.parquet)
+def remove_flawed_part(plan: Plan, partition: Partition, thorough: bool = False) -> None:
+    """Take a damaged part away, so that the same command does it again; one that has been replaced meanwhile stays."""
+    with locked(plan.output, COMMIT_LOCK), output_disk(partition.parquet):
+        try:
+            read_part(plan, partition, thorough)
+        except FlawedPart:
+            remove_path(partition.parquet)
 
 
 def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
-                replaced: Part | None = None) -> PartSummary:
-    """Write the part, whose existence is the mark of done.
+                replaced: Part | None = None, files: Mapping[pathlib.Path, bytes] = MappingProxyType({})) -> PartSummary:
+    """Write the part, whose existence is the mark of done, and the `files` that belong next to it.
 
     What is there first stays: a part of this run that another process has committed meanwhile is not touched, unless it is
     the one that --retry-failed has `replaced`. Raises Trouble (exit 2) where the run has been planned anew.
     """
-    metadata = describe_part(plan, partition, table, kept)
+    metadata = describe_part(plan, partition, table, kept, files)
     data = encode_part(table, metadata)
     with locked(plan.output, COMMIT_LOCK):
-        refuse_other_run(plan)
+        plan.check_still_there()
         there = read_part_metadata(plan, partition) if part_is_done(plan, partition) else None
-        is_mine_to_write = there is None or (replaced is not None and there["sha256"] == replaced.metadata["sha256"])
-        if is_mine_to_write:
+        if there is None or (replaced is not None and there["sha256"] == replaced.metadata["sha256"]):
+            for path, content in files.items():
+                write_bytes(_name_of_next(path) if there else path, content)
             write_bytes(partition.parquet, data)
+            if there and files:
+                _finish_commit(partition.parquet, metadata)
             there = metadata
-    assert there
     return PartSummary(there["rows"], there["statuses"])
+
+
+# A retry replaces a part and its files, which cannot both be renamed at once. Until the part is, the old files are what it
+# needs; so the new ones wait under another name, from which `finish_commits` takes them where a process died in between.
+
+def _name_of_next(path: pathlib.Path) -> pathlib.Path:
+    """Where a file waits for the part that it belongs to."""
+    return path.with_name(path.name + ".next")
+
+
+def _finish_commit(part: pathlib.Path, metadata: dict[str, Any]) -> None:
+    """Give the files that waited for `part` their names."""
+    for name, written in metadata["files"].items():
+        path = part.with_name(name)
+        with output_disk(path), contextlib.suppress(FileNotFoundError):
+            if file_sha256(_name_of_next(path)) == written["sha256"]:
+                _name_of_next(path).replace(path)
+
+
+def finish_commits(output: pathlib.Path) -> None:
+    """End what processes that died while they replaced a part had begun: its new files get their names, or go."""
+    waiting = list((output / "parts").glob("part-*.next"))
+    if not waiting:
+        return
+    with locked(output, COMMIT_LOCK):
+        for path in waiting:
+            part = path.with_name(path.name.split(".")[0] + ".parquet")
+            footer = _read_footer(part)
+            _finish_commit(part, (_metadata_in(footer) if footer else None) or {"files": {}})
+            with output_disk(path):
+                path.unlink(missing_ok=True)
 
 
 def write_times(partition: Partition, times: dict[str, Any]) -> None:
     """Keep seconds, worker and peaks of a part; a disk that refuses costs these numbers and nothing else."""
     with contextlib.suppress(OSError):
-        partition.times.write_text(json.dumps(times) + "\n", encoding="utf-8")
+        partition.times.write_text(json.dumps(seal(times)) + "\n", encoding="utf-8")
 
 
 NO_TIMES = {"seconds": {}, "wall_s": 0.0, "ended": 0.0, "worker": "", "tried": 0, "peak_rss_mib": 0.0, "peak_gpu_mib": 0.0,
@@ -2694,10 +2880,8 @@ NO_TIMES = {"seconds": {}, "wall_s": 0.0, "ended": 0.0, "worker": "", "tried": 0
 
 
 def read_times(partition: Partition) -> dict[str, Any]:
-    """What `write_times` kept; zeros where that is missing or cannot be read."""
-    times = read_json(partition.times) or {}
-    is_whole = all(isinstance(times.get(key), type(value)) for key, value in NO_TIMES.items())
-    return times if is_whole else dict(NO_TIMES)
+    """What `write_times` kept; zeros where that is missing or has changed."""
+    return read_sealed(partition.times) or dict(NO_TIMES)
 
 
 # ── Engines: where a partition runs ───────────────────────────────────────────────────────────────────────────────────
@@ -2748,7 +2932,8 @@ class Worker:
             self._close()
             if not pool.hangs:  # only what is killed, or hung until it was stopped, leaves its marks
                 for partition in marked:
-                    partition.trying.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a disk that is gone; the run has ended, or has said so itself
+                        partition.trying.unlink(missing_ok=True)
 
     def _open_ahead(self, todo: list[Partition], retry: bool, pool: "LoaderPool[Loaded]",
                     marked: list[Partition]) -> Iterator[PartitionRun]:
@@ -2789,8 +2974,8 @@ class Worker:
         clock = self.clock
         values: dict[str, np.ndarray] = {}
         kept: dict[str, dict[str, Any]] = {}
+        files: dict[pathlib.Path, bytes] = {}
         uncounted_s = 0.0
-        refuse_other_run(self.plan)  # before a measure writes a file of its own
         for measure in self.measures:
             with clock.stage(measure.name):
                 measured = measure.measure(run, scored)
@@ -2798,16 +2983,18 @@ class Worker:
                 uncounted_s += clock.seconds.pop(measure.name)
             values |= measured.values
             kept[measure.name] = measured.kept
+            files |= measured.files
         with clock.stage("write"):
             table = run.finish(result_table(self.plan, run.rows, scored, self.scorer, values))
-            summary = commit_part(self.plan, run.partition, table, kept, run.replaced)
+            summary = commit_part(self.plan, run.partition, table, kept, run.replaced, files)
         times = {
             "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
             "wall_s": round(time.perf_counter() - since - uncounted_s, 6), "ended": round(time.time(), 6),
             "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
             "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings()}
         write_times(run.partition, times)
-        run.partition.trying.unlink(missing_ok=True)
+        with output_disk(run.partition.trying):
+            remove_path(run.partition.trying)
         return summary
 
     def _take_halvings(self) -> int:
@@ -2889,11 +3076,17 @@ class Job:
         """Where `output_format` has the results go."""
         return self.plan.output / f"scores.{self.config.output_format}"
 
+    def read_profile(self) -> dict[str, Any]:
+        """What profile.json says; {} where it is missing or has changed."""
+        return read_sealed(self.plan.output / "profile.json") or {}
+
     def is_finished(self) -> bool:
-        """Whether the results are there and complete."""
-        stored = read_json(self.plan.output / "profile.json") or {}
+        """Whether the results are there, complete and as written; bytes that a disk lost in silence are left to --verify."""
+        stored = self.read_profile()
         scores = self.results_path()
-        return bool(stored.get("finished")) and scores.is_file() and scores.stat().st_size == stored.get("scores_bytes")
+        if not stored.get("finished") or not scores.is_file() or scores.stat().st_size != stored["scores_bytes"]:
+            return False
+        return times_of(scores) == stored["scores_times_ns"] or file_sha256(scores) == stored["scores_sha256"]
 
     def work(self, todo: list[Partition], name: str = "local", judge: bool = True) -> None:
         """Score and commit `todo` in this process; with `judge`, Trouble (exit 4) when too many rows fail."""
@@ -2959,29 +3152,52 @@ class PartsChanged(Exception):
     """A part was replaced (by --retry-failed in another process) while the results were written: they are written again."""
 
 
-def part_metadata(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The metadata of every part that is there."""
-    for partition in plan.partitions:
-        metadata = read_part_metadata(plan, partition)
-        if metadata is not None:
-            yield metadata
+class Snapshot:
+    """The parts of a run as they are when it is made; whatever is read later raises PartsChanged where one is another."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._digests = [self._digest_of(read_part_metadata(plan, partition)) for partition in plan.partitions]
+
+    @staticmethod
+    def _digest_of(metadata: dict[str, Any] | None) -> str:
+        return metadata["sha256"] if metadata else ""
+
+    def metadata(self) -> Iterator[tuple[Partition, dict[str, Any]]]:
+        """The metadata of every part that is there."""
+        for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
+            metadata = read_part_metadata(self.plan, partition) if digest else None
+            if self._digest_of(metadata) != digest:
+                raise PartsChanged
+            if metadata is not None:
+                yield partition, metadata
+
+    def parts(self) -> Iterator[tuple[Partition, Part | None]]:
+        """Every partition and its part, every byte checked; None for one that never ran. Raises FlawedPart (exit 7)."""
+        for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
+            part = read_part(self.plan, partition)
+            if self._digest_of(part.metadata if part else None) != digest:
+                raise PartsChanged
+            yield partition, part
+
+    @functools.cached_property
+    def totals(self) -> "list[tuple[type[Measure], Any]]":
+        """What each measure makes of all parts."""
+        return [(measure, measure.add_up(metadata for _, metadata in self.metadata()))
+                for measure in find_measures(self.plan.config)]
 
 
-def result_tables(plan: Plan) -> Iterator["pa.Table"]:
+def result_tables(snapshot: Snapshot) -> Iterator["pa.Table"]:
     """Each partition's rows with their results, in input order; rows of one that never ran are `not_tried`.
 
     Raises FlawedPart (exit 7) for a damaged part, Trouble (exit 7) where fewer or more rows go out than came in, and
     PartsChanged.
     """
-    digests = [(read_part_metadata(plan, partition) or {}).get("sha256") for partition in plan.partitions]
-    totals = [(measure, measure.add_up(part_metadata(plan))) for measure in find_measures(plan.config)]
+    plan = snapshot.plan
     written = 0
-    for partition, digest in zip(plan.partitions, digests, strict=True):
-        part = read_part(plan, partition)
-        if (part.metadata["sha256"] if part else None) != digest:
-            raise PartsChanged
+    for partition, part in snapshot.parts():
         table = part.table if part else _untried_table(plan, partition)
-        for measure, total in totals:
+        for measure, total in snapshot.totals:
             table = measure.complete(table, total)
         yield table
         written += table.num_rows
@@ -3044,26 +3260,25 @@ class CsvRows:
         self._text.detach()  # flushes first
 
 
-def write_csv(plan: Plan, file: BinaryIO) -> None:
+def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     """Stream all results as CSV."""
+    plan = snapshot.plan
     results = column_names(result_columns(plan.config))
     names = [*output_names(plan.manifest["columns"], results), *results]
     rows = CsvRows(file, names, plan.config.escape_formulas, len(results))
-    for table in result_tables(plan):
+    for table in result_tables(snapshot):
         rows.write(table)
     rows.close()
 
 
-def summarise(plan: Plan) -> dict[str, Any]:
+def summarise(snapshot: Snapshot) -> dict[str, Any]:
     """Counts, scores, times and memory of all parts, and what each measure makes of them: the beginning of profile.json."""
+    plan = snapshot.plan
     statuses = collections.Counter[str]()
     sums = collections.Counter[str]()
     similarity_sums: list[float] = []
     times: list[dict[str, Any]] = []
-    for partition in plan.partitions:
-        metadata = read_part_metadata(plan, partition)
-        if metadata is None:
-            continue
+    for partition, metadata in snapshot.metadata():
         statuses.update(metadata["statuses"])
         similarity_sums.append(metadata["similarity_sum"])
         sums.update({key: metadata[key] for key in ("rows", "similarity_count", "truncated")})
@@ -3077,7 +3292,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
             "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
             **add_up_times(times),
-            **{measure.name: measure.describe(measure.add_up(part_metadata(plan))) for measure in find_measures(plan.config)}}
+            **{measure.name: measure.describe(total) for measure, total in snapshot.totals}}
 
 
 def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
@@ -3177,12 +3392,13 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> dict[str, Any] | N
         if job.is_finished():
             if job.once:
                 return None
-            stored = read_json(plan.output / "profile.json") or {}
+            stored = job.read_profile()
         else:
             stored = write_results(job)
             if stored["finished"]:
                 for marker in (plan.output / "parts").glob("*.trying"):
-                    marker.unlink(missing_ok=True)  # of a worker that was killed just after its part was written
+                    with contextlib.suppress(OSError):
+                        remove_path(marker)  # of a worker that was killed just after its part was written
             if curve and (image := curve.png()):
                 write_bytes(plan.output / "memory-time.png", image)
     print_summary(job.config, stored)
@@ -3196,34 +3412,29 @@ def write_results(job: Job) -> dict[str, Any]:
     plan = job.plan
     scores = job.results_path()
     while True:
-        stored = summarise(plan)  # first: a part that another worker adds meanwhile does not make the run finished
+        snapshot = Snapshot(plan)  # a part that another worker adds meanwhile does not make the run finished
         try:
+            stored = summarise(snapshot)
             with output_disk(scores), atomic_file(scores) as file:
                 if config.output_format == "csv":
-                    write_csv(plan, file)
+                    write_csv(snapshot, file)
                 else:
-                    addon(f"results.{config.output_format}", "output_format").write(result_tables(plan), file)
+                    addon(f"results.{config.output_format}", "output_format").write(result_tables(snapshot), file)
             break
         except PartsChanged:
             continue
         except FlawedPart:
-            remove_flawed_parts(plan)
+            for partition in plan.partitions:
+                remove_flawed_part(plan, partition)  # all of them, so that the same command does them at once
             raise
-    stored |= {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
+    with output_disk(scores):
+        stored |= {"scores_bytes": scores.stat().st_size, "scores_times_ns": times_of(scores),
+                   "scores_sha256": file_sha256(scores)}
     stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in RECORDED_KEYS},
                **plan.manifest.get("resolved", {}), "script": __version__}
     stored |= explain(stored)
-    write_json(plan.output / "profile.json", stored)
+    write_sealed(plan.output / "profile.json", stored)
     return stored
-
-
-def remove_flawed_parts(plan: Plan) -> None:
-    """Take away every part that is damaged, so that the same command does it again."""
-    for partition in plan.partitions:
-        try:
-            read_part(plan, partition)
-        except FlawedPart:
-            remove_part(partition)
 
 
 def start_memory_curve(clock: Clock) -> "MemoryCurve | None":
@@ -3304,7 +3515,7 @@ def find_excess(job: Job, result: dict[str, Any]) -> Trouble | None:
                                     "went away meanwhile: the same command does them")
     if config.max_score_drift is None or config.pretrained_model == "none":
         return None
-    stored = read_json(job.plan.output / "profile.json") or {}
+    stored = job.read_profile()
     excess = addon("measures.passport", "max_score_drift").find_excess(stored.get("passport"), config.max_score_drift)
     return Trouble(EXIT_VERIFY, excess) if excess else None
 

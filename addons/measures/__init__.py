@@ -28,10 +28,14 @@ To add one, drop one file into this folder:
 That is all for a column that each row has for itself. Settings are a dataclass: `settings = CaptionLengthSettings` has the keys
 between the braces checked, and `read_settings` gives them. A measure that says something of the whole run puts numbers
 into `Measured.kept`, which are stored in the part; `add_up` makes a total of all parts' numbers, `describe` its entry in
-profile.json, `tell` its line on the screen, and `complete` fills columns that depend on all rows.
+profile.json, `tell` its line on the screen, and `complete` fills columns that depend on all rows. Files of its own go into
+`Measured.files`, named after the part (`partition.folder / "part-00012.npz"`): the part's metadata holds their sha256, and a
+part without its files is not done.
 """
 import difflib
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from image_text_sim_clip import (
@@ -39,7 +43,6 @@ from image_text_sim_clip import (
     Column,
     Config,
     ImageLoader,
-    Partition,
     PartitionRun,
     Plan,
     Scored,
@@ -63,6 +66,7 @@ class Measured(NamedTuple):
 
     values: "dict[str, np.ndarray]"  # for each of its columns a value per row at hand, (n,); NaN or None for no value
     kept: JsonObject  # goes into the part's metadata: JSON, and the same for the same rows on any machine
+    files: Mapping[pathlib.Path, bytes] = MappingProxyType({})  # written next to the part when that is; its metadata binds them
 
 
 class Measure:
@@ -114,14 +118,6 @@ class Measure:
 
     def close(self) -> None:
         """Let go of what was held for the partitions begun; `begin` may follow again."""
-
-    @classmethod
-    def is_whole(cls, partition: Partition, kept: JsonObject, thorough: bool = False) -> bool:
-        """Whether the files that `measure` wrote next to the part, if any, are as `kept` says.
-
-        A quick look at names and sizes decides whether a part is done; `thorough`, for --verify, reads every byte.
-        """
-        return True
 
     @classmethod
     def add_up(cls, parts: Iterable[JsonObject]) -> Total | None:
