@@ -248,6 +248,7 @@ class Config:
     caption_column: str | int = setting("caption", 0)
     caption_template: str = "{}"
     separator: str = "auto"
+    quoting: Literal["auto", "none"] = "auto"
     encoding: str = "utf-8"
     limit: int | None = setting(None, 1)
     escape_formulas: bool = False
@@ -274,6 +275,8 @@ class Config:
     partition_rows: int | Literal["auto"] = setting("auto", 1, 10_000_000)
     loader_threads: int | Literal["auto"] = setting("auto", 0, 1024)
     engine: str = "auto"
+    slurm_offset: int = setting(0, 0)
+    slurm_total: int | None = setting(None, 1)
     ray_address: str | None = None
     ray_workers: str | int = setting(1, 1)
     ray_gpus: float = setting(0.0, 0.0, 64)
@@ -291,8 +294,10 @@ class Config:
             check_value(field, getattr(self, field.name))
         if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
-        for key in ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path"):
-            check_path(key, getattr(self, key) or "")
+        for key in PATH_KEYS:
+            path = expand_home(key, getattr(self, key) or "")
+            check_path(key, path)
+            object.__setattr__(self, key, path if getattr(self, key) is not None else None)  # the class is frozen
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
         if self.max_score_drift is not None and self.parity_rows == 0:
@@ -318,12 +323,28 @@ class Config:
 # Keys that may differ between a run and its resumption, because no score and no status depends on them. `use_cuda` is here
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
-                 "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
+                 "ray_workers", "ray_gpus", "slurm_offset", "slurm_total", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
                  "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
 
 
+PATH_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path")
+REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.I)  # s3://bucket, also with a slash too few
+
+
+def expand_home(key: str, value: str) -> str:
+    """The path with the home folder in place of a leading `~` or `~name`; Trouble (exit 2) where nobody knows that folder."""
+    path = os.path.expanduser(value)  # noqa: PTH111 - pathlib's takes the ./ off ./~name, a folder of that name
+    if path.startswith("~"):
+        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: there is no home folder for {value.split('/')[0]}; "
+                                   f"a folder of that name is ./{value}")
+    return path
+
+
 def check_path(key: str, value: str) -> None:
-    """Raise Trouble (exit 2) for a path that no file system takes."""
+    """Raise Trouble (exit 2) for a path that no file system takes, and for one in an object store where files are made."""
+    if REMOTE.match(value) and key in ("output_path", "cache_path", "pretrained_model"):
+        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: remote paths and object stores are not read or written yet; "
+                                   "it must lie on a local disk, or one that is mounted here")
     path = value.encode("utf-8", "surrogatepass")
     if b"\0" in path or max(len(name) for name in path.split(b"/")) > 255:
         raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
@@ -407,7 +428,7 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
     Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(expand_home("--config", os.fspath(path))).read_text(encoding="utf-8")
         values = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
@@ -1280,20 +1301,55 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
         if config.image_path in getattr(module, "SOURCES", ()):
             source: Callable[[str], bytes] = module.open_source(config, threads)
             return source
+    if REMOTE.match(config.image_path):
+        raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: object stores are not read yet; name a folder on a local "
+                                  "disk, or set image_path: url to fetch each row's http(s) URL")
     raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/)")
 
 
-def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
-    """The bytes of the file that `source` (a relative path, or a URL whose last segment counts) names inside `folder`."""
-    is_url = "://" in source
+MAX_PATH_CHARS = 4096  # of a URL's path that is looked up: no file system has longer ones
+
+
+def names_in_folder(source: str) -> list[str]:
+    """The paths inside `image_path` at which the image of `source` may lie; the first that exists is the one.
+
+    A relative path, or a file:// URI, is that path and no other. The path of an http(s) URL is looked up by its endings, the
+    longest first (a/b/1.png, b/1.png, 1.png), each as it stands and with its %20 and the like decoded. [] for no name at all.
+    """
+    scheme = source.partition("://")[0].lower() if "://" in source else ""
+    if scheme not in ("http", "https", "file"):
+        return [] if source.endswith("/") else [source]
     try:
-        last = (urllib.parse.urlsplit(source).path if is_url else source).rsplit("/", 1)[-1]
+        url = urllib.parse.urlsplit(source)
     except ValueError:
-        raise RowFailure("missing", "not a URL") from None
-    if not last:
+        return []
+    if scheme == "file":
+        return [urllib.parse.unquote(url.path)] if url.path and url.netloc in ("", "localhost") else []
+    path = url.path
+    if path.endswith("/"):
+        return []
+    if len(path) > MAX_PATH_CHARS:
+        path = path[-MAX_PATH_CHARS:].partition("/")[2]
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            del segments[-1:]
+        elif segment not in ("", "."):
+            segments.append(segment)
+    names: dict[str, None] = {}
+    for first in range(len(segments)):
+        ending = segments[first:]
+        names["/".join(ending)] = None
+        names["/".join(map(urllib.parse.unquote, ending))] = None
+    return list(names)
+
+
+def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
+    """The bytes of the file inside `folder` that `source`, a path or a URL, names (see `names_in_folder`)."""
+    names = names_in_folder(source)
+    if not names:
         raise RowFailure("missing", "no file name")
-    names = (last, urllib.parse.unquote(last)) if is_url else (source, last)
-    for name in dict.fromkeys(names):
+    for name in names:
         handle = _open_inside(folder, name)
         if handle is None:
             continue
@@ -1309,6 +1365,8 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
 def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read."""
     try:
+        if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
+            return None  # at once: a URL may have thousands of endings
         path = (folder / name).resolve()
         if not path.is_relative_to(folder):
             raise RowFailure("forbidden", "outside image_path")
@@ -1318,7 +1376,7 @@ def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     except PermissionError:
         raise RowFailure("forbidden", "no permission to read the file") from None
     except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
-        raise RowFailure("missing", "no usable file name") from None
+        return None
 
 
 def _read_regular(handle: int, max_bytes: int) -> bytes:
@@ -3060,10 +3118,14 @@ class Job:
         self._progress: ProgressBar | ProgressLog | None = None
 
     def make_plan(self, joins: bool = False) -> None:
-        """Plan the run, or read the plan that another process has made; see the function `make_plan`."""
+        """Plan the run, or read the plan that another process has made (see `make_plan`); Trouble (exit 3) for no rows at all."""
         with self.clock.stage("plan"):
             self.plan = make_plan(self.config, self.fresh and not joins, joins)
         self.clock.take()
+        if not self.plan.row_count:
+            malformed = self.plan.manifest["malformed"]
+            where = f": all {malformed} lines are malformed, see {self.plan.output / 'bad_rows.csv'}" if malformed else ""
+            raise Trouble(EXIT_INPUT, f"csv_path {self.config.csv_path!r} has no rows{where}")
 
     def pending(self) -> list[Partition]:
         """What is left to do."""
@@ -3136,9 +3198,10 @@ def find_engine(config: Config) -> Callable[[Job], bool]:
     name = config.engine
     if name == "auto":
         name = "local"
+        is_srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1")  # NTASKS and PROCID: sbatch sets them, too
         if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ:
             name = "accelerate"
-        elif "SLURM_ARRAY_TASK_ID" in os.environ:
+        elif is_srun or "SLURM_ARRAY_TASK_ID" in os.environ:
             name = "slurm"
     if name == "local":
         return run_local
