@@ -4,7 +4,7 @@
 
 A member's key is its path up to the last dot of its name, so that `holiday.v2.png` and `holiday.v2.txt` are a pair. What is
 no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by offset, never unpacked. A pair's fields are those of its .json; its caption is the field that
-`caption_column` names, else the .txt; its URL is the field that `url_column` names, else `<tar>/<image>`. Where
+`caption_column` names, else the .txt (a list of captions is no caption: such a pair is `empty_caption`); its URL is the field that `url_column` names, else `<tar>/<image>`. Where
 img2dataset's own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed downloads) are rows too.
 """
 import tarfile
@@ -16,7 +16,7 @@ import pyarrow as pa
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.columnar import is_textual, reading, to_text
 from addons.inputs.files import FileRows, InPlaceReader, InputFile
-from addons.inputs.json_lines import parse_object
+from addons.inputs.json_lines import NestedCaption, parse_object
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
 from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
@@ -152,8 +152,16 @@ def _read_side_file(side_file: InputFile) -> dict[str, list[str]]:
     return {name: to_text(table[name]).to_pylist() for name in names}
 
 
-def read_members(tar_file: InputFile, entries: list[Entry]) -> Iterator[dict[str, str]]:
-    """Each entry's fields: those of its .json, and its .txt under the key "" (no JSON of img2dataset has it)."""
+class Texts(NamedTuple):
+    """What an entry's texts say: the fields of its .json, its caption, and whether the .json has a list or object for one."""
+
+    fields: dict[str, str]
+    caption: str
+    has_nested_caption: bool
+
+
+def read_members(tar_file: InputFile, entries: list[Entry], caption_column: str) -> Iterator[Texts]:
+    """Each entry's texts; the caption is the field `caption_column`, else the .txt."""
     with tar_file.open() as file:
         def text_of(member: Member | None) -> str:
             if member is None or member.size > MAX_TEXT_BYTES:
@@ -161,11 +169,20 @@ def read_members(tar_file: InputFile, entries: list[Entry]) -> Iterator[dict[str
             file.seek(member.offset)
             return file.read(member.size).decode("utf-8-sig", "replace")
         for entry in entries:
-            try:
-                fields = parse_object(text_of(entry.members.get("json")) or "{}")
-            except ValueError:
-                fields = {}  # a .json that is none: the .txt may still be there
-            yield {**entry.fields, **fields, "": text_of(entry.members.get("txt"))}
+            fields, is_nested = _read_fields(text_of(entry.members.get("json")) or "{}", caption_column)
+            fields = {**entry.fields, **fields}
+            caption = fields.get(caption_column) or text_of(entry.members.get("txt"))
+            yield Texts(fields, caption, is_nested)
+
+
+def _read_fields(text: str, caption_column: str) -> tuple[dict[str, str], bool]:
+    """The fields of a .json, none for one that is no JSON (the .txt may still be there), and whether its caption is nested."""
+    try:
+        return parse_object(text, caption_column), False
+    except NestedCaption:
+        return {**parse_object(text), caption_column: ""}, True
+    except ValueError:
+        return {}, False
 
 
 # ── Reader and rows ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -187,26 +204,32 @@ class TarReader(InPlaceReader):
     def describe_files(self, found: list[InputFile], config: Config) -> Manifest:
         """What the tars hold: every header and .json is read once, no image. What is wrong with a tar is said."""
         columns = dict.fromkeys(needed_columns(config))
+        nested = 0
         described: list[Manifest] = []
         left_aside = LeftAside()
         starts = [0]
         for file in found:
             try:
-                entry, names = self._describe_tar(file, left_aside, is_only=len(found) == 1)
+                entry, names = self._describe_tar(file, config, left_aside, is_only=len(found) == 1)
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys(names))
             described.append(entry)
+            nested += entry["nested_captions"]
             starts.append(starts[-1] + entry["rows"])
             if config.limit and starts[-1] >= config.limit:
                 break
         rows = starts[-1]
         left_aside.tell("the tars")
+        if nested:
+            say(f"{nested:,} captions in the tars' .json are lists or objects, which are not read yet: those pairs get their "
+                ".txt, or the status empty_caption")
         return {"kind": self.kind, "columns": list(columns), "rows": rows, "malformed": 0, "files": described,
                 "left_aside": left_aside.describe(),
                 "starts": sorted({start for start in starts if start < rows})}
 
-    def _describe_tar(self, file: InputFile, left_aside: LeftAside, is_only: bool) -> tuple[Manifest, list[str]]:
+    def _describe_tar(self, file: InputFile, config: Config, left_aside: LeftAside,
+                      is_only: bool) -> tuple[Manifest, list[str]]:
         """A tar's entry in manifest.json, and the names of its pairs' fields; what is no pair's is added to `left_aside`.
 
         Raises OSError, and Trouble (exit 3) for an only file that is no tar.
@@ -223,10 +246,11 @@ class TarReader(InPlaceReader):
         if flaw:
             entry["flaw"] = flaw
         entry["rows"] = len(entries)
+        entry["nested_captions"] = 0
         names: dict[str, None] = {}
-        for fields in read_members(file, entries):
-            names.update(dict.fromkeys(fields))
-        names.pop("", None)
+        for texts in read_members(file, entries, column_name(config.caption_column)):
+            names.update(dict.fromkeys(texts.fields))
+            entry["nested_captions"] += texts.has_nested_caption
         return entry, list(names)
 
     def open_files(self, manifest: Manifest, found: list[InputFile], config: Config) -> "TarRows":
@@ -254,17 +278,16 @@ class TarRows(FileRows):
         for number, entries in self._slices(start, stop):
             file = self.files[number]
             try:
-                for entry, fields in zip(entries, read_members(file, entries), strict=True):
-                    rows.append(self._make_row(file, entry, fields))
+                for entry, texts in zip(entries, read_members(file, entries, self.caption_column), strict=True):
+                    rows.append(self._make_row(file, entry, texts))
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
-    def _make_row(self, file: InputFile, entry: Entry, fields: dict[str, str]) -> list[str]:
+    def _make_row(self, file: InputFile, entry: Entry, texts: Texts) -> list[str]:
         name = entry.image.name if entry.image else entry.key
-        caption = fields.get(self.caption_column) or fields[""]
-        url = fields.get(self.url_column) or f"{file.name}/{name}"
-        cells = {**fields, self.caption_column: caption, self.url_column: url}
+        url = texts.fields.get(self.url_column) or f"{file.name}/{name}"
+        cells = {**texts.fields, self.caption_column: texts.caption, self.url_column: url}
         return [cells.get(column, "") for column in self.columns]
 
     def sources(self, start: int, stop: int) -> list[str]:
