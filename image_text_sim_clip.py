@@ -560,11 +560,15 @@ class Record(NamedTuple):
 
 
 class TextTable(NamedTuple):
-    """A table of text, opened: its columns, its rows in batches, and the sha256 of its file once all are read."""
+    """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
+
+    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (see LiteralQuotes).
+    """
 
     columns: list[str]
     batches: Iterator[Batch]
     sha256: Callable[[], str]
+    literal_lines: Callable[[], int] = lambda: 0
 
 
 class Lines(Iterator[str]):
@@ -626,15 +630,16 @@ class _Feed(Iterator[str]):
         return line
 
 
-def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterator[Record]:
-    """Yield the records in `lines`; `number` is that of the first line.
+def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: str = "auto") -> Iterator[Record]:
+    """Yield the records in `lines`; `number` is that of the first line. With `quoting` "none" each line is one.
 
     A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines after
     it are read again, so that one stray quote does not take a neighbour with it.
     """
     csv.field_size_limit(MAX_RECORD_CHARS)
     feed = _Feed(lines)
-    reader = csv.reader(feed, delimiter=separator, strict=True)
+    style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    reader = csv.reader(feed, delimiter=separator, strict=True, quoting=style)
     while True:
         fields: list[str] | None
         try:
@@ -644,7 +649,7 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterat
         except csv.Error:
             fields = None
             feed.give_back()
-            reader = csv.reader(feed, delimiter=separator, strict=True)
+            reader = csv.reader(feed, delimiter=separator, strict=True, quoting=style)
         raw = "".join(feed.taken)
         count = len(feed.taken)
         is_blank = fields == [] or not raw.strip("\r\n")
@@ -652,6 +657,40 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterat
             yield Record(number, fields, raw, settled=not feed.again)
         number += count
         feed.begin()
+
+
+class LiteralQuotes:
+    """Where `quoting: auto` reads quotes as text: in a table separated by tabs, where they would swallow rows.
+
+    Most programs that write .tsv know no quoting. A quoted field that swallows lines which would each be a whole row is none,
+    and a line whose quotes do not balance, but which is a whole row without them, is that row. `lines` counts such rows.
+    """
+
+    def __init__(self, config: "Config") -> None:
+        self.separator = separator_of(config)
+        self.is_possible = self.separator == "\t" and config.quoting == "auto"
+        self.lines = 0
+
+    def reread(self, records: Iterable[Record], width: int) -> Iterator[Record]:
+        """The records, those line by line that are none; a row has `width` fields."""
+        for record in records:
+            pieces = self._split(record, width) if self.is_possible and '"' in record.raw else []
+            yield from pieces or [record]
+
+    def _split(self, record: Record, width: int) -> list[Record]:
+        """The record's physical lines as records, their quotes as text; [] where the record is right as it is."""
+        pieces: list[Record] = []
+        for number, line in enumerate(io.StringIO(record.raw, newline=""), record.line):
+            text = line.rstrip("\r\n")
+            if text:
+                pieces.append(Record(number, text.split(self.separator), line, settled=False))
+        rows = sum(len(piece.fields or ()) == width for piece in pieces)
+        is_row = record.fields is not None and len(record.fields) == width
+        if is_row and (len(pieces) == 1 or rows < len(pieces)) or not rows:
+            return []
+        self.lines += rows
+        pieces[-1] = pieces[-1]._replace(settled=record.settled)
+        return pieces
 
 
 def careful_batches(records: Iterable[Record], columns: list[str], until: Callable[[], bool]) -> Iterator[Batch]:
@@ -752,13 +791,15 @@ class CsvReader:
         path = pathlib.Path(config.csv_path)
         lines = Lines(path, config.encoding)
         separator = separator_of(config)
-        first = next(csv_records(lines, separator), None)
+        first = next(csv_records(lines, separator, quoting=config.quoting), None)
         fields = (first.fields if first else None) or []
         columns = name_columns(fields if is_text("".join(fields)) else [], config)
         if isinstance(config.url_column, int):  # no header: the first record is a row, too
             lines = Lines(path, config.encoding)
-        records = csv_records(lines, separator, lines.taken + 1)
-        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path))
+        literal = LiteralQuotes(config)
+        records = literal.reread(csv_records(lines, separator, lines.taken + 1, config.quoting), len(columns))
+        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path),
+                         lambda: literal.lines)
 
     def open(self, manifest: dict[str, Any], config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
@@ -851,9 +892,13 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
             place = f"; the first such byte is at offset {offset}"
         say(f"{bad.undecodable} lines of {path} are not {config.encoding}{place} "
             "(if the file is latin-1, set encoding: latin-1)")
+    if literal_lines := table.literal_lines():
+        say(f"{literal_lines} lines of {path} are rows only if their quotes are text, and were read so; if that is true of all "
+            "its quotes, set quoting: none")
     file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
             "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
-    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "files": [file]}
+    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "literal_lines": literal_lines,
+            "files": [file]}
 
 
 def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows]:
