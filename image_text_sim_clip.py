@@ -638,8 +638,9 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: 
     """
     csv.field_size_limit(MAX_RECORD_CHARS)
     feed = _Feed(lines)
-    style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
-    reader = csv.reader(feed, delimiter=separator, strict=True, quoting=style)
+    start = functools.partial(csv.reader, feed, delimiter=separator, strict=True,
+                              quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL)
+    reader = start()
     while True:
         fields: list[str] | None
         try:
@@ -649,7 +650,7 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: 
         except csv.Error:
             fields = None
             feed.give_back()
-            reader = csv.reader(feed, delimiter=separator, strict=True, quoting=style)
+            reader = start()
         raw = "".join(feed.taken)
         count = len(feed.taken)
         is_blank = fields == [] or not raw.strip("\r\n")
@@ -1434,28 +1435,65 @@ def _read_regular(handle: int, max_bytes: int) -> bytes:
         return file.read(max_bytes + 1)
 
 
+class Remark(NamedTuple):
+    """What a sound image has that its pixels do not show: an EXIF orientation that the config ignores; a row's `detail`."""
+
+    is_turned: bool = False
+    detail: str = ""
+
+
+REMARK = "image_text_sim_clip remark"  # the key under which `info` of a decoded image has its Remark
+
+
 def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
                  holding: contextlib.ExitStack | None = None) -> "Image.Image":
     """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
 
-    A caller that goes on to work with the image gives `holding`, in which the turn of a large one is kept.
+    An image refused as corrupt is tried again without what lies around its pixels. What is to be said of an image that is
+    sound stands in its `info[REMARK]`. A caller that goes on to work with it gives `holding`, in which the turn of a large
+    one is kept.
     """
+    def decode(copy: bytes) -> "Image.Image":
+        with contextlib.ExitStack() as turn:
+            image = _decode_as_it_is(copy, config, target, turn)
+            if holding is not None:
+                holding.enter_context(turn.pop_all())
+            return image
+    try:
+        return decode(data)
+    except RowFailure as failure:
+        copies = addon("images.plain_pixels", "decode").without_metadata(data) \
+            if failure.status == "corrupt" and ADDONS.is_dir() else ()
+        for copy, lacks_exif in copies:
+            with contextlib.suppress(RowFailure):
+                image = decode(copy)
+                if lacks_exif and config.exif_orientation:
+                    image.info[REMARK] = Remark(detail=addon("images.exif", "exif_orientation").CANNOT_READ)
+                return image
+        raise
+
+
+def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None,
+                     turn: contextlib.ExitStack) -> "Image.Image":
+    """`decode_image` of these very bytes; a large image takes its turn in `turn`."""
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
     formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
     try:
-        with contextlib.ExitStack() as mine, Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
             if pixels > LARGE_PIXELS:
-                turn = holding or mine
                 turn.enter_context(_LARGE_IMAGE)
                 turn.callback(trim_memory)
             image.load()
-            return to_rgb(image, config)
+            remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else Remark()
+            rgb = to_rgb(image, config)
+            rgb.info[REMARK] = remark
+            return rgb
     except RowFailure:
         raise
     except UnidentifiedImageError:
@@ -1503,7 +1541,8 @@ def to_rgb(image: "Image.Image", config: Config) -> "Image.Image":
     """
     from PIL import Image, ImageOps
     if config.exif_orientation:
-        image = ImageOps.exif_transpose(image)
+        image = addon("images.exif", "exif_orientation").turn_upright(image) if ADDONS.is_dir() \
+            else ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         grey: Image.Image = _odd_images().grey_from_numbers(image)
         return grey.convert("RGB")
@@ -1641,12 +1680,13 @@ def resize_pillow(image: "Image.Image", settings: ImageSettings) -> "np.ndarray"
 
 @dataclasses.dataclass
 class Loaded:
-    """What a loader thread made of one source: `pixels` (3, H, W) uint8 or a `failure`; seconds per stage.
+    """What a loader thread made of one source: `pixels` (3, H, W) uint8 and a `remark`, or a `failure`; seconds per stage.
 
     With `decode: gpu` some pixels are an `OnGpu` instead (addons/images/gpu_decode.py), and `is_on_gpu` is set.
     """
 
     pixels: Any = None
+    remark: Remark = Remark()
     failure: RowFailure | None = None
     digest: bytes = b""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -1689,20 +1729,23 @@ class ImageLoader:
             if self.on_gpu:
                 loaded.pixels = self.on_gpu(data, loaded.digest)
                 loaded.is_on_gpu = loaded.pixels is not None
-            if not loaded.is_on_gpu:
-                loaded.pixels = self._make_pixels(data, clock)
+            if loaded.is_on_gpu:
+                loaded.remark = loaded.pixels.remark
+            else:
+                loaded.pixels, loaded.remark = self._make_pixels(data, clock)
         except RowFailure as failure:
             loaded.failure = failure.with_traceback(None)
         return loaded
 
-    def _make_pixels(self, data: bytes, clock: "Clock") -> "np.ndarray":
+    def _make_pixels(self, data: bytes, clock: "Clock") -> "tuple[np.ndarray, Remark]":
         with contextlib.ExitStack() as holding:
             with clock.stage("decode", time.thread_time):
                 image = self.decode(data, holding)
             with clock.stage("resize", time.thread_time):
                 pixels = self.resize(image)
+            remark = image.info.get(REMARK, Remark())
             del image  # before another thread's large image gets its turn
-        return pixels
+        return pixels, remark
 
 
 def wait_for(future: "Future[Any]") -> None:
@@ -2467,6 +2510,7 @@ class Scored:
     detail: list[str]
     image_of_row: "np.ndarray"  # (n,) int32, the row of image_embeddings; -1 for none
     text_of_row: "np.ndarray"  # (n,) int32, the row of text_embeddings; -1 for none
+    turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
 
@@ -2484,6 +2528,7 @@ class EmbeddedImages:
 
     place_of: dict[str, int] = dataclasses.field(default_factory=dict)
     failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
+    remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
     embeddings: "torch.Tensor | None" = None
 
 
@@ -2504,6 +2549,8 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[L
             is_new = loaded.digest not in known
             place = known.setdefault(loaded.digest, len(known))
             images.place_of[source] = place
+            if loaded.remark != Remark():
+                images.remark_of[source] = loaded.remark
             if encoder and is_new:
                 if loaded.is_on_gpu:
                     on_gpu[place] = loaded.pixels
@@ -2523,6 +2570,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
     images = embed_sources(scorer, run.wanted(), pool, clock, on_loaded)
     result = Scored.nothing(len(run.rows), "ok")
+    result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
     for i, source in enumerate(run.sources):
         failure = images.failure_of.get(source) if run.has_caption[i] else RowFailure("empty_caption", "")
@@ -2530,6 +2578,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[
             result.status[i] = failure.status
             result.detail[i] = failure.detail
         else:
+            result.detail[i] = images.remark_of.get(source, Remark()).detail
             scored.append(i)
     if scorer and scored:
         _score_rows(scorer, run, images, scored, result, clock)
@@ -3009,8 +3058,8 @@ class Worker:
             self.loader = addon("images.gpu_decode", "decode: gpu").attach(self.scorer, self.loader)
         settle(plan, self.scorer)
         self.measures: list[Measure] = []
-        if self.scorer:
-            for measure in find_measures(config):
+        for measure in find_measures(config):
+            if self.scorer or not measure.needs_model:
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
         self._isolated: Any = None

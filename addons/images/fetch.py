@@ -40,6 +40,7 @@ READ_TIMEOUT_S = 10.0  # from byte to byte, of one attempt
 FIRST_PAUSE_S = 0.25  # before the second attempt; doubled from try to try
 RETRY_AFTER_CAP_S = 10.0  # urllib3's own cap is six hours
 CHUNK_BYTES = 65536
+CODINGS = {"gzip", "x-gzip", "compress", "x-compress", "deflate", "br", "zstd", "dcb", "dcz"}  # that change the bytes
 
 
 def open_source(config: Config, threads: int) -> "Fetcher":
@@ -162,7 +163,8 @@ class Fetcher:
             raise RowFailure("http_4xx", str(code))
         if self.config.respect_opt_out and re.search(r"\bno(image)?ai\b", response.headers.get("X-Robots-Tag", "").lower()):
             raise RowFailure("opted_out", "X-Robots-Tag")
-        if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
+        codings = re.split(r"[\s,]+", response.headers.get("Content-Encoding", "").lower())
+        if not CODINGS.isdisjoint(codings):  # others, such as utf-8 or aws-chunked, say nothing of the bytes
             raise RowFailure("unsupported", "encoded body")
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:

@@ -81,8 +81,8 @@ def read_first(text: Text, grammar: Grammar, put_back: bool) -> list[str]:
             yield line
     first: list[str] = []
     try:
-        style = csv.QUOTE_MINIMAL if grammar.has_quotes else csv.QUOTE_NONE
-        for record in csv.reader(lines(), delimiter=grammar.separator, strict=True, quoting=style):
+        for record in csv.reader(lines(), delimiter=grammar.separator, strict=True,
+                                 quoting=csv.QUOTE_MINIMAL if grammar.has_quotes else csv.QUOTE_NONE):
             if record:
                 first = record
                 break
