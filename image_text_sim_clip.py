@@ -323,7 +323,8 @@ class Config:
 # Keys that may differ between a run and its resumption, because no score and no status depends on them. `use_cuda` is here
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
-                 "ray_workers", "ray_gpus", "slurm_offset", "slurm_total", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
+                 "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
+                 "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
                  "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
 
 
@@ -687,7 +688,7 @@ class LiteralQuotes:
                 pieces.append(Record(number, text.split(self.separator), line, settled=False))
         rows = sum(len(piece.fields or ()) == width for piece in pieces)
         is_row = record.fields is not None and len(record.fields) == width
-        if is_row and (len(pieces) == 1 or rows < len(pieces)) or not rows:
+        if (is_row and (len(pieces) == 1 or rows < len(pieces))) or not rows:
             return []
         self.lines += rows
         pieces[-1] = pieces[-1]._replace(settled=record.settled)
@@ -1442,6 +1443,7 @@ class Remark(NamedTuple):
     detail: str = ""
 
 
+NO_REMARK = Remark()
 REMARK = "image_text_sim_clip remark"  # the key under which `info` of a decoded image has its Remark
 
 
@@ -1490,7 +1492,7 @@ def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None
                 turn.enter_context(_LARGE_IMAGE)
                 turn.callback(trim_memory)
             image.load()
-            remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else Remark()
+            remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else NO_REMARK
             rgb = to_rgb(image, config)
             rgb.info[REMARK] = remark
             return rgb
@@ -1686,7 +1688,7 @@ class Loaded:
     """
 
     pixels: Any = None
-    remark: Remark = Remark()
+    remark: Remark = NO_REMARK
     failure: RowFailure | None = None
     digest: bytes = b""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -1743,7 +1745,7 @@ class ImageLoader:
                 image = self.decode(data, holding)
             with clock.stage("resize", time.thread_time):
                 pixels = self.resize(image)
-            remark = image.info.get(REMARK, Remark())
+            remark = image.info.get(REMARK, NO_REMARK)
             del image  # before another thread's large image gets its turn
         return pixels, remark
 
@@ -2549,7 +2551,7 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[L
             is_new = loaded.digest not in known
             place = known.setdefault(loaded.digest, len(known))
             images.place_of[source] = place
-            if loaded.remark != Remark():
+            if loaded.remark != NO_REMARK:
                 images.remark_of[source] = loaded.remark
             if encoder and is_new:
                 if loaded.is_on_gpu:
@@ -2578,7 +2580,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[
             result.status[i] = failure.status
             result.detail[i] = failure.detail
         else:
-            result.detail[i] = images.remark_of.get(source, Remark()).detail
+            result.detail[i] = images.remark_of.get(source, NO_REMARK).detail
             scored.append(i)
     if scorer and scored:
         _score_rows(scorer, run, images, scored, result, clock)
@@ -3212,7 +3214,7 @@ class Job:
         self._progress: ProgressBar | ProgressLog | None = None
 
     def make_plan(self, joins: bool = False) -> None:
-        """Plan the run, or read the plan that another process has made (see `make_plan`); Trouble (exit 3) for no rows at all."""
+        """Plan the run, or read the plan that another process has made (see `make_plan`); Trouble (exit 3) for no rows."""
         with self.clock.stage("plan"):
             self.plan = make_plan(self.config, self.fresh and not joins, joins)
         self.clock.take()

@@ -19,7 +19,6 @@ import torch
 
 from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, resize_and_crop
 
-
 ROUNDING = 1e-4  # by which a clamped value may be off after a conversion; it changes no loss that anybody could see
 
 

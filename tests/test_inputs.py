@@ -267,7 +267,8 @@ def test_tar_entries_that_lack_something(tmp_path, score_input, picture):
         ("1.txt", b"third")])
     outcome, rows, _, manifest = score_input("t.tar")
     assert [(row["url"], row["caption"], row["status"]) for row in rows] == [
-        ("t.tar/d/1.x.jpg", "", "empty_caption"), ("t.tar/d/1", "c1", "missing"), ("t.tar/2", "c2", "missing"), ("t.tar/3.PNG", "", "empty_caption"),
+        ("t.tar/d/1.x.jpg", "", "empty_caption"), ("t.tar/d/1", "c1", "missing"),
+        ("t.tar/2", "c2", "missing"), ("t.tar/3.PNG", "", "empty_caption"),
         ("t.tar/4.jpg", "c4", "not_image"), ("t.tar/5.jpg", "c\ufffd5", "ok"), ("t.tar/1.jpg", "again", "ok"),
         ("t.tar/1.jpg", "third", "corrupt")]
     assert manifest["left_aside"] == {"files without an ending": {"count": 1, "first": "t.tar/README"},

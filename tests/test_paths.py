@@ -13,6 +13,10 @@ HOME_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache
 FOLDER_KEYS = ("output_path", "cache_path", "pretrained_model")
 
 
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A home folder of its own, and a current folder elsewhere, in which nothing may appear."""
@@ -21,7 +25,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "here")
     yield tmp_path / "home"
-    assert not any("~" in name or ":" in name for name in os.listdir(tmp_path / "here"))
+    assert not any("~" in name or ":" in name for name in names_in(tmp_path / "here"))
 
 
 @pytest.mark.parametrize("key", HOME_KEYS)
@@ -73,7 +77,7 @@ def test_remote_table_is_told(home, path, write_config, run_main):
     """A table at a remote place is one line and exit 3 before anything is made."""
     outcome = run_main("--config", write_config(csv_path=path, output_path="out"))
     assert outcome.code == 3 and "are not read yet" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
-    assert os.listdir() == []
+    assert names_in(pathlib.Path()) == []
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/images", "gs://b/i", "s3:/bucket/images"])

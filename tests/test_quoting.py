@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     ('a\t"first line\n\nb\tlast line"\n', [["a", '"first line'], ["b", 'last line"']], [], 2),
     ('a\t"say ""hi"" \tthere"\n', [["a", 'say "hi" \tthere']], [], 0),
     ('a\t"x"\nb\ty\n', [["a", "x"], ["b", "y"]], [], 0),
-    ('a\t"b\nc\td\te"\tf\ng\th\n', [["a", '"b'], ["g", "h"]], ["3"], 1),                    # no row as a field, nor the 2nd line
+    ('a\t"b\nc\td\te"\tf\ng\th\n', [["a", '"b'], ["g", "h"]], ["3"], 1),  # no row as a field, nor the 2nd line
     ('a\t5" pipe\nb\tthe "best"\n', [["a", '5" pipe'], ["b", 'the "best"']], [], 0),
 ])
 def test_quotes_that_would_swallow_rows(folder, table, rows, bad, literal, alone):
@@ -68,8 +68,8 @@ def test_the_user_is_told(write_config, write_table, run_main, tmp_path, read_ta
     assert run_main("--config", write_config(csv_path=str(path))).code == 2  # it decides rows, so it is part of the run
 
 
-PIECES = st.sampled_from([b"a\tb", b'"', b"\t", b"\n", b"\r\n", b"\r", b'a\t"b', b'"\t"', b'""', b'x"', b"word", b"\n\n", b"\xff",
-                          b'q\t"r\ns\tt"\n', b'"u\tv\nw"\tx\n', "é".encode(), b"a\tb\n", b"a\tb\tc\n"])
+PIECES = st.sampled_from([b"a\tb", b'"', b"\t", b"\n", b"\r\n", b"\r", b'a\t"b', b'"\t"', b'""', b'x"', b"word", b"\n\n",
+                          b"\xff", b'q\t"r\ns\tt"\n', b'"u\tv\nw"\tx\n', "é".encode(), b"a\tb\n", b"a\tb\tc\n"])
 
 
 @settings(max_examples=200, deadline=None)

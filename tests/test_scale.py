@@ -417,7 +417,7 @@ ARRAY = {"ARRAY_TASK_ID": 6, "ARRAY_TASK_MIN": 5, "ARRAY_TASK_MAX": 7, "ARRAY_TA
     (SRUN | {"STEP_NUM_TASKS": 1, "PROCID": 0}, {}, "image_text_sim_clip"), (SRUN | {"WORLD_SIZE": 2}, {}, "accelerate"),
     (SRUN | {"WORLD_SIZE": 1}, {}, (3, 4)), (SRUN | {"STEP_NUM_TASKS": 1, "PROCID": 0}, {"engine": "slurm"}, (0, 1)),
     (ARRAY, {"slurm_total": 2000}, (6, 2000)), (ARRAY, {"slurm_total": 2000, "slurm_offset": 1000}, (1006, 2000)),
-    (ARRAY | {"ARRAY_TASK_MIN": 6, "ARRAY_TASK_MAX": 6, "ARRAY_TASK_COUNT": 1}, {"slurm_total": 2000}, (6, 2000)),  # again, alone
+    (ARRAY | {"ARRAY_TASK_MIN": 6, "ARRAY_TASK_MAX": 6, "ARRAY_TASK_COUNT": 1}, {"slurm_total": 2000}, (6, 2000)),
     (SRUN | ARRAY, {"slurm_total": 20, "slurm_offset": 10}, (67, 80)), (SRUN, {"engine": "local"}, "image_text_sim_clip"),
 ])
 def test_slurm_task_knows_its_place(monkeypatch, environment, keys, place):

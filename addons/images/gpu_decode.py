@@ -14,7 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from addons.images.exif import TURNS, find_orientation
-from image_text_sim_clip import ImageLoader, ImageSettings, Remark, RowFailure, Scorer, resize_and_crop, say
+from image_text_sim_clip import (
+    NO_REMARK,
+    ImageLoader,
+    ImageSettings,
+    Remark,
+    RowFailure,
+    Scorer,
+    resize_and_crop,
+    say,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +44,7 @@ class OnGpu:
     height: int
     width: int
     failure: RowFailure | None = None
-    remark: Remark = Remark()
+    remark: Remark = NO_REMARK
 
 
 def find_decoder(device: str) -> JpegDecoder:

@@ -18,7 +18,8 @@ JPEG_SCAN = 0xDA
 JPEG_NO_LENGTH = (0x01, *range(0xD0, 0xD9))
 JPEG_LEAST_BYTES = {JPEG_JFIF: 14, JPEG_ADOBE: 12}  # of what libjpeg heeds in them; shorter ones say nothing
 
-TIFF_METADATA_TAGS = (700, 33723, 34377, 34665, 34675, 34853, 37724, 40965)  # XMP, IPTC, Photoshop, EXIF, ICC, GPS, ...
+# of texts about document, camera, page, software, date, artist and computer; XMP, copyright, IPTC, Photoshop, EXIF, ICC, GPS
+TIFF_METADATA_TAGS = (269, 270, 271, 272, 285, 305, 306, 315, 316, 700, 33432, 33723, 34377, 34665, 34675, 34853, 37724, 40965)
 
 
 class Copy(NamedTuple):

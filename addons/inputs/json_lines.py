@@ -2,7 +2,8 @@
 
 Cells are text as the file has it: strings without their quotes, numbers in their own digits, true and false as words,
 null and a key that is not there as an empty cell, nested values as JSON. A line that is no object, that lacks the URL's or
-the caption's key, or has a list or an object for a caption, is malformed: the JSON of a list is nobody's caption. Used for .jsonl and .ndjson, gzipped or not.
+the caption's key, or has a list or an object for a caption, is malformed: the JSON of a list is nobody's caption. Used for
+.jsonl and .ndjson, gzipped or not.
 """
 import itertools
 import json

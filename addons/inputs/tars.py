@@ -3,9 +3,11 @@
     shards/00000.tar:  000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...
 
 A member's key is its path up to the last dot of its name, so that `holiday.v2.png` and `holiday.v2.txt` are a pair. What is
-no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by offset, never unpacked. A pair's fields are those of its .json; its caption is the field that
-`caption_column` names, else the .txt (a list of captions is no caption: such a pair is `empty_caption`); its URL is the field that `url_column` names, else `<tar>/<image>`. Where
-img2dataset's own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed downloads) are rows too.
+no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by
+offset, never unpacked. A pair's fields are those of its .json; its caption is the field that `caption_column` names, else the
+.txt (a list of captions is no caption: such a pair is `empty_caption`); its URL is the field that `url_column` names, else
+`<tar>/<image>`. Where img2dataset's own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed
+downloads) are rows too.
 """
 import tarfile
 from collections.abc import Iterator

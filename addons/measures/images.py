@@ -57,8 +57,8 @@ class Images(Measure):
         if shared:
             words.append(f"{shared:,} rows have a URL whose file in image_path is also that of another URL")
         if turned:
-            words.append(f"{turned:,} have an EXIF orientation, which exif_orientation: false ignores and training libraries heed: "
-                         "they turn what was scored as it is stored")
+            words.append(f"{turned:,} have an EXIF orientation, which exif_orientation: false ignores and training libraries "
+                         "heed: they turn what was scored as it is stored")
         return "; ".join(words)
 
 
@@ -78,7 +78,10 @@ def count_rows_that_share(sources: list[str], image_path: str) -> int:
         for url in urls if len(urls) > 1 else ():
             urls_of_file[find_file(image_path, url)].add(url)
     urls_of_file.pop(None, None)
-    shared = {url for urls in urls_of_file.values() if len(urls) > 1 for url in urls}
+    shared: set[str] = set()
+    for urls in urls_of_file.values():
+        if len(urls) > 1:
+            shared |= urls
     return sum(source.strip() in shared for source in sources)
 
 
