@@ -328,7 +328,7 @@ def test_urls_that_end_at_one_file_are_counted(tmp_path, write_config, write_tab
     for rows, count in ((len(urls), 4), (8, 4), (1, 0)):
         outcome = run_main("--config", write_config(partition_rows=rows), "--fresh")
         assert json.loads((tmp_path / "out/profile.json").read_text())["images"]["rows_that_share_a_file"] == count
-        assert (f"{count} rows have a URL whose file" in outcome.stderr) == bool(count)
+        assert (f"{count} rows share the file in image_path" in outcome.stderr) == bool(count)
 
 
 @pytest.mark.parametrize(("urls", "count"), [

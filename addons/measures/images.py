@@ -55,7 +55,7 @@ class Images(Measure):
         shared, turned = (entry[name] for name in COUNTS)
         words = []
         if shared:
-            words.append(f"{shared:,} rows have a URL whose file in image_path is also that of another URL")
+            words.append(f"{shared:,} rows share the file in image_path at which their URL ends with another URL")
         if turned:
             words.append(f"{turned:,} have an EXIF orientation, which exif_orientation: false ignores and training libraries "
                          "heed: they turn what was scored as it is stored")
