@@ -3131,7 +3131,7 @@ class Worker:
         files: dict[pathlib.Path, bytes] = {}
         uncounted_s = 0.0
         for measure in self.measures:
-            with clock.stage(measure.name):
+            with clock.stage(measure.stage or measure.name):
                 measured = measure.measure(run, scored)
             if not measure.counts_in_rate:
                 uncounted_s += clock.seconds.pop(measure.name)

@@ -81,6 +81,7 @@ class Measure:
     name: ClassVar[str]  # its key in a part's metadata and in profile.json, and the name of its stage
     columns: ClassVar[tuple[Column, ...]] = ()  # columns of its own in the results
     counts_in_rate: ClassVar[bool] = True  # False: its seconds stay out of the run's pairs/s
+    stage: ClassVar[str] = ""  # of the profile, to which its seconds are added; "" for one of its own name
     needs_model: ClassVar[bool] = True  # False: a dry run computes it, too; it may then have no columns and ask no scorer
     settings: ClassVar[type | None] = None  # a dataclass of the keys that may stand under measures.<name> in the config
 

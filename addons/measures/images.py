@@ -20,6 +20,7 @@ class Images(Measure):
     """The two counts; in every run, also in a dry one."""
 
     name = "images"
+    stage: ClassVar[str] = "write"  # too short for one of its own
     needs_model: ClassVar[bool] = False
 
     @classmethod
@@ -28,12 +29,12 @@ class Images(Measure):
         return True
 
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
-        """Count in one partition; --retry-failed adds to what had been counted."""
+        """Count in one partition; --retry-failed adds to what had been counted. What is 0 is not kept."""
         earlier = kept_by(Images, run.earlier) or {}
         sources = [] if self.plan.table.brings_images else run.sources
         counts = (count_rows_that_share(sources, self.config.image_path), scored.turned_images)
         kept = {name: earlier.get(name, 0) + count for name, count in zip(COUNTS, counts, strict=True)}
-        return Measured({}, kept)
+        return Measured({}, {name: count for name, count in kept.items() if count})
 
     @classmethod
     def add_up(cls, parts: Iterable[JsonObject]) -> JsonObject:
