@@ -248,6 +248,7 @@ class Config:
     caption_column: str | int = setting("caption", 0)
     caption_template: str = "{}"
     separator: str = "auto"
+    quoting: Literal["auto", "none"] = "auto"
     encoding: str = "utf-8"
     limit: int | None = setting(None, 1)
     escape_formulas: bool = False
@@ -274,6 +275,8 @@ class Config:
     partition_rows: int | Literal["auto"] = setting("auto", 1, 10_000_000)
     loader_threads: int | Literal["auto"] = setting("auto", 0, 1024)
     engine: str = "auto"
+    slurm_offset: int = setting(0, 0)
+    slurm_total: int | None = setting(None, 1)
     ray_address: str | None = None
     ray_workers: str | int = setting(1, 1)
     ray_gpus: float = setting(0.0, 0.0, 64)
@@ -291,8 +294,10 @@ class Config:
             check_value(field, getattr(self, field.name))
         if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
-        for key in ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path"):
-            check_path(key, getattr(self, key) or "")
+        for key in PATH_KEYS:
+            path = expand_home(key, getattr(self, key) or "")
+            check_path(key, path)
+            object.__setattr__(self, key, path if getattr(self, key) is not None else None)  # the class is frozen
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
         if self.max_score_drift is not None and self.parity_rows == 0:
@@ -318,12 +323,29 @@ class Config:
 # Keys that may differ between a run and its resumption, because no score and no status depends on them. `use_cuda` is here
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
-                 "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
+                 "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
+                 "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
                  "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
 
 
+PATH_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path")
+REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.I)  # s3://bucket, also with a slash too few
+
+
+def expand_home(key: str, value: str) -> str:
+    """The path with the home folder in place of a leading `~` or `~name`; Trouble (exit 2) where nobody knows that folder."""
+    path = os.path.expanduser(value)  # noqa: PTH111 - pathlib's takes the ./ off ./~name, a folder of that name
+    if path.startswith("~"):
+        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: there is no home folder for {value.split('/')[0]}; "
+                                   f"a folder of that name is ./{value}")
+    return path
+
+
 def check_path(key: str, value: str) -> None:
-    """Raise Trouble (exit 2) for a path that no file system takes."""
+    """Raise Trouble (exit 2) for a path that no file system takes, and for one in an object store where files are made."""
+    if REMOTE.match(value) and key in ("output_path", "cache_path", "pretrained_model"):
+        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: remote paths and object stores are not read or written yet; "
+                                   "it must lie on a local disk, or one that is mounted here")
     path = value.encode("utf-8", "surrogatepass")
     if b"\0" in path or max(len(name) for name in path.split(b"/")) > 255:
         raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
@@ -407,7 +429,7 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
     Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(expand_home("--config", os.fspath(path))).read_text(encoding="utf-8")
         values = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
@@ -539,11 +561,15 @@ class Record(NamedTuple):
 
 
 class TextTable(NamedTuple):
-    """A table of text, opened: its columns, its rows in batches, and the sha256 of its file once all are read."""
+    """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
+
+    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (see LiteralQuotes).
+    """
 
     columns: list[str]
     batches: Iterator[Batch]
     sha256: Callable[[], str]
+    literal_lines: Callable[[], int] = lambda: 0
 
 
 class Lines(Iterator[str]):
@@ -605,15 +631,17 @@ class _Feed(Iterator[str]):
         return line
 
 
-def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterator[Record]:
-    """Yield the records in `lines`; `number` is that of the first line.
+def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: str = "auto") -> Iterator[Record]:
+    """Yield the records in `lines`; `number` is that of the first line. With `quoting` "none" each line is one.
 
     A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines after
     it are read again, so that one stray quote does not take a neighbour with it.
     """
     csv.field_size_limit(MAX_RECORD_CHARS)
     feed = _Feed(lines)
-    reader = csv.reader(feed, delimiter=separator, strict=True)
+    start = functools.partial(csv.reader, feed, delimiter=separator, strict=True,
+                              quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL)
+    reader = start()
     while True:
         fields: list[str] | None
         try:
@@ -623,7 +651,7 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterat
         except csv.Error:
             fields = None
             feed.give_back()
-            reader = csv.reader(feed, delimiter=separator, strict=True)
+            reader = start()
         raw = "".join(feed.taken)
         count = len(feed.taken)
         is_blank = fields == [] or not raw.strip("\r\n")
@@ -631,6 +659,40 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterat
             yield Record(number, fields, raw, settled=not feed.again)
         number += count
         feed.begin()
+
+
+class LiteralQuotes:
+    """Where `quoting: auto` reads quotes as text: in a table separated by tabs, where they would swallow rows.
+
+    Most programs that write .tsv know no quoting. A quoted field that swallows lines which would each be a whole row is none,
+    and a line whose quotes do not balance, but which is a whole row without them, is that row. `lines` counts such rows.
+    """
+
+    def __init__(self, config: "Config") -> None:
+        self.separator = separator_of(config)
+        self.is_possible = self.separator == "\t" and config.quoting == "auto"
+        self.lines = 0
+
+    def reread(self, records: Iterable[Record], width: int) -> Iterator[Record]:
+        """The records, those line by line that are none; a row has `width` fields."""
+        for record in records:
+            pieces = self._split(record, width) if self.is_possible and '"' in record.raw else []
+            yield from pieces or [record]
+
+    def _split(self, record: Record, width: int) -> list[Record]:
+        """The record's physical lines as records, their quotes as text; [] where the record is right as it is."""
+        pieces: list[Record] = []
+        for number, line in enumerate(io.StringIO(record.raw, newline=""), record.line):
+            text = line.rstrip("\r\n")
+            if text:
+                pieces.append(Record(number, text.split(self.separator), line, settled=False))
+        rows = sum(len(piece.fields or ()) == width for piece in pieces)
+        is_row = record.fields is not None and len(record.fields) == width
+        if (is_row and (len(pieces) == 1 or rows < len(pieces))) or not rows:
+            return []
+        self.lines += rows
+        pieces[-1] = pieces[-1]._replace(settled=record.settled)
+        return pieces
 
 
 def careful_batches(records: Iterable[Record], columns: list[str], until: Callable[[], bool]) -> Iterator[Batch]:
@@ -731,13 +793,15 @@ class CsvReader:
         path = pathlib.Path(config.csv_path)
         lines = Lines(path, config.encoding)
         separator = separator_of(config)
-        first = next(csv_records(lines, separator), None)
+        first = next(csv_records(lines, separator, quoting=config.quoting), None)
         fields = (first.fields if first else None) or []
         columns = name_columns(fields if is_text("".join(fields)) else [], config)
         if isinstance(config.url_column, int):  # no header: the first record is a row, too
             lines = Lines(path, config.encoding)
-        records = csv_records(lines, separator, lines.taken + 1)
-        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path))
+        literal = LiteralQuotes(config)
+        records = literal.reread(csv_records(lines, separator, lines.taken + 1, config.quoting), len(columns))
+        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path),
+                         lambda: literal.lines)
 
     def open(self, manifest: dict[str, Any], config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
@@ -830,9 +894,13 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
             place = f"; the first such byte is at offset {offset}"
         say(f"{bad.undecodable} lines of {path} are not {config.encoding}{place} "
             "(if the file is latin-1, set encoding: latin-1)")
+    if literal_lines := table.literal_lines():
+        say(f"{literal_lines} lines of {path} are rows only if their quotes are text, and were read so; if that is true of all "
+            "its quotes, set quoting: none")
     file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
             "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
-    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "files": [file]}
+    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "literal_lines": literal_lines,
+            "files": [file]}
 
 
 def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows]:
@@ -1280,20 +1348,55 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
         if config.image_path in getattr(module, "SOURCES", ()):
             source: Callable[[str], bytes] = module.open_source(config, threads)
             return source
+    if REMOTE.match(config.image_path):
+        raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: object stores are not read yet; name a folder on a local "
+                                  "disk, or set image_path: url to fetch each row's http(s) URL")
     raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/)")
 
 
-def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
-    """The bytes of the file that `source` (a relative path, or a URL whose last segment counts) names inside `folder`."""
-    is_url = "://" in source
+MAX_PATH_CHARS = 4096  # of a URL's path that is looked up: no file system has longer ones
+
+
+def names_in_folder(source: str) -> list[str]:
+    """The paths inside `image_path` at which the image of `source` may lie; the first that exists is the one.
+
+    A relative path, or a file:// URI, is that path and no other. The path of an http(s) URL is looked up by its endings, the
+    longest first (a/b/1.png, b/1.png, 1.png), each as it stands and with its %20 and the like decoded. [] for no name at all.
+    """
+    scheme = source.partition("://")[0].lower() if "://" in source else ""
+    if scheme not in ("http", "https", "file"):
+        return [] if source.endswith("/") else [source]
     try:
-        last = (urllib.parse.urlsplit(source).path if is_url else source).rsplit("/", 1)[-1]
+        url = urllib.parse.urlsplit(source)
     except ValueError:
-        raise RowFailure("missing", "not a URL") from None
-    if not last:
+        return []
+    if scheme == "file":
+        return [urllib.parse.unquote(url.path)] if url.path and url.netloc in ("", "localhost") else []
+    path = url.path
+    if path.endswith("/"):
+        return []
+    if len(path) > MAX_PATH_CHARS:
+        path = path[-MAX_PATH_CHARS:].partition("/")[2]
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            del segments[-1:]
+        elif segment not in ("", "."):
+            segments.append(segment)
+    names: dict[str, None] = {}
+    for first in range(len(segments)):
+        ending = segments[first:]
+        names["/".join(ending)] = None
+        names["/".join(map(urllib.parse.unquote, ending))] = None
+    return list(names)
+
+
+def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
+    """The bytes of the file inside `folder` that `source`, a path or a URL, names (see `names_in_folder`)."""
+    names = names_in_folder(source)
+    if not names:
         raise RowFailure("missing", "no file name")
-    names = (last, urllib.parse.unquote(last)) if is_url else (source, last)
-    for name in dict.fromkeys(names):
+    for name in names:
         handle = _open_inside(folder, name)
         if handle is None:
             continue
@@ -1309,6 +1412,8 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
 def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read."""
     try:
+        if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
+            return None  # at once: a URL may have thousands of endings
         path = (folder / name).resolve()
         if not path.is_relative_to(folder):
             raise RowFailure("forbidden", "outside image_path")
@@ -1318,7 +1423,7 @@ def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     except PermissionError:
         raise RowFailure("forbidden", "no permission to read the file") from None
     except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
-        raise RowFailure("missing", "no usable file name") from None
+        return None
 
 
 def _read_regular(handle: int, max_bytes: int) -> bytes:
@@ -1331,28 +1436,66 @@ def _read_regular(handle: int, max_bytes: int) -> bytes:
         return file.read(max_bytes + 1)
 
 
+class Remark(NamedTuple):
+    """What a sound image has that its pixels do not show: an EXIF orientation that the config ignores; a row's `detail`."""
+
+    is_turned: bool = False
+    detail: str = ""
+
+
+NO_REMARK = Remark()
+REMARK = "image_text_sim_clip remark"  # the key under which `info` of a decoded image has its Remark
+
+
 def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
                  holding: contextlib.ExitStack | None = None) -> "Image.Image":
     """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
 
-    A caller that goes on to work with the image gives `holding`, in which the turn of a large one is kept.
+    An image refused as corrupt is tried again without what lies around its pixels. What is to be said of an image that is
+    sound stands in its `info[REMARK]`. A caller that goes on to work with it gives `holding`, in which the turn of a large
+    one is kept.
     """
+    def decode(copy: bytes) -> "Image.Image":
+        with contextlib.ExitStack() as turn:
+            image = _decode_as_it_is(copy, config, target, turn)
+            if holding is not None:
+                holding.enter_context(turn.pop_all())
+            return image
+    try:
+        return decode(data)
+    except RowFailure as failure:
+        copies = addon("images.plain_pixels", "decode").without_metadata(data) \
+            if failure.status == "corrupt" and ADDONS.is_dir() else ()
+        for copy, lacks_exif in copies:
+            with contextlib.suppress(RowFailure):
+                image = decode(copy)
+                if lacks_exif and config.exif_orientation:
+                    image.info[REMARK] = Remark(detail=addon("images.exif", "exif_orientation").CANNOT_READ)
+                return image
+        raise
+
+
+def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None,
+                     turn: contextlib.ExitStack) -> "Image.Image":
+    """`decode_image` of these very bytes; a large image takes its turn in `turn`."""
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
     formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
     try:
-        with contextlib.ExitStack() as mine, Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
             if pixels > LARGE_PIXELS:
-                turn = holding or mine
                 turn.enter_context(_LARGE_IMAGE)
                 turn.callback(trim_memory)
             image.load()
-            return to_rgb(image, config)
+            remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else NO_REMARK
+            rgb = to_rgb(image, config)
+            rgb.info[REMARK] = remark
+            return rgb
     except RowFailure:
         raise
     except UnidentifiedImageError:
@@ -1400,7 +1543,8 @@ def to_rgb(image: "Image.Image", config: Config) -> "Image.Image":
     """
     from PIL import Image, ImageOps
     if config.exif_orientation:
-        image = ImageOps.exif_transpose(image)
+        image = addon("images.exif", "exif_orientation").turn_upright(image) if ADDONS.is_dir() \
+            else ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         grey: Image.Image = _odd_images().grey_from_numbers(image)
         return grey.convert("RGB")
@@ -1538,12 +1682,13 @@ def resize_pillow(image: "Image.Image", settings: ImageSettings) -> "np.ndarray"
 
 @dataclasses.dataclass
 class Loaded:
-    """What a loader thread made of one source: `pixels` (3, H, W) uint8 or a `failure`; seconds per stage.
+    """What a loader thread made of one source: `pixels` (3, H, W) uint8 and a `remark`, or a `failure`; seconds per stage.
 
     With `decode: gpu` some pixels are an `OnGpu` instead (addons/images/gpu_decode.py), and `is_on_gpu` is set.
     """
 
     pixels: Any = None
+    remark: Remark = NO_REMARK
     failure: RowFailure | None = None
     digest: bytes = b""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -1586,20 +1731,23 @@ class ImageLoader:
             if self.on_gpu:
                 loaded.pixels = self.on_gpu(data, loaded.digest)
                 loaded.is_on_gpu = loaded.pixels is not None
-            if not loaded.is_on_gpu:
-                loaded.pixels = self._make_pixels(data, clock)
+            if loaded.is_on_gpu:
+                loaded.remark = loaded.pixels.remark
+            else:
+                loaded.pixels, loaded.remark = self._make_pixels(data, clock)
         except RowFailure as failure:
             loaded.failure = failure.with_traceback(None)
         return loaded
 
-    def _make_pixels(self, data: bytes, clock: "Clock") -> "np.ndarray":
+    def _make_pixels(self, data: bytes, clock: "Clock") -> "tuple[np.ndarray, Remark]":
         with contextlib.ExitStack() as holding:
             with clock.stage("decode", time.thread_time):
                 image = self.decode(data, holding)
             with clock.stage("resize", time.thread_time):
                 pixels = self.resize(image)
+            remark = image.info.get(REMARK, NO_REMARK)
             del image  # before another thread's large image gets its turn
-        return pixels
+        return pixels, remark
 
 
 def wait_for(future: "Future[Any]") -> None:
@@ -2364,6 +2512,7 @@ class Scored:
     detail: list[str]
     image_of_row: "np.ndarray"  # (n,) int32, the row of image_embeddings; -1 for none
     text_of_row: "np.ndarray"  # (n,) int32, the row of text_embeddings; -1 for none
+    turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
 
@@ -2381,6 +2530,7 @@ class EmbeddedImages:
 
     place_of: dict[str, int] = dataclasses.field(default_factory=dict)
     failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
+    remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
     embeddings: "torch.Tensor | None" = None
 
 
@@ -2401,6 +2551,8 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[L
             is_new = loaded.digest not in known
             place = known.setdefault(loaded.digest, len(known))
             images.place_of[source] = place
+            if loaded.remark != NO_REMARK:
+                images.remark_of[source] = loaded.remark
             if encoder and is_new:
                 if loaded.is_on_gpu:
                     on_gpu[place] = loaded.pixels
@@ -2420,6 +2572,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
     images = embed_sources(scorer, run.wanted(), pool, clock, on_loaded)
     result = Scored.nothing(len(run.rows), "ok")
+    result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
     for i, source in enumerate(run.sources):
         failure = images.failure_of.get(source) if run.has_caption[i] else RowFailure("empty_caption", "")
@@ -2427,6 +2580,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[
             result.status[i] = failure.status
             result.detail[i] = failure.detail
         else:
+            result.detail[i] = images.remark_of.get(source, NO_REMARK).detail
             scored.append(i)
     if scorer and scored:
         _score_rows(scorer, run, images, scored, result, clock)
@@ -2906,8 +3060,8 @@ class Worker:
             self.loader = addon("images.gpu_decode", "decode: gpu").attach(self.scorer, self.loader)
         settle(plan, self.scorer)
         self.measures: list[Measure] = []
-        if self.scorer:
-            for measure in find_measures(config):
+        for measure in find_measures(config):
+            if self.scorer or not measure.needs_model:
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
         self._isolated: Any = None
@@ -2977,7 +3131,7 @@ class Worker:
         files: dict[pathlib.Path, bytes] = {}
         uncounted_s = 0.0
         for measure in self.measures:
-            with clock.stage(measure.name):
+            with clock.stage(measure.stage or measure.name):
                 measured = measure.measure(run, scored)
             if not measure.counts_in_rate:
                 uncounted_s += clock.seconds.pop(measure.name)
@@ -3060,10 +3214,14 @@ class Job:
         self._progress: ProgressBar | ProgressLog | None = None
 
     def make_plan(self, joins: bool = False) -> None:
-        """Plan the run, or read the plan that another process has made; see the function `make_plan`."""
+        """Plan the run, or read the plan that another process has made (see `make_plan`); Trouble (exit 3) for no rows."""
         with self.clock.stage("plan"):
             self.plan = make_plan(self.config, self.fresh and not joins, joins)
         self.clock.take()
+        if not self.plan.row_count:
+            malformed = self.plan.manifest["malformed"]
+            where = f": all {malformed} lines are malformed, see {self.plan.output / 'bad_rows.csv'}" if malformed else ""
+            raise Trouble(EXIT_INPUT, f"csv_path {self.config.csv_path!r} has no rows{where}")
 
     def pending(self) -> list[Partition]:
         """What is left to do."""
@@ -3136,9 +3294,10 @@ def find_engine(config: Config) -> Callable[[Job], bool]:
     name = config.engine
     if name == "auto":
         name = "local"
+        is_srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1")  # NTASKS and PROCID: sbatch sets them, too
         if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ:
             name = "accelerate"
-        elif "SLURM_ARRAY_TASK_ID" in os.environ:
+        elif is_srun or "SLURM_ARRAY_TASK_ID" in os.environ:
             name = "slurm"
     if name == "local":
         return run_local

@@ -391,6 +391,72 @@ def test_part_that_comes_while_results_are_written(dry, run_main, monkeypatch, t
     assert run_main("--config", dry).code == 0 and outcome_of(tmp_path / "out") == expected
 
 
+def place_of(monkeypatch, environment, **keys):
+    """The (place, tasks) that Slurm's variables give a process, without the word SLURM_ before each; None for engine local."""
+    from addons.engines import slurm
+    with monkeypatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("SLURM")]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name if name == "WORLD_SIZE" else f"SLURM_{name}", str(value))
+        config = script.Config(**keys)
+        engine = script.find_engine(config)
+        if engine is not slurm.run:
+            return engine.__module__.rpartition(".")[2]
+        return tuple(slurm.find_task(config))
+
+
+SRUN = {"NTASKS": 4, "PROCID": 3, "STEP_NUM_TASKS": 4}
+ARRAY = {"ARRAY_TASK_ID": 6, "ARRAY_TASK_MIN": 5, "ARRAY_TASK_MAX": 7, "ARRAY_TASK_COUNT": 3}
+
+
+@pytest.mark.parametrize(("environment", "keys", "place"), [
+    (SRUN, {}, (3, 4)), (SRUN | {"PROCID": 0}, {}, (0, 4)), (SRUN | ARRAY, {}, (7, 12)), (ARRAY, {}, (1, 3)),
+    (ARRAY | {"NTASKS": 4, "PROCID": 0}, {}, (1, 3)),                     # sbatch alone, in an array
+    ({"NTASKS": 4, "PROCID": 0}, {}, "image_text_sim_clip"),              # sbatch alone: one process
+    (SRUN | {"STEP_NUM_TASKS": 1, "PROCID": 0}, {}, "image_text_sim_clip"), (SRUN | {"WORLD_SIZE": 2}, {}, "accelerate"),
+    (SRUN | {"WORLD_SIZE": 1}, {}, (3, 4)), (SRUN | {"STEP_NUM_TASKS": 1, "PROCID": 0}, {"engine": "slurm"}, (0, 1)),
+    (ARRAY, {"slurm_total": 2000}, (6, 2000)), (ARRAY, {"slurm_total": 2000, "slurm_offset": 1000}, (1006, 2000)),
+    (ARRAY | {"ARRAY_TASK_MIN": 6, "ARRAY_TASK_MAX": 6, "ARRAY_TASK_COUNT": 1}, {"slurm_total": 2000}, (6, 2000)),
+    (SRUN | ARRAY, {"slurm_total": 20, "slurm_offset": 10}, (67, 80)), (SRUN, {"engine": "local"}, "image_text_sim_clip"),
+])
+def test_slurm_task_knows_its_place(monkeypatch, environment, keys, place):
+    """srun's tasks count only where SLURM_STEP_NUM_TASKS tells of it, in an array both do, and WORLD_SIZE goes first."""
+    assert place_of(monkeypatch, environment, **keys) == place
+
+
+def test_slurm_tasks_of_all_arrays_share_all(monkeypatch):
+    """The tasks of two arrays, each started three times by srun, have every place once."""
+    places = [place_of(monkeypatch, {"ARRAY_TASK_ID": number, "STEP_NUM_TASKS": 3, "PROCID": process}, slurm_total=9,
+                       slurm_offset=offset)
+              for offset, count in ((0, 5), (5, 4)) for number in range(count) for process in range(3)]
+    assert sorted(places) == [(place, 27) for place in range(27)]
+
+
+@pytest.mark.parametrize(("environment", "keys", "words"), [
+    (ARRAY, {"slurm_offset": 5}, "slurm_total"), (SRUN, {"slurm_total": 5}, "sbatch --array"),
+    (ARRAY, {"slurm_total": 6}, "beyond"), (ARRAY, {"slurm_total": 9, "slurm_offset": 3}, "beyond"),
+    (SRUN | {"PROCID": "x"}, {}, "SLURM_PROCID"), ({}, {"engine": "slurm"}, "srun")])
+def test_slurm_numbers_that_do_not_fit(monkeypatch, environment, keys, words):
+    """Keys and variables from which no task could tell its share are refused."""
+    with pytest.raises(script.Trouble, match=words) as caught:
+        place_of(monkeypatch, environment, **keys)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_srun_tasks_share_and_finish_once(dry, start_cli, run_main, tmp_path):
+    """Three processes that srun starts on one folder score each row once, and together write one result."""
+    assert run_main("--config", dry, "--set", f"output_path={tmp_path / 'local'}").code == 0
+    tasks = [start_cli("--config", dry, env={"SLURM_PROCID": str(n), "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3"})
+             for n in range(3)]
+    ended = [task.communicate(timeout=60) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0], ended
+    assert sum('"rows": 120' in stdout for stdout, _ in ended) == 1
+    assert outcome_of(tmp_path / "out") == outcome_of(tmp_path / "local")
+    assert workers_of(tmp_path / "out") == {"task 0", "task 1", "task 2"}
+
+
 def test_slurm_without_slurm(dry, run_main, monkeypatch):
     """engine: slurm outside a job array is refused in one line."""
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)

@@ -96,7 +96,7 @@ class FinishedRun:
         import pyarrow.parquet as pq
         first_row = 0
         for partition, _ in self.snapshot.metadata():
-            with pq.ParquetFile(partition.parquet) as part:
+            with partition.parquet.open("rb") as file, pq.ParquetFile(file) as part:  # by name Arrow would look for a URI
                 for batch in part.iter_batches(CHUNK_ROWS, columns=columns):
                     yield first_row, pa.Table.from_batches([batch])
                     first_row += batch.num_rows

@@ -16,6 +16,8 @@ What lives here:
 
     fetch.py         the source `url`: each row's URL is fetched, from public addresses only and within limits
     isolate.py       decodes in a child process, for a partition at which an earlier run crashed or hung
+    exif.py          which way up an image is, and what is said of one whose EXIF cannot be honoured
+    plain_pixels.py  copies of a file without what lies around its pixels, for one that could not be read with it
     odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
     gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
 

@@ -40,6 +40,9 @@ READ_TIMEOUT_S = 10.0  # from byte to byte, of one attempt
 FIRST_PAUSE_S = 0.25  # before the second attempt; doubled from try to try
 RETRY_AFTER_CAP_S = 10.0  # urllib3's own cap is six hours
 CHUNK_BYTES = 65536
+# what servers send as a Content-Encoding although it says nothing of the bytes, as a media type (image/png) does
+NO_CODINGS = {"", "identity", "none", "null", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "binary", "7bit",
+              "8bit", "aws-chunked", "jpeg", "jpg", "png", "webp", "gif"}
 
 
 def open_source(config: Config, threads: int) -> "Fetcher":
@@ -162,7 +165,8 @@ class Fetcher:
             raise RowFailure("http_4xx", str(code))
         if self.config.respect_opt_out and re.search(r"\bno(image)?ai\b", response.headers.get("X-Robots-Tag", "").lower()):
             raise RowFailure("opted_out", "X-Robots-Tag")
-        if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
+        codings = re.split(r"[\s,]+", response.headers.get("Content-Encoding", "").lower())
+        if not all(coding in NO_CODINGS or "/" in coding for coding in codings):
             raise RowFailure("unsupported", "encoded body")
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:

@@ -3,9 +3,10 @@
     random_pairs.py   how high captions score that have nothing to do with the image; the columns percentile, random_percentile
     passport.py       a few rows scored again the slow reference way, and by how much the scores differ (`parity_rows`)
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
-    drift.py          what the last two say of a change of scores; no measure itself
+    images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
+    drift.py          what passport.py and embeddings.py say of a change of scores; no measure itself
 
-A run with a model computes every measure whose `wanted(config)` is true. The three above are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The four above are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:
@@ -80,6 +81,8 @@ class Measure:
     name: ClassVar[str]  # its key in a part's metadata and in profile.json, and the name of its stage
     columns: ClassVar[tuple[Column, ...]] = ()  # columns of its own in the results
     counts_in_rate: ClassVar[bool] = True  # False: its seconds stay out of the run's pairs/s
+    stage: ClassVar[str] = ""  # of the profile, to which its seconds are added; "" for one of its own name
+    needs_model: ClassVar[bool] = True  # False: a dry run computes it, too; it may then have no columns and ask no scorer
     settings: ClassVar[type | None] = None  # a dataclass of the keys that may stand under measures.<name> in the config
 
     @classmethod
@@ -99,11 +102,14 @@ class Measure:
             return None
         return check_section(cls.settings, values, f"measures.{cls.name}")
 
-    def __init__(self, config: Config, plan: Plan, scorer: Scorer, loader: ImageLoader) -> None:
+    scorer: Scorer  # not there in a dry run
+
+    def __init__(self, config: Config, plan: Plan, scorer: Scorer | None, loader: ImageLoader) -> None:
         """`loader` is the worker's, as the measures before this one have wrapped it."""
         self.config = config
         self.plan = plan
-        self.scorer = scorer
+        if scorer:
+            self.scorer = scorer
 
     def wrap(self, loader: ImageLoader) -> ImageLoader:
         """The loader that the worker is to use: this one, or a copy that does something more on the way."""
