@@ -529,5 +529,5 @@ def test_a_run_is_not_resumed_with_other_weights(shelf, tmp_path, run_main, shap
     change_weights(folder, lambda weights: [value.mul_(1.001) for value in weights.values() if value.is_floating_point()])
     outcome = run_main("--config", config)
     assert outcome.code == 2
-    assert "weights was" in outcome.stderr
+    assert "model.safetensors has changed" in outcome.stderr
     assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "manifest-before.json").read_bytes()

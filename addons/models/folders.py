@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from image_text_sim_clip import ADAPTER, EXIT_MODEL, SAFETENSORS, Trouble
+from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, Trouble
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Each line a set of files that together are a vocabulary.
@@ -66,10 +66,11 @@ def check_folder(folder: pathlib.Path, name: str) -> None:
         if file.endswith((".json", ".safetensors", ".model", ".bin")):
             _refuse_pointer(folder / file, name)
         if file in ("config.json", "tokenizer.json", "tokenizer_config.json", ADAPTER, *PROCESSOR_FILES):
-            _read_object(folder / file, name)
+            _refuse_own_code(_read_object(folder / file, name), file, name)
     for file in sorted(_weights_files(folder, files, name)):
         _check_safetensors(folder / file, name)
-    if ADAPTER not in files:  # an adapter takes what it lacks from its base model
+    # an adapter takes what it lacks from its base model, and another kind of model is refused for its kind
+    if ADAPTER not in files and _read_object(folder / "config.json", name).get("model_type") in FAMILIES:
         _check_is_complete(files, name)
 
 
@@ -88,6 +89,17 @@ def _read_object(path: pathlib.Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Trouble(EXIT_MODEL, f"{name}: its {path.name} holds no JSON object: copy it again")
     return content
+
+
+def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
+    """Raise Trouble (exit 6) where a file asks for a class by code of its own, for which transformers would take another."""
+    named = [content.get("tokenizer_class"), content.get("image_processor_type"), *(content.get("architectures") or [])]
+    if content.get("auto_map"):
+        import transformers
+        foreign = [str(one) for one in named if one and not hasattr(transformers, str(one))]
+        if foreign:
+            raise Trouble(EXIT_MODEL, f"{name}: its {file} asks for {foreign[0]}, which comes with code of its own, and "
+                                      "that is never run")
 
 
 def _weights_files(folder: pathlib.Path, files: set[str], name: str) -> set[str]:
