@@ -3,9 +3,10 @@
     random_pairs.py   how high captions score that have nothing to do with the image; the columns percentile, random_percentile
     passport.py       a few rows scored again the slow reference way, and by how much the scores differ (`parity_rows`)
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
-    drift.py          what the last two say of a change of scores; no measure itself
+    captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
+    drift.py          what passport.py and embeddings.py say of a change of scores; no measure itself
 
-A run with a model computes every measure whose `wanted(config)` is true. The three above are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The four above are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:
