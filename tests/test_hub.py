@@ -239,8 +239,8 @@ def tell_story(root, shelf):
     story.run(hub, "offline", ("offline", "some-one/both", {}), ("offline-nothing", "some-one/nothing", {}), HF_HUB_OFFLINE="1")
     hub.stop()
     story.run(hub, "gone", ("gone-both", "some-one/both", {}), ("gone-tuned", "some-one/tuned", {}),
-              ("gone-older", "some-one/both", {"revision": "v0.9"}), ("gone-pickle", "some-one/pickle", {}), ("gone-flaky", "some-one/flaky", {}),
-              ("gone-refused", "some-one/pickle", {"safetensors_only": "true"}))
+              ("gone-older", "some-one/both", {"revision": "v0.9"}), ("gone-pickle", "some-one/pickle", {}),
+              ("gone-flaky", "some-one/flaky", {}), ("gone-refused", "some-one/pickle", {"safetensors_only": "true"}))
     return story
 
 
