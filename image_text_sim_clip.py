@@ -1880,7 +1880,7 @@ class Family:
 
     kind: ClassVar[str]  # config.json's model_type
     architecture: ClassVar[str]  # its class in transformers
-    folders: "FolderPlaces"  # where it was read from
+    folders: FolderPlaces | None = None  # where it was read from
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
         self.model = model
@@ -1930,6 +1930,13 @@ class Family:
         family.folders = at
         family.check_sizes(at.images)
         return family
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer as it lies in its folder, for who wants one that nobody has touched."""
+        import transformers
+        if self.folders is None:  # a family that is loaded in a way of its own
+            return self.tokenizer
+        return transformers.AutoTokenizer.from_pretrained(self.folders.tokenizer, trust_remote_code=False)
 
     def control_tokens(self) -> list[str]:
         """The tokens that mark where a text begins and ends, and the like: in a caption they are text."""

@@ -194,10 +194,9 @@ class Reference:
         Raises RowFailure for a caption with both a control token, which is text here, and a trained word, which is none:
         transformers can only take both as they are, or take both apart.
         """
-        from transformers import AutoTokenizer
         family = self.scorer.family
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(family.folders.tokenizer, trust_remote_code=False)
+            self._tokenizer = family.load_tokenizer()
         text = family.prepare(caption)
         has_control = self._names_token(text, family.control_tokens())
         words = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}.difference(family.control_tokens())
