@@ -1880,6 +1880,7 @@ class Family:
 
     kind: ClassVar[str]  # config.json's model_type
     architecture: ClassVar[str]  # its class in transformers
+    takes_any_size: ClassVar[bool] = False  # whether images may have another size than its config says, as convolutions allow
     folders: FolderPlaces | None = None  # where it was read from
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
@@ -1964,7 +1965,7 @@ class Family:
             raise Trouble(EXIT_MODEL, f"{self.name}: its image processor neither crops nor squeezes, so that images keep their "
                                       f"shapes, and the model reads {side} x {side} pixels: in its {file} set "
                                       "do_center_crop to true, or size to a height and a width")
-        reads = (side, side) if isinstance(side, int) else made
+        reads = (side, side) if isinstance(side, int) and not self.takes_any_size else made
         if made != reads:
             raise Trouble(EXIT_MODEL, f"{self.name}: its image processor makes {made[1]} x {made[0]} pixels "
                                       f"({file}) and its model reads {reads[1]} x {reads[0]} (config.json): one of the two "
