@@ -63,6 +63,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import html
 import importlib
 import io
 import itertools
@@ -247,6 +248,7 @@ class Config:
     url_column: str | int = setting("url", 0)
     caption_column: str | int = setting("caption", 0)
     caption_template: str = "{}"
+    caption_clean: Literal["none", "unescape"] = "none"
     separator: str = "auto"
     quoting: Literal["auto", "none"] = "auto"
     encoding: str = "utf-8"
@@ -1038,6 +1040,7 @@ class Plan:
     partitions: list[Partition]
     table: "Rows"
     begins: bool = False  # nothing was scored yet when it was made: another model than before may be settled on
+    other_libraries: list[str] = dataclasses.field(default_factory=list)  # those here that the run was not begun with
 
     def __post_init__(self) -> None:
         self.fingerprint = fingerprint_of(self.manifest)
@@ -1276,6 +1279,9 @@ def settle(plan: Plan, scorer: "Scorer | None") -> None:
         resolved = scorer.identity() if scorer else {}
         if not may_change:
             refuse_other_model(plan.output, resolved, recorded)
+            if recorded and "libraries" in resolved:
+                plan.other_libraries = name_other_libraries(recorded["libraries"], resolved["libraries"])
+                resolved["libraries"] = recorded["libraries"]  # those of the run's beginning, so that its parts still fit
         plan.resolve(resolved)
         if resolved != recorded:
             write_sealed(plan.output / "manifest.json", manifest | {"resolved": resolved})
@@ -1287,21 +1293,53 @@ def _settle_batch_size(scorer: "Scorer", recorded: dict[str, Any], may_change: b
     own = scorer.batch_size
     if "batch_size" in recorded:
         scorer.batch_size = recorded["batch_size"]
-        if not may_change or scorer.identity() == recorded:
+        is_same = scorer.identity() | {"libraries": None} == recorded | {"libraries": None}
+        if not may_change or is_same:
             return
     scorer.batch_size = own
     scorer.batch_size = scorer.find_batch_size()
 
 
+DECISIVE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
+
+
+def name_other_libraries(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Warn where a run goes on with other libraries than it was begun with; returns what differs, in words."""
+    differences = [f"{name} was {before.get(name)}, now {now.get(name)}"
+                   for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if differences:
+        say(f"warning: this run was begun with other libraries ({'; '.join(differences)}): scores may differ a little")
+    return differences
+
+
 def refuse_other_model(output: pathlib.Path, resolved: dict[str, Any], recorded: dict[str, Any] | None) -> None:
-    """Trouble (exit 2) where a run was begun with another model or device than the one loaded now."""
+    """Trouble (exit 2) where a run was begun with another model or device than the one loaded now; changed files by name."""
     if recorded is None:
         return
-    differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
-                   for key, value in resolved.items() if recorded.get(key) != value]
+    differences = name_changed_files(recorded.get("files", {}), resolved.get("files", {}))
+    ignored = {"files", "libraries", *(["weights"] if differences else [])}
+    differences += [f"{key} was {recorded.get(key)!r}, now {value!r}"
+                    for key, value in resolved.items() if key not in ignored and recorded.get(key) != value]
     if differences:
         raise Trouble(EXIT_CONFIG, f"{output} was begun with another model or device ({'; '.join(differences)}): "
                                    "discard it with --fresh, or write elsewhere with --set output_path=...")
+
+
+def name_changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What became of the files of a model, given as name -> sha256: one entry for each that is not what it was."""
+    words = {(True, True): "has changed", (True, False): "is gone", (False, True): "is new"}
+    return [f"{name} {words[name in before, name in now]}" for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)]
+
+
+def refuse_changed_files(plan: Plan) -> None:
+    """Trouble (exit 2) where files of a local model have changed since the run was begun, finished or not; loads nothing."""
+    folder = pathlib.Path(plan.config.pretrained_model)
+    recorded = plan.manifest.get("resolved", {}).get("files")
+    if recorded and has_parts(plan.output) and folder.is_dir():
+        digests = hash_decisive_files(folder)
+        own = {name: digest for name, digest in recorded.items() if not name.startswith("base/")}
+        refuse_other_model(plan.output, {"files": digests}, {"files": own})
 
 
 def forget_results(output: pathlib.Path) -> None:
@@ -1887,15 +1925,56 @@ def peak_memory_mib() -> float:
 BUNDLED_HINT = "without the Hub, run the bundled model: python image_text_sim_clip.py --config challenge_set/demo.yaml"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
+# Everything in a model folder that is read and decides a score, by patterns of names.
+DECISIVE_FILES = ("config.json", *SAFETENSORS, "model-*-of-*.safetensors", "*processor_config.json", "tokenizer*", "vocab.*",
+                  "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json", "adapter_*")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A folder with a model in it, and where it came from: `identity` is the Hub commit or the weights' fingerprint."""
+    """A folder with a model in it: `commit` is the Hub's, empty for a local folder; `base` is what an adapter alone changes."""
 
     folder: pathlib.Path
-    identity: str
+    commit: str
     safetensors: bool
+    base: "ModelFiles | None" = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the folder holds an adapter, alone or next to its base model."""
+        return (self.folder / ADAPTER).is_file()
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each local file that decides a score, by name; none for the Hub, where the commit says it all."""
+        found = {} if self.commit else hash_decisive_files(self.folder)
+        of_base = self.base.digests if self.base else {}
+        return found | {f"base/{name}": digest for name, digest in of_base.items()}
+
+    @property
+    def identity(self) -> str:
+        """The Hub's commit; for a local folder a hash of the hashes of its files."""
+        own = self.commit or hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{own} on {self.base.identity}" if self.base else own
+
+
+def hash_decisive_files(folder: pathlib.Path) -> dict[str, str]:
+    """The sha256 of each file in `folder` that is read and decides a score, by name."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_decisive(path.name)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        digests = pool.map(lambda path: _hash_unchanged(path, path.stat().st_size, path.stat().st_mtime_ns), paths)
+        return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _is_decisive(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in DECISIVE_FILES)
+
+
+@functools.lru_cache
+def _hash_unchanged(path: pathlib.Path, size: int, time_ns: int) -> str:
+    """The sha256 of a file, read once for as long as it has this size and time."""
+    return file_sha256(path)
 
 
 def find_model(config: Config) -> ModelFiles:
@@ -1903,17 +1982,27 @@ def find_model(config: Config) -> ModelFiles:
     name = config.pretrained_model
     folder = pathlib.Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise Trouble(EXIT_MODEL, f"{name} holds no config.json: not a model folder")
-        if not any((folder / file).is_file() for file in SAFETENSORS):
-            raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
-        return ModelFiles(folder, _weights_fingerprint(folder), True)
+        return find_in_folder(folder, name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")
     files = find_on_hub(name, config.revision, config.safetensors_only)
-    if not files.safetensors:
+    if not (files.base or files).safetensors:
         say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
     return files
+
+
+def find_in_folder(folder: pathlib.Path, name: str) -> ModelFiles:
+    """The model in a local folder; raises Trouble (exit 6) for a folder that is none."""
+    if ADDONS.is_dir():
+        addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
+    if (folder / ADAPTER).is_file():
+        adapters = addon("models.adapters", f"the adapter in {name}")
+        return ModelFiles(folder, "", True, adapters.find_base(folder, name))
+    if not (folder / "config.json").is_file():
+        raise Trouble(EXIT_MODEL, f"{name} holds no config.json: not a model folder")
+    if not any((folder / file).is_file() for file in SAFETENSORS):
+        raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
+    return ModelFiles(folder, "", True)
 
 
 def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
@@ -1921,13 +2010,17 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
     local cache answers. Raises Trouble (exit 6) that says what was tried."""
     import huggingface_hub
     listed, tried = _list_hub_files(name, revision)
+    if listed and ADDONS.is_dir():
+        addon("models.folders", f"pretrained_model {name!r}").check_names(listed, name)
     has_safetensors = not listed.isdisjoint(SAFETENSORS)
+    has_weights = has_safetensors or not listed.isdisjoint(PICKLES)
     refused = f"{name} has no safetensors at revision {revision}, and safetensors_only is set; {BUNDLED_HINT}"
-    if listed and safetensors_only and not has_safetensors:
+    if has_weights and safetensors_only and not has_safetensors:
         raise Trouble(EXIT_MODEL, refused)
     patterns = ["*.json", "*.txt", "*.model"]
     if listed:  # offline the client holds the cache against the whole list: no pattern for what was never asked for
         patterns.append("model*.safetensors" if has_safetensors else "pytorch_model*.bin")
+        patterns += ["adapter_model*.safetensors"] * (ADAPTER in listed)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
@@ -1938,11 +2031,17 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
         tried += f", the Hub ({type(reason).__name__}: {str(reason)[:120]})" if listed else ", the local cache (not there)"
         raise Trouble(EXIT_MODEL, f"cannot get {name} ({revision}): {tried}; {BUNDLED_HINT}") from None
     safetensors = any((folder / file).exists() for file in SAFETENSORS)
-    if not safetensors and not any((folder / file).exists() for file in PICKLES):
+    commit = folder.resolve().name
+    base: ModelFiles | None = None
+    if (folder / ADAPTER).is_file():
+        base = addon("models.adapters", f"the adapter in {name}").find_base(folder, name, safetensors_only)
+    if base is None and not safetensors and not any((folder / file).exists() for file in PICKLES):
         raise Trouble(EXIT_MODEL, f"{name} ({revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
-    if not safetensors and safetensors_only:
+    if base is None and not safetensors and safetensors_only:
         raise Trouble(EXIT_MODEL, refused)
-    return ModelFiles(folder, folder.resolve().name, safetensors)
+    if ADDONS.is_dir():
+        addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
+    return ModelFiles(folder, commit, safetensors, base)
 
 
 def _list_hub_files(name: str, revision: str) -> tuple[set[str], str]:
@@ -1956,19 +2055,6 @@ def _list_hub_files(name: str, revision: str) -> tuple[set[str], str]:
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if is_offline else f"{type(error).__name__}: {str(error)[:120]}"
         return set(), f"{tried}, the Hub ({reason})"
-
-
-def _weights_fingerprint(folder: pathlib.Path) -> str:
-    """A hash of the config and of each weights file's size, head and 16 samples: training again changes all of them."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for i in range(17):
-                file.seek(i * size // 17)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
 
 
 def choose_device(config: Config) -> str:
@@ -1993,6 +2079,14 @@ def choose_dtype(config: Config, device: str) -> str:
 
 # ── Model: families ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+class FolderPlaces(NamedTuple):
+    """The folders that weights, tokenizer and image processor are read from: one and the same, but for adapters."""
+
+    weights: pathlib.Path
+    tokenizer: pathlib.Path
+    images: pathlib.Path
+
+
 class Family:
     """A loaded model with its tokenizer and image processor, and what is particular to its kind.
 
@@ -2003,6 +2097,8 @@ class Family:
     kind: ClassVar[str]  # config.json's model_type
     architecture: ClassVar[str]  # its class in transformers
     attention: ClassVar[str] = "sdpa"  # the implementation of attention that is asked for
+    takes_any_size: ClassVar[bool] = False  # whether images may have another size than its config says, as convolutions allow
+    folders: FolderPlaces | None = None  # where it was read from
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
         self.model = model
@@ -2013,6 +2109,11 @@ class Family:
         self.scale = self.read_scale()
         self.bias = 0.0
         self.context_length = self.read_context_length()
+        self._whole_words: Any = None
+        self._whole_words = self._find_whole_words()
+        self._frame = self.encode([""])[0]  # the ids that go around every caption
+        space = self.tokenizer.convert_tokens_to_ids("▁")
+        self._says_nothing = {*self._frame, self.tokenizer.unk_token_id, space}
         self.check_tokenizer()
 
     @classmethod
@@ -2026,20 +2127,66 @@ class Family:
         import transformers
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        adapters = addon("models.adapters", f"the adapter in {name}") if files.has_adapter else None
+        one_place = FolderPlaces(files.folder, files.folder, files.folder)
         try:
-            model, loading = getattr(transformers, cls.architecture).from_pretrained(
-                files.folder, dtype=torch.float32, attn_implementation=cls.attention, use_safetensors=files.safetensors,
-                output_loading_info=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
-            # explicit, because the default backend depends on what is installed, and the two differ slightly
-            processor = transformers.AutoImageProcessor.from_pretrained(files.folder, backend="pil", trust_remote_code=False)
+            with adapters.open_places(files) if adapters else contextlib.nullcontext(one_place) as at:
+                model, loading = getattr(transformers, cls.architecture).from_pretrained(
+                    at.weights, dtype=torch.float32, attn_implementation=cls.attention, output_loading_info=True,
+                    use_safetensors=(files.base or files).safetensors, ignore_mismatched_sizes=True)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(at.tokenizer, trust_remote_code=False)
+                # explicit, because the default backend depends on what is installed, and the two differ slightly
+                processor = transformers.AutoImageProcessor.from_pretrained(at.images, backend="pil", trust_remote_code=False)
         except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
             raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
         except Exception as error:  # a broken folder makes transformers raise nearly anything
-            raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
-        if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
-            raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
-        return cls(model.eval().requires_grad_(False), tokenizer, processor, name)
+            raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {reason_of(error)}") from error
+        check_weights(loading, name)
+        if adapters:
+            model = adapters.merge(model, files, name)
+        family = cls(model.eval().requires_grad_(False), tokenizer, processor, name)
+        family.folders = at
+        family.check_sizes(at.images)
+        return family
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer as it lies in its folder, for who wants one that nobody has touched."""
+        import transformers
+        if self.folders is None:  # a family that is loaded in a way of its own
+            return self.tokenizer
+        return transformers.AutoTokenizer.from_pretrained(self.folders.tokenizer, trust_remote_code=False)
+
+    def control_tokens(self) -> list[str]:
+        """The tokens that mark where a text begins and ends, and the like: in a caption they are text."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        tokens = [getattr(self.tokenizer, name, None) for name in names]
+        return [str(token) for token in tokens if token]
+
+    def _find_whole_words(self, prepare: Callable[[str], str] = str) -> Any:
+        """What keeps words whole that were added to the tokenizer; None where no word, once prepared, would be spelt."""
+        control = self.control_tokens()
+        words = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content not in control]
+        got = self.encode([prepare(word) for word in words]) if words else []
+        if all(own in ids for own, ids in zip(self.tokenizer.convert_tokens_to_ids(words), got, strict=True)):
+            return None
+        keeper = addon("models.words", f"{self.name}, to whose tokenizer words were added,")
+        return keeper.WholeWords(self.tokenizer, words, control)
+
+    def check_sizes(self, folder: pathlib.Path) -> None:
+        """Raise Trouble (exit 6) for an image processor, read from `folder`, that makes other images than the model reads."""
+        file = next((name for name in ("processor_config.json", "preprocessor_config.json") if (folder / name).is_file()), "")
+        settings = ImageSettings.of(self.processor)
+        made = settings.crop or settings.size  # (height, width)
+        side = getattr(getattr(self.model.config, "vision_config", None), "image_size", None)
+        if made is None:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor neither crops nor squeezes, so that images keep their "
+                                      f"shapes, and the model reads {side} x {side} pixels: in its {file} set "
+                                      "do_center_crop to true, or size to a height and a width")
+        reads = (side, side) if isinstance(side, int) and not self.takes_any_size else made
+        if made != reads:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor makes {made[1]} x {made[0]} pixels "
+                                      f"({file}) and its model reads {reads[1]} x {reads[0]} (config.json): one of the two "
+                                      "files belongs to another model")
 
     def read_scale(self) -> float:
         """What a cosine is multiplied by to give the model's logit."""
@@ -2053,7 +2200,7 @@ class Family:
         """Raise Trouble (exit 6) for a tokenizer that does not belong to the model."""
         known = set(self.tokenizer.get_vocab().values())
         embedded = self.model.config.text_config.vocab_size
-        control = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        control = set(self.tokenizer.convert_tokens_to_ids(self.control_tokens()))
         never_given = control - set(self.encode(["Ab"])[0])
         # transformers makes one up where files are missing
         if max(known - never_given) >= embedded or len(known) < embedded / 2:
@@ -2063,8 +2210,10 @@ class Family:
     def encode(self, captions: list[str], **options: Any) -> list[list[int]]:
         """Token ids of each caption, as the tokenizer gives them."""
         # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
-        ids: list[list[int]] = self.tokenizer(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
-                                              **options)["input_ids"]
+        # trained words that were added as special tokens stay whole all the same
+        call = self._whole_words or self.tokenizer
+        ids: list[list[int]] = call(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
+                                    **options)["input_ids"]
         return ids
 
     def prepare(self, caption: str) -> str:
@@ -2081,6 +2230,14 @@ class Family:
             for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
                 truncated[i] = len(whole) > self.context_length
         return ids, truncated
+
+    def judge_caption(self, ids: list[int]) -> tuple[str, bool]:
+        """Of a caption's ids: why the tokenizer knows nothing of it, empty where it does; and whether some is unknown to it."""
+        unknown = self.tokenizer.unk_token_id
+        has_unknown = ids.count(unknown) > self._frame.count(unknown)
+        if not self._says_nothing.issuperset(ids):
+            return "", has_unknown
+        return ("the tokenizer knows nothing of it" if has_unknown else "the tokenizer leaves nothing of it"), has_unknown
 
     def padded_length(self, ids: list[int]) -> int:
         """The length that a caption must be padded to whatever its neighbours; 0 where the longest of its batch will do."""
@@ -2134,10 +2291,14 @@ class Siglip(Family):
         self.bias = self.model.logit_bias.item()
         # SigLIP 2's published tokenizer leaves the lower case to its user
         self._keeps_capitals = self.encode(["Ab"]) != self.encode(["ab"])
+        if self._keeps_capitals and not self._whole_words:
+            self._whole_words = self._find_whole_words(str.lower)
 
     def prepare(self, caption: str) -> str:
-        """Lower case, where the tokenizer does not see to it."""
-        return caption.lower() if self._keeps_capitals else caption
+        """Lower case, where the tokenizer does not see to it; words that were added to the tokenizer keep theirs."""
+        if not self._keeps_capitals:
+            return caption
+        return str(self._whole_words.lower(caption)) if self._whole_words else caption.lower()
 
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
         """sigmoid(scale * cosine + bias), Zhai et al. 2023, algorithm 1."""
@@ -2150,9 +2311,37 @@ class Siglip(Family):
 FAMILIES: dict[str, type[Family]] = {"clip": Clip, "siglip": Siglip}
 
 
+UNWELCOME_ADVICE = ("trust_remote_code", "ignore_mismatched_sizes", "weights_only", "pip install", "upgrade", "report",
+                    "force_download", "from_tf", "from_flax", "huggingface.co", "https://", "issue")
+
+
+def reason_of(error: Exception) -> str:
+    """The text of a library's error, without the sentences that recommend what this program never does, or has silenced."""
+    if "trust_remote_code" in str(error):
+        return "it asks for code of its own, which is never run"
+    sentences = re.split(r"(?<=[.!?:])\s+|\n+", str(error))
+    unwelcome = re.compile("|".join(map(re.escape, UNWELCOME_ADVICE)), re.I)
+    return " ".join(sentence for sentence in sentences if not unwelcome.search(sentence))[:300]
+
+
+def check_weights(loading: dict[str, Any], name: str) -> None:
+    """Raise Trouble (exit 6) where weights are missing or have another shape, which transformers fills with random numbers."""
+    unused = sorted(loading["unexpected_keys"])
+    if loading["missing_keys"]:
+        others = f"; it has others, such as {unused[0]}" if unused else ""
+        raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...{others}")
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        raise Trouble(EXIT_MODEL, f"{name}: its weights and its config.json do not belong together: {key} has the shape "
+                                  f"{tuple(found)}, and the config asks for {tuple(expected)}")
+    if unused:
+        say(f"warning: {name} has {len(unused)} weights that its config.json has no place for, such as {unused[0]}: not used")
+
+
 def find_family(files: ModelFiles, name: str) -> type[Family]:
     """The family that the model's config.json names: one of FAMILIES, or a file of addons/models; Trouble (exit 6) if none."""
-    kind = (read_json(files.folder / "config.json") or {}).get("model_type", "clip")
+    kind = (read_json((files.base or files).folder / "config.json") or {}).get("model_type")
+    if kind is None:
+        raise Trouble(EXIT_MODEL, f"{name}: its config.json names no model_type, so it is no model of transformers")
     if kind in FAMILIES:
         return FAMILIES[kind]
     file = str(kind).replace("-", "_")
@@ -2215,7 +2404,8 @@ class Scorer:
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
-        self.lanes = 0 if PROFILED else usable_cores() if self.device == "cpu" else 1
+        cores = usable_cores() if self.device == "cpu" else 1
+        self.lanes = 0 if PROFILED else cores
 
     @functools.cached_property
     def _lane_pool(self) -> ThreadPoolExecutor:
@@ -2245,9 +2435,11 @@ class Scorer:
 
     def identity(self) -> dict[str, Any]:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
-        return {"model_type": self.family.kind, "weights": self.files.identity, "safetensors": self.files.safetensors,
+        return {"model_type": self.family.kind, "weights": self.files.identity, "files": self.files.digests,
+                "adapter": self.files.has_adapter, "safetensors": (self.files.base or self.files).safetensors,
                 "device": self.device, "dtype": self.dtype, "quantization": self.quantization,
-                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size}
+                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size,
+                "libraries": find_versions((*DECISIVE_LIBRARIES, *["peft"] * self.files.has_adapter))}
 
     def _normalised_levels(self) -> "np.ndarray":
         """(3, 256) float32: what the model's own processor makes of each byte value in each channel."""
@@ -2378,7 +2570,7 @@ class Scorer:
     def similarity(self, images: "Iterable[Image.Image | str | os.PathLike[str]]", captions: Iterable[str]) -> "np.ndarray":
         """Cosines (n,) float32 of n PIL images or paths with n captions. Raises RowFailure for an image it cannot read."""
         import numpy as np
-        texts = [self.config.caption_template.replace("{}", caption) for caption in captions]
+        texts = [self.config.caption_template.replace("{}", clean_caption(caption, self.config)) for caption in captions]
         given = list(images)
         if len(given) != len(texts):
             raise ValueError(f"{len(given)} images but {len(texts)} captions")
@@ -2456,6 +2648,7 @@ class PartitionRun:
     rows: "pd.DataFrame"
     sources: list[str]  # a URL, a path, or a place in a tar
     captions: list[str]  # with the template around them
+    texts: list[str]  # without it
     has_caption: list[bool]
     finish: "Callable[[pa.Table], pa.Table]"
     replaced: "Part | None" = None
@@ -2483,13 +2676,18 @@ class PartitionRun:
             sources = [all_sources[place] for place in rows.index]
         else:
             sources = rows[column_name(config.url_column)].tolist()
-        texts = rows[column_name(config.caption_column)].tolist()
+        texts = [clean_caption(text, config) for text in rows[column_name(config.caption_column)]]
         captions = [config.caption_template.replace("{}", text) for text in texts]
-        return cls(partition, rows, sources, captions, [bool(text.strip()) for text in texts], finish, part)
+        return cls(partition, rows, sources, captions, texts, [bool(text.strip()) for text in texts], finish, part)
 
     def wanted(self) -> list[str]:
         """The distinct sources to load, in order of first use; rows without a caption need none."""
         return list(dict.fromkeys(itertools.compress(self.sources, self.has_caption)))
+
+
+def clean_caption(caption: str, config: Config) -> str:
+    """The caption as `caption_clean` has it: `unescape` undoes HTML's entities, twice, as the tokenizers of OpenAI do."""
+    return caption if config.caption_clean == "none" else html.unescape(html.unescape(caption))
 
 
 def _part_to_retry(plan: Plan, partition: Partition) -> "Part | None":
@@ -2510,6 +2708,7 @@ class Scored:
     truncated: list[bool]
     status: list[str]
     detail: list[str]
+    partly_unknown: list[bool]  # a token or more of the caption is unknown to the tokenizer
     image_of_row: "np.ndarray"  # (n,) int32, the row of image_embeddings; -1 for none
     text_of_row: "np.ndarray"  # (n,) int32, the row of text_embeddings; -1 for none
     turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
@@ -2521,7 +2720,8 @@ class Scored:
         """`count` rows of one status and without a score."""
         import numpy as np
         nowhere = np.full(count, -1, np.int32)
-        return cls(np.full(count, np.nan, np.float32), [False] * count, [status] * count, [""] * count, nowhere, nowhere.copy())
+        return cls(np.full(count, np.nan, np.float32), [False] * count, [status] * count, [""] * count, [False] * count,
+                   nowhere, nowhere.copy())
 
 
 @dataclasses.dataclass
@@ -2591,9 +2791,15 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
                 clock: Clock) -> None:
     """Encode the captions of the rows at the places `scored`, and fill in their cosines."""
     import numpy as np
-    texts = list(dict.fromkeys(run.captions[i] for i in scored))
     with clock.stage("tokenize"):
-        ids, cut = scorer.tokenize(texts)
+        texts = list(dict.fromkeys(run.captions[i] for i in scored))
+        tokens = dict(zip(texts, zip(*scorer.tokenize(texts), strict=True), strict=True))  # caption -> its ids, whether cut
+        scored = _without_unknown(scorer, run, scored, result, tokens)
+        texts = list(dict.fromkeys(run.captions[i] for i in scored))
+        ids = [tokens[text][0] for text in texts]
+        cut = [tokens[text][1] for text in texts]
+    if not scored:
+        return
     result.image_embeddings = images.embeddings
     result.text_embeddings = scorer.encode_texts(ids, clock)
     with clock.stage("score"):
@@ -2611,6 +2817,28 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
         is_finite = np.isfinite(cosines)
         result.image_of_row[scored] = np.where(is_finite, image_places, -1)
         result.text_of_row[scored] = np.where(is_finite, text_places, -1)
+
+
+def _without_unknown(scorer: Scorer, run: PartitionRun, scored: list[int], result: Scored,
+                     tokens: dict[str, tuple[list[int], bool]]) -> list[int]:
+    """The places of `scored` whose caption the tokenizer knows; the others become `empty_caption`.
+
+    A caption is judged without the template around it, which the tokenizer knows. `tokens` has the ids of those with it.
+    """
+    bare = list(dict.fromkeys(run.texts[i] for i in scored))
+    ids_of = {text: tokens[text][0] for text in bare if text in tokens}
+    others = [text for text in bare if text not in tokens]
+    ids_of |= dict(zip(others, scorer.tokenize(others)[0] if others else [], strict=True))
+    known: list[int] = []
+    judged = {text: scorer.family.judge_caption(ids) for text, ids in ids_of.items()}
+    for i in scored:
+        why_nothing, result.partly_unknown[i] = judged[run.texts[i]]
+        if why_nothing:
+            result.status[i] = "empty_caption"
+            result.detail[i] = why_nothing
+        else:
+            known.append(i)
+    return known
 
 
 def result_table(plan: Plan, rows: "pd.DataFrame", scored: Scored, scorer: Scorer | None = None,
@@ -3145,7 +3373,8 @@ class Worker:
             "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
             "wall_s": round(time.perf_counter() - since - uncounted_s, 6), "ended": round(time.time(), 6),
             "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
-            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings()}
+            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings(),
+            "other_libraries": self.plan.other_libraries}
         write_times(run.partition, times)
         with output_disk(run.partition.trying):
             remove_path(run.partition.trying)
@@ -3226,6 +3455,7 @@ class Job:
     def pending(self) -> list[Partition]:
         """What is left to do."""
         self.plan.refresh()
+        refuse_changed_files(self.plan)
         may_pass = addon("results.retry", "--retry-failed").may_pass_in if self.retry else None
         return [partition for partition in self.plan.partitions
                 if not part_is_done(self.plan, partition) or (may_pass and may_pass(self.plan, partition))]
@@ -3467,7 +3697,8 @@ def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
             "stage_seconds": stage_seconds,
             "peak_rss_mib": max((part["peak_rss_mib"] for part in times), default=0.0),
             "peak_gpu_mib": max((part["peak_gpu_mib"] for part in times), default=0.0),
-            "oom_halvings": sum(part["oom_halvings"] for part in times)}
+            "oom_halvings": sum(part["oom_halvings"] for part in times),
+            "other_libraries": sorted(set[str]().union(*(part.get("other_libraries", []) for part in times)))}
 
 
 def busy_time(times: list[dict[str, Any]]) -> float:
@@ -3502,11 +3733,11 @@ def find_bottleneck(seconds: dict[str, float]) -> str:
     return max(candidates, key=lambda stage: seconds[stage])
 
 
-def find_versions() -> dict[str, str]:
-    """The installed versions of what the scores depend on."""
+def find_versions(packages: Iterable[str] = (*DECISIVE_LIBRARIES, "numpy", "pyarrow")) -> dict[str, str]:
+    """The installed versions of `packages`: what the scores depend on."""
     from importlib import metadata
     versions = {}
-    for package in ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow"):
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions

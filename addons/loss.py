@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, resize_and_crop
+from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, clean_caption, resize_and_crop
 
 ROUNDING = 1e-4  # by which a clamped value may be off after a conversion; it changes no loss that anybody could see
 
@@ -97,7 +97,8 @@ class DissimilarityLoss(torch.nn.Module):
         distinct = list(dict.fromkeys(captions))
         self.scorer.device = str(self.colour_scale.device)  # wherever this module has been moved since
         template = self.scorer.config.caption_template
-        ids, _ = self.scorer.tokenize([template.replace("{}", caption) for caption in distinct])
+        texts = [clean_caption(caption, self.scorer.config) for caption in distinct]
+        ids, _ = self.scorer.tokenize([template.replace("{}", text) for text in texts])
         unit = self.scorer.encode_texts(ids).clone()  # a clone, because autograd refuses what inference mode has made
         places = {caption: i for i, caption in enumerate(distinct)}
         return unit[[places[caption] for caption in captions]].to(self.colour_scale)

@@ -50,11 +50,11 @@ def find(**keys):
 
 
 def test_measures_of_the_defaults():
-    """A run with a model has random pairs and a passport; a dry run has neither. Both count what is odd about images."""
-    assert [measure.name for measure in find()] == ["images", "passport", "random_pairs"]
+    """A run with a model has random pairs and a passport and counts captions; both kinds count what is odd about images."""
+    assert [measure.name for measure in find()] == ["captions", "images", "passport", "random_pairs"]
     assert [measure.name for measure in find(save_embeddings="int8")] == [
-        "saved_embeddings", "images", "passport", "random_pairs"]
-    assert [measure.name for measure in find(parity_rows=0)] == ["images", "random_pairs"]
+        "captions", "saved_embeddings", "images", "passport", "random_pairs"]
+    assert [measure.name for measure in find(parity_rows=0)] == ["captions", "images", "random_pairs"]
     assert [measure.name for measure in find(pretrained_model="none", save_embeddings="int8")] == ["images"]
 
 

@@ -4,9 +4,10 @@
     passport.py       a few rows scored again the slow reference way, and by how much the scores differ (`parity_rows`)
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
+    captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
     drift.py          what passport.py and embeddings.py say of a change of scores; no measure itself
 
-A run with a model computes every measure whose `wanted(config)` is true. The four above are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The five above are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:

@@ -24,6 +24,12 @@ The families here:
     chinese_clip.py  altclip.py  align.py    BERT's or XLM-R's text tower, masked (masked_text.py)
     metaclip_2.py                            CLIP's causal text tower with XLM-R's pieces (xlm_pieces.py)
 
+What only some model folders need, and the script asks for:
+
+    folders.py      what is wrong with a folder, told with its cure before it is loaded
+    adapters.py     adapters of peft, merged into their base model
+    words.py        words that were added to a tokenizer stay whole
+
 The shortcuts, each imported only where its config key asks for it; the first two need a model with CLIP's two towers:
 
     quantize.py     `quantization: int8`: the encoders' linear layers multiply bytes

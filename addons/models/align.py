@@ -11,6 +11,7 @@ class Align(MaskedText):
 
     kind = "align"
     architecture = "AlignModel"
+    takes_any_size = True
     attention = "eager"  # transformers has no other for it
     trained_length = 64
 
