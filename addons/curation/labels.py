@@ -44,7 +44,7 @@ SHARES = (0.02, 0.035, 0.05, 0.075, 0.1, 0.15, *(step / 20 for step in range(4, 
 PRECISION_ERRORS = {0.02: 0.05, 0.05: 0.1, 0.1: 0.15, 0.2: 0.2, 0.35: 0.5}
 RECALL_ERRORS = {0.95: 0.5, 0.8: 0.3, 0.6: 0.2}
 BETS = {2.0: 0.3, 1.0: 0.7}  # size: weight; the first needs fewer marks where all fit
-MULTIPLIER_STEPS = 60  # halvings of the range of the multiplier's logarithm
+MULTIPLIER_STEPS = 40  # halvings of the range of the multiplier's logarithm
 
 
 # ── Cells ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
