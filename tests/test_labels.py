@@ -354,7 +354,7 @@ def test_too_few_marks_are_refused(tmp_path, table, run_labels):
     outcome = run_labels(min_precision=0.95)
     assert outcome.code == 2
     assert outcome.stderr.count("\n") == 1
-    assert "more are needed at similarities of 0." in outcome.stderr
+    assert "more marks at similarities of 0." in outcome.stderr
     assert not (tmp_path / "out/curated/kept.csv").exists()
 
 
@@ -418,7 +418,7 @@ def test_recall_cuts_the_table(tmp_path, table, run_labels):
     ("row,label\n1,good\n", ["line 2", "fits | does_not_fit | unsure", "'good'"]),
     ("row,label\nx,fits\n", ["line 2", "whole number"]), ("row,label\n-1,fits\n", ["line 2"]),
     ("row,label,similarity\n1,fits,high\n", ["line 2"]), ("url,caption\na,b\n", ["columns row and label"]),
-    ("", ["more are needed"]), ("row,label\n", ["more are needed"]), (b"row,label\n\xff,fits\n", ["cannot be read"]),
+    ("", ["it takes about"]), ("row,label\n", ["it takes about"]), (b"row,label\n\xff,fits\n", ["cannot be read"]),
     ("row,label\n1\n", ["line 2"]), (None, ["no such file"])])
 def test_a_flawed_file_is_one_line(tmp_path, table, run_labels, text, words):
     """A file that is missing, or no labels.csv, is exit code 2 and one line that says where."""

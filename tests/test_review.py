@@ -590,7 +590,7 @@ def test_missing_images_are_said(tmp_path, monkeypatch, open_page):
     """A row whose image is gone, or is none, keeps its card."""
     write_finished_run(tmp_path / "out", [0.3, 0.4], sources=["gone.png", "shape-001.png"])
     page = open_page(write_page(tmp_path, monkeypatch))
-    assert sorted(page.locator(".plate").all_inner_texts()) == ["", "no image"]
+    assert sorted(page.locator(".cards .plate").all_inner_texts()) == ["", "no image"]
 
 
 def test_page_without_an_image_folder(tmp_path, monkeypatch):

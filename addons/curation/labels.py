@@ -214,7 +214,7 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """The cut: the first `kept` cells; `next_try` is the first threshold that was not passed, None where all were."""
+    """The cut: the first `kept` cells. `next_try` is the threshold beyond it that takes the fewest more marks, if any."""
 
     kept: int
     next_try: "Shortfall | None"
@@ -243,7 +243,7 @@ def prove_cut(cells: Cells, sample: Marks, goal: Goal, at_random: bool = False) 
     if is_recall:
         order = order[-2::-1]  # the lowest threshold keeps everything
     best = len(cells.rows) if is_recall else 0
-    first_failure: Shortfall | None = None
+    failures: list[Shortfall] = []  # since the last threshold that was passed
     carried = 0.0
     for kept in order:
         error = ERROR_RATE * float(errors[kept - 1]) + carried
@@ -259,12 +259,14 @@ def prove_cut(cells: Cells, sample: Marks, goal: Goal, at_random: bool = False) 
         if evidence >= -math.log(error):
             carried = error
             best = kept
-            first_failure = None
-        elif first_failure is None:
-            first_failure = estimate_shortfall(counts, factors, most, -math.log(error), kept)
-    if best == (len(cells.rows) if is_recall else 0) and first_failure:
-        return first_failure
-    return Proof(best, first_failure)
+            failures.clear()
+        else:
+            failures.append(estimate_shortfall(counts, factors, most, -math.log(error), kept))
+    hopeful = [failure for failure in failures if failure.more is not None]
+    easiest = min(hopeful, key=lambda failure: failure.more or 0, default=failures[-1] if failures else None)
+    if best == (len(cells.rows) if is_recall else 0) and easiest:
+        return easiest
+    return Proof(best, easiest)
 
 
 def _count_above(cells: Cells, strata: np.ndarray, fits: np.ndarray, kept: int, at_random: bool, is_recall: bool) -> Counts:

@@ -18,7 +18,7 @@ from addons.curation.rules import Curation
 from image_text_sim_clip import EXIT_CONFIG, Trouble, say
 
 OUT_OF_TURN = "were made out of turn"
-SAME_SCORE = 1e-6  # a mark's similarity may have been rounded by a spreadsheet
+SAME_SCORE = 1e-5  # another machine scores the same pair within 1e-6, and a spreadsheet may have rounded
 
 
 # ── Reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,11 +161,16 @@ def find_proved_cut(curation: Curation, run: FinishedRun) -> ProvedCut | None:
         raise Trouble(EXIT_CONFIG, tell_shortfall(found, cells, sample, goal, path))
     hint = None
     if found.next_try and found.next_try.more is not None:
-        hint = (f"about {found.next_try.more:,} more marks, first {cells.tell_range(found.next_try.cell)}, may move the cut to "
-                f"{cells.threshold(found.next_try.kept - 1):.4f}")
+        hint = (f"with about {tell_more(found.next_try.more)}, first {cells.tell_range(found.next_try.cell)}, the cut may move "
+                f"to {cells.threshold(found.next_try.kept - 1):.4f}")
     kept = found.kept
     return ProvedCut(goal.key, goal.share, 1 - ERROR_RATE, cells.threshold(kept - 1), int(cells.rows[:kept].sum()),
                      estimate_share(cells, sample.marks, goal, kept), len(sample.marks.rows), sample.left_out, hint)
+
+
+def tell_more(more: int) -> str:
+    """A number of marks that are still to be made."""
+    return "1 more mark" if more == 1 else f"{more:,} more marks"
 
 
 def tell_shortfall(shortfall: Shortfall, cells: Cells, sample: Sample, goal: Goal, path: pathlib.Path) -> str:
@@ -180,7 +185,7 @@ def tell_shortfall(shortfall: Shortfall, cells: Cells, sample: Sample, goal: Goa
                  "not help")
     else:
         where = f"at similarities of {threshold:.4f} and above" if goal.kind == "precision" else "over all similarities"
-        text += f"about {shortfall.more:,} more are needed {where}, first {cells.tell_range(shortfall.cell)}"
+        text += f"it takes about {tell_more(shortfall.more)} {where}, first {cells.tell_range(shortfall.cell)}"
     if sample.left_out.get(OUT_OF_TURN, 0) > len(marks.rows):
         text += " (if you drew the rows at random yourself, say labels_drawn: at_random)"
     return text
