@@ -189,15 +189,17 @@ def test_one_clean_cell_proves_little():
     queues = queues_of(similarities, cells)
     fits = np.ones(50_000, bool)
 
-    def prove(wanted):
-        rows = mark_in_turn(cells, queues, fits, PRECISION, wanted)
+    def prove(rows):
         rows = rows[np.argsort(review.scatter(rows))]
         return labels.prove_cut(cells, Marks(rows, np.ones(len(rows), np.int8), similarities[rows].astype(float)), PRECISION)
-    short = prove(30)
+    first = mark_in_turn(cells, queues, fits, PRECISION, 30)
+    short = prove(first)
     assert isinstance(short, Shortfall)
     assert short.more is not None
     assert 20 < short.more < 250
-    assert isinstance(prove(30 + 2 * short.more), Proof)
+    share = 1.1 * (30 + short.more) / cells.rows[:short.kept].sum()
+    more = [queue[:math.ceil(share * rows)] for queue, rows in zip(queues, cells.rows[:short.kept], strict=False)]
+    assert isinstance(prove(np.unique(np.concatenate([first, *more]))), Proof)
 
 
 def test_marks_that_speak_against_are_told_so():
