@@ -28,7 +28,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from addons.curation import ImageRule, duplicates, plots, review, rules
+from addons.curation import ImageRule, duplicates, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows
 from addons.curation.finished import FinishedRun, open_run, read_similarities
 from addons.curation.images import RunImages
@@ -54,8 +54,11 @@ from image_text_sim_clip import (
 
 # ── Choose ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def find_cuts(curation: rules.Curation, run: FinishedRun) -> rules.Cuts:
-    """Turn the rules on similarity into similarities. Trouble (exit 2) for max_random_rate without random pairs."""
+def find_cuts(curation: rules.Curation, run: FinishedRun, proved: marks.ProvedCut | None) -> rules.Cuts:
+    """Turn the rules on similarity into similarities; `proved` is the cut that marked pairs prove, where that is asked for.
+
+    Trouble (exit 2) for max_random_rate without random pairs.
+    """
     fraction = None
     if curation.keep_fraction is not None:
         fraction = rules.find_fraction_cut(run.similarities, curation.keep_fraction)
@@ -65,7 +68,9 @@ def find_cuts(curation: rules.Curation, run: FinishedRun) -> rules.Cuts:
             raise Trouble(EXIT_CONFIG, f"curate.max_random_rate: {run.output} holds no random pairs (a dry run, a table with "
                                        "one caption only, or scored without addons/measures/random_pairs.py)")
         random_rate = random_pairs.threshold_for_rate(run.random_pairs.random, curation.max_random_rate)
-    return rules.Cuts(curation.min_similarity, fraction, random_rate)
+    precision = proved.similarity if proved and proved.goal == "min_precision" else None
+    recall = proved.similarity if proved and proved.goal == "min_recall" else None
+    return rules.Cuts(curation.min_similarity, fraction, random_rate, precision, recall)
 
 
 def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, images: RunImages | None,
@@ -160,7 +165,7 @@ def find_free_name(name: str, taken: list[str]) -> str:
 # ── Show ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def describe_choice(curation: rules.Curation, cuts: rules.Cuts, run: FinishedRun, counts: dict[str, int],
-                    exported: Exported) -> rules.Choice:
+                    exported: Exported, proved: marks.ProvedCut | None) -> rules.Choice:
     """What the rules did; `counts` are the rows with each verdict."""
     cut = cuts.similarity
     passing = None
@@ -170,7 +175,8 @@ def describe_choice(curation: rules.Curation, cuts: rules.Cuts, run: FinishedRun
         rows=run.row_count, scored=run.scored_count, kept=counts["kept"],
         dropped={name: count for name, count in counts.items() if count and name != "kept"},
         cut_similarity=cut, random_pairs_at_cut=passing, random_pairs=run.profile.get("random_pairs"), model=run.model,
-        curate=dataclasses.asdict(curation), exported=exported.count, not_exported=len(exported.missing))
+        curate=dataclasses.asdict(curation), exported=exported.count, not_exported=len(exported.missing),
+        labels=dataclasses.asdict(proved) if proved else None)
 
 
 def draw_plots(run: FinishedRun, choice: rules.Choice, folder: pathlib.Path) -> None:
@@ -189,6 +195,13 @@ def draw_plots(run: FinishedRun, choice: rules.Choice, folder: pathlib.Path) -> 
             plots.draw_memory_peaks(rows, rss_mib, gpu_mib, file)
     except ImportError as error:
         say(f"no plots in {folder}: {error} (pip install -r requirements.txt)")
+
+
+def tell_proof(proved: marks.ProvedCut) -> None:
+    """What the marks prove, on stderr."""
+    say(f"{'labels':>24}  {proved.tell()}")
+    if proved.hint:
+        say(f"{'':>24}  {proved.hint}")
 
 
 def tell_summary(choice: rules.Choice) -> None:
@@ -217,7 +230,10 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         images = None
         if curation.needs_images or curation.review or export.needs_images:
             images = stack.enter_context(RunImages(config, run))
-        cuts = find_cuts(curation, run)
+        proved = marks.find_proved_cut(curation, run)
+        if proved:
+            tell_proof(proved)
+        cuts = find_cuts(curation, run, proved)
         stack.enter_context(locked(folder))
         stack.enter_context(output_disk(folder))
         for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
@@ -227,7 +243,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images), folder)
-        choice = describe_choice(curation, cuts, run, counts, exported)
+        choice = describe_choice(curation, cuts, run, counts, exported, proved)
         draw_plots(run, choice, folder)
         if curation.review:
             assert images
@@ -262,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
                                    "again") from None
     tell_summary(choice)
     result = dataclasses.asdict(choice)
-    keys = ("rows", "scored", "kept", "dropped", "cut_similarity", "random_pairs_at_cut", "exported", "not_exported")
+    keys = ("rows", "scored", "kept", "dropped", "cut_similarity", "random_pairs_at_cut", "exported", "not_exported", "labels")
     print(json.dumps({key: result[key] for key in keys} | {"output": str(folder)}, ensure_ascii=False), flush=True)
     return 0
 

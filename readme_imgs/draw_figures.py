@@ -3,11 +3,12 @@
     python readme_imgs/draw_figures.py             # all of them: `make figures`
     python readme_imgs/draw_figures.py clip2 q3    # the two diagrams only
 
-Each picture is written next to this script; memory, memory-time, scores and review come from real runs on the bundled
-drawings, review as a headless Chromium shows it (with tests/requirements.txt, and `apt-get install chromium`).
+Each picture is written next to this script; memory, memory-time, scores, review and labels come from real runs on the
+bundled drawings, the last two as a headless Chromium shows it (with tests/requirements.txt, and `apt-get install chromium`).
 Diagrams are laid out in pixels, with the origin at the lower left.
 """
 import argparse
+import csv
 import io
 import pathlib
 import re
@@ -33,6 +34,8 @@ FILLS = {  # kind of box: (inside, border)
     "data": ("#ffffff", "#90a4ae"), "image": ("#e3f0fb", "#4a86c5"), "text": ("#fdf0dc", "#d08a2a"),
     "score": ("#e6f4e6", "#4c9a52"), "loss": ("#fbe6e3", LOSS), "panel": ("#f6f8f9", "#cfd8dc"),
 }
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                  "--disable-component-update", "--disable-sync"]
 Point = tuple[float, float]
 
 
@@ -235,17 +238,50 @@ def draw_review(out: pathlib.Path) -> None:
     """review.png: the review page of the same run on a desktop in light, and on a phone in dark colours."""
     from playwright.sync_api import sync_playwright
     page = curate_demo("curate.max_random_rate=0.01", "curate.review=true") / "review.html"
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]
     shots = []
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_FLAGS)
         for width, colours in ((1180, "light"), (400, "dark")):
             view = browser.new_page(viewport={"width": width, "height": 1120}, color_scheme=colours)
             view.goto(page.as_uri())
             view.wait_for_function("document.documentElement.dataset.readyMs")
             shots.append(Image.open(io.BytesIO(view.screenshot())).convert("RGB"))
         browser.close()
+    save_side_by_side(shots, out)
+
+
+def draw_labels(out: pathlib.Path) -> None:
+    """labels.png: the same page with 150 pairs marked by the drawings' truth, and the file that it saves."""
+    from playwright.sync_api import sync_playwright
+    page = curate_demo("curate.review=true") / "review.html"
+    with open(HERE.parent / "challenge_set" / "shapes.csv", encoding="utf-8", newline="") as file:
+        fits = [row["match"] == "good" for row in csv.DictReader(file)]
+    shots = []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_FLAGS)
+        for width, colours in ((1180, "light"), (400, "dark")):
+            view = browser.new_page(viewport={"width": width, "height": 1100}, color_scheme=colours)
+            view.goto(page.as_uri())
+            view.wait_for_function("document.documentElement.dataset.readyMs")
+            view.evaluate("""(fits) => {
+              document.getElementById("share").value = 80;
+              for (let i = 0; i < 150; i++) setMark(next, fits[next.row] ? "fits" : "does_not_fit");
+              setBin(binOf(cells[proveCut(getGoal()) - 1].from));
+              for (const panel of document.querySelectorAll("header, section")) panel.hidden = true;
+              for (const id of ["marking", "curves"]) document.getElementById(id).closest("section").hidden = false;
+            }""", fits)
+            if not shots:
+                with view.expect_download() as download:
+                    view.click("#save")
+                download.value.save_as(HERE.parent / "challenge_set" / "shapes-labels.csv")
+            shots.append(Image.open(io.BytesIO(view.locator("main").screenshot())).convert("RGB"))
+            view.evaluate("localStorage.clear()")
+        browser.close()
+    save_side_by_side(shots, out)
+
+
+def save_side_by_side(shots: list[Image.Image], out: pathlib.Path) -> None:
+    """Write two screenshots as one image, as high as the first."""
     sheet = Image.new("RGB", (sum(shot.width for shot in shots) + 20, shots[0].height), "#90a4ae")
     sheet.paste(shots[0], (0, 0))
     sheet.paste(shots[1], (shots[0].width + 20, 0))
@@ -255,7 +291,7 @@ def draw_review(out: pathlib.Path) -> None:
 def main() -> None:
     """Draw what the command line names, or everything."""
     figures = {"clip2": draw_clip2, "q3": draw_q3, "memory": draw_memory, "memory-time": draw_memory_time,
-               "scores": draw_scores, "review": draw_review}
+               "scores": draw_scores, "review": draw_review, "labels": draw_labels}
     parser = argparse.ArgumentParser(description="Draw the figures of the README.")
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(figures)}; nothing means all")
     what = parser.parse_args().what or list(figures)

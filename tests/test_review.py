@@ -1,4 +1,5 @@
 """The review page, opened from the disk in a real headless Chromium."""
+import csv
 import itertools
 import json
 import math
@@ -7,13 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import BUNDLED_MODEL
 from finished_run import write_finished_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import curate
 import image_text_sim_clip as script
-from addons.curation import review
+from addons.curation import labels, review
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -94,6 +96,7 @@ def open_page(browser):
     pages = {page.url for page in opened}
     for page in opened:
         assert page.evaluate("window.hacked") is None
+        page.evaluate("localStorage.clear()")
         page.close()
     assert said == []
     assert [url for url in requests if url not in pages and not url.startswith("data:")] == []
@@ -187,7 +190,7 @@ def test_pairs_are_sorted_around_the_threshold(table, open_page):
     assert scores(page, "below") == pytest.approx(below, abs=6e-5)
     assert page.locator("#above img").count() == 12
     page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 20)")
-    page.click("#below button")
+    page.click("#below > button")
     assert cards(page, "below").count() == 36
 
 
@@ -215,7 +218,7 @@ def test_keyboard_is_enough(table, open_page):
     """Tab reaches slider, number, filters and buttons, with a visible focus; arrows, [ ] and / work."""
     page = open_page(table[0])
     reached = []
-    for _ in range(12):
+    for _ in range(40):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
         assert page.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
@@ -343,6 +346,224 @@ def test_a_hundred_thousand_rows(tmp_path, monkeypatch, open_page):
     print(f"ready after {ready_ms} ms, {slider_ms:.1f} ms a step of the slider, {path.stat().st_size / 1e6:.1f} MB")
 
 
+# ── Marks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def write_known_page(folder, monkeypatch, rows=4000, **keys):
+    """A page of a table whose truth is known: (path, similarities, whether each row fits)."""
+    rng = np.random.default_rng(11)
+    fits = rng.random(rows) < 0.6
+    similarities = np.where(fits, rng.normal(0.32, 0.05, rows), rng.normal(0.15, 0.05, rows)).astype(np.float32)
+    write_finished_run(folder / "out", similarities, sources=[f"shape-{n % 200:03d}.png" for n in range(rows)])
+    return write_page(folder, monkeypatch, **keys), similarities, fits
+
+
+def mark_next(page, fits, number):
+    """Mark `number` of the pairs that the page asks for, by keyboard; returns their rows."""
+    rows = []
+    for _ in range(number):
+        rows.append(page.evaluate("next.row"))
+        page.keyboard.press("f" if fits[rows[-1]] else "d")
+    return rows
+
+
+def save(page):
+    """Press the button, and return the rows of the file."""
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "labels.csv"
+    with open(download.value.path(), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_marking_by_keyboard(tmp_path, monkeypatch, open_page):
+    """50 pairs are marked by keys alone, one is taken back, all is there after a reload, and the saved file can be loaded."""
+    path, similarities, fits = write_known_page(tmp_path, monkeypatch)
+    page = open_page(path)
+    assert page.inner_text("#progress") == "No pair is marked yet."
+    rows = mark_next(page, fits, 50)
+    assert len(set(rows)) == 50
+    following = page.evaluate("next.row")
+    page.keyboard.press("u")
+    assert "51 pairs marked" in page.inner_text("#progress") and "1 unsure; 51 in turn" in page.inner_text("#progress")
+    page.keyboard.press("z")
+    assert page.evaluate("next.row") == following
+    expected = f"50 pairs marked: {fits[rows].sum()} fit, {(~fits[rows]).sum()} do not, 0 unsure; 50 in turn."
+    assert page.inner_text("#progress") == expected
+    saved = save(page)
+    assert [int(mark["row"]) for mark in saved] == rows
+    assert [mark["label"] == "fits" for mark in saved] == fits[rows].tolist()
+    assert [np.float32(mark["similarity"]) for mark in saved] == similarities[rows].tolist()
+    assert all(mark["when"].endswith("Z") for mark in saved)
+    page.reload()
+    page.wait_for_function("document.documentElement.dataset.readyMs")
+    assert page.inner_text("#progress") == expected
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#forget")
+    assert page.inner_text("#progress") == "No pair is marked yet."
+    text = "row,label,when,similarity\n" + "".join(",".join(mark.values()) + "\n" for mark in saved)
+    page.set_input_files("#load", {"name": "labels.csv", "mimeType": "text/csv", "buffer": text.encode()})
+    page.wait_for_selector("#loaded:not(:empty)")
+    assert page.inner_text("#loaded") == "50 marks loaded."
+    assert page.inner_text("#progress") == expected
+
+
+@pytest.mark.slow
+def test_buttons_and_filters_of_marks(table, open_page):
+    """On a phone the buttons do what the keys do; cards are marked too, and the filter finds the marked ones."""
+    page = open_page(table[0], 390, 800)
+    for name in ("Fits", "Does not fit", "Unsure"):
+        page.locator(".answers button", has_text=name).first.click()
+    assert "1 fit, 1 do not, 1 unsure; 3 in turn" in page.inner_text("#progress")
+    page.click("#undo")
+    assert "2 pairs marked" in page.inner_text("#progress")
+    page.locator("#below .cards li").nth(2).locator("[data-label=unsure]").click()
+    assert page.get_attribute("#below .cards li:nth-child(3) [data-label=unsure]", "aria-pressed") == "true"
+    page.keyboard.press("d")  # the card has the focus
+    assert "2 do not, 0 unsure; 2 in turn" in page.inner_text("#progress")
+    page.select_option("#marked", "does_not_fit")
+    assert page.inner_text("#found").startswith("2 pairs of the sample")
+    page.select_option("#marked", "none")
+    assert page.inner_text("#found").startswith("857 pairs of the sample")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.slow
+def test_page_and_curate_find_the_same_cut(tmp_path, monkeypatch, open_page, capfd):
+    """The page asks in the order that tests simulate, shows the cut that curate.py makes, and that keeps what was promised."""
+    from test_labels import cells_of, mark_in_turn, queues_of
+    path, similarities, fits = write_known_page(tmp_path, monkeypatch)
+    page = open_page(path)
+    rows = mark_next(page, fits, 240)
+    cells = cells_of(similarities)
+    goal = labels.Goal("precision", 0.95)
+    assert rows == mark_in_turn(cells, queues_of(similarities, cells), fits, goal, 240).tolist()
+    told = page.inner_text("#proof")
+    assert told.startswith("Proved: at least 95 % of the ")
+    saved = save(page)
+    (tmp_path / "labels.csv").write_text(
+        "row,label,when,similarity\n" + "".join(",".join(mark.values()) + "\n" for mark in saved))
+    capfd.readouterr()
+    monkeypatch.setattr(curate, "draw_plots", lambda *_: None)
+    assert curate.main(["--config", str(tmp_path / "config.yaml"), "--set", f"curate.labels={tmp_path / 'labels.csv'}",
+                        "--set", "curate.min_precision=0.95", "--set", "curate.review=false"]) == 0
+    proved = json.loads(capfd.readouterr().out.splitlines()[-1])["labels"]
+    assert f"of the {proved['rows_at_or_above']:,} rows at or above {proved['similarity']:.4f} fit" in told
+    assert fits[similarities >= proved["similarity"]].mean() >= 0.95
+    page.select_option("#goal", "recall")
+    page.fill("#share", "90")
+    sample = labels.Marks(np.array(rows), fits[rows].astype(np.int8), similarities[rows].astype(float))
+    sample = sample.take(np.argsort(review.scatter(sample.rows)))
+    found = labels.prove_cut(cells, sample, labels.Goal("recall", 0.9))
+    assert page.get_attribute("#proof", "data-kept") == (str(found.kept) if isinstance(found, labels.Proof) else "")
+    page.evaluate("""(fits) => {
+      for (let i = 0; i < 200; i++) setMark(next, fits[next.row] ? "fits" : "does_not_fit");
+    }""", fits.tolist())  # recall asks for all scores
+    rows = page.evaluate("[...marks.keys()]")
+    in_turn = page.evaluate(
+        "collectInTurn().map((labels, i) => queues[i].slice(0, labels.length).map((row) => row.row)).flat()")
+    assert len(in_turn) == len(rows) == 440
+    order = np.array(in_turn)[np.argsort(review.scatter(np.array(in_turn)))]
+    found = labels.prove_cut(cells, labels.Marks(order, fits[order].astype(np.int8), similarities[order].astype(float)),
+                             labels.Goal("recall", 0.9))
+    assert isinstance(found, labels.Proof)
+    assert page.get_attribute("#proof", "data-kept") == str(found.kept)
+
+
+@pytest.mark.slow
+def test_bands_are_weighted(tmp_path, monkeypatch, open_page):
+    """With all pairs of the page marked, precision and recall are near the table's, where the plain shares of marks are not;
+    their bands are Clopper and Pearson's."""
+    path, similarities, fits = write_known_page(tmp_path, monkeypatch, 20_000, review_rows=400)
+    page = open_page(path)
+    page.evaluate("""(fits) => {
+      for (const { row, similarity } of data.sample) {
+        marks.set(row, { label: fits[row] ? "fits" : "does_not_fit", when: "", similarity });
+      }
+      showMarks();
+    }""", fits.tolist())
+    shown = np.array(page.evaluate("data.sample.map((row) => row.row)"))
+    plain_is_far = 0
+    for threshold in (0.1, 0.2, 0.24, 0.3):
+        bands = page.evaluate("(t) => estimateAt(weighMarks(), 'similarity', t, false)", threshold)
+        kept = similarities >= threshold
+        truth = {"precision": fits[kept].mean(), "recall": (fits & kept).sum() / fits.sum()}
+        for kind, value in truth.items():
+            assert bands[kind]["low"] - 0.02 <= value <= bands[kind]["high"] + 0.02, (threshold, kind)
+            assert abs(bands[kind]["share"] - value) < 0.07
+        plain_is_far += abs(fits[shown[kept[shown]]].mean() - truth["precision"]) > 0.04
+        plain_is_far += abs(fits[shown] @ kept[shown] / fits[shown].sum() - truth["recall"]) > 0.1
+    assert plain_is_far >= 2
+    special = pytest.importorskip("scipy.special")
+    for trials, found in ((40, 37), (40, 40), (7, 0), (300, 180)):
+        band = page.evaluate("([n, k]) => makeBand(Array(n).fill(2.5), Array.from({ length: n }, (_, i) => i < k))",
+                             [trials, found])
+        low = special.betaincinv(found, trials - found + 1, 0.025) if found else 0
+        high = special.betaincinv(found + 1, trials - found, 0.975) if found < trials else 1
+        assert (band["low"], band["high"]) == pytest.approx((low, high), abs=1e-6)
+    assert page.locator("#curves path").count() == 4
+    assert page.inner_text("#curves-text").startswith("At similarity 0.")
+
+
+@pytest.mark.slow
+def test_loaded_files_of_others(table, open_page):
+    """Loading tells what it could not take: other rows, changed scores, lines that are no marks, files that are none."""
+    page = open_page(table[0])
+    row, similarity = page.evaluate("[data.sample[0].row, data.sample[0].similarity]")
+
+    def load(text):
+        page.evaluate("document.getElementById('loaded').textContent = ''")
+        page.set_input_files("#load", {"name": "labels.csv", "mimeType": "text/csv", "buffer": text.encode()})
+        page.wait_for_selector("#loaded:not(:empty)")
+        return page.inner_text("#loaded")
+    assert "no labels.csv" in load("url,caption\na,b\n")
+    assert "no labels.csv" in load("")
+    told = load(f"\ufeffrow,label,when,similarity\r\n{row},fits,,{similarity:.7f}\r\n99999,fits,,0.5\r\n"
+                f"{row + 1},fits,,0.01\r\n"
+                '7,<img src=x onerror="window.hacked = 1">,,\r\nx,fits,,\r\n')
+    assert told.startswith("2 marks loaded, 1 of rows that this page does not show; 1 left out")
+    assert "2 lines not understood" in told
+    assert "2 pairs marked" in page.inner_text("#progress")
+
+
+@pytest.mark.slow
+def test_proposed_captions_are_text(table, open_page):
+    """A hostile caption that the page asks about stands there as text."""
+    page = open_page(table[0])
+    page.evaluate("""() => {
+      for (const row of data.sample) row.caption = "<b>bold</b>";
+      showNext();
+    }""")
+    assert page.text_content("#next-caption") == "<b>bold</b>"
+    assert page.locator("#next b").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_from_the_page_to_a_cut_on_the_drawings(shapes, run_main, tmp_path, monkeypatch, open_page, read_table, capfd):
+    """The bundled drawings, scored by the bundled model and marked with their truth on the page: curate.py keeps rows of
+    which the share asked for fits."""
+    config = shapes(pretrained_model=BUNDLED_MODEL)
+    assert run_main("--config", config).code == 0
+    monkeypatch.setattr(curate, "draw_plots", lambda *_: None)
+    assert curate.main(["--config", str(config), "--set", "curate.review=true"]) == 0
+    fits = [row["match"] == "good" for row in read_table(tmp_path / "out/scores.csv")]
+    page = open_page(tmp_path / "out/curated/review.html")
+    page.fill("#share", "80")
+    page.locator("#goal").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    mark_next(page, fits, 150)
+    saved = save(page)
+    (tmp_path / "labels.csv").write_text(
+        "row,label,when,similarity\n" + "".join(",".join(mark.values()) + "\n" for mark in saved))
+    assert curate.main(["--config", str(config), "--set", f"curate.labels={tmp_path / 'labels.csv'}",
+                        "--set", "curate.min_precision=0.8"]) == 0
+    kept = [row["match"] == "good" for row in read_table(tmp_path / "out/curated/kept.csv")]
+    assert len(kept) >= 100
+    assert np.mean(kept) >= 0.8
+
+
 @pytest.mark.slow
 def test_scores_without_random_pairs(tmp_path, monkeypatch, open_page):
     """A run without random pairs has a page too, which says so and counts all the same."""
@@ -369,7 +590,7 @@ def test_missing_images_are_said(tmp_path, monkeypatch, open_page):
     """A row whose image is gone, or is none, keeps its card."""
     write_finished_run(tmp_path / "out", [0.3, 0.4], sources=["gone.png", "shape-001.png"])
     page = open_page(write_page(tmp_path, monkeypatch))
-    assert sorted(page.locator(".plate").all_inner_texts()) == ["", "no image"]
+    assert sorted(page.locator(".cards .plate").all_inner_texts()) == ["", "no image"]
 
 
 def test_page_without_an_image_folder(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@
     images.py       the images of kept rows, read again as the scoring script read them
     rules.py        the keys of the section `curate:`, published recipes, and the rules that look at one row
     duplicates.py   the rules that compare rows with each other
+    labels.py       the statistics of marked pairs: the farthest cut that they prove
+    marks.py        labels.csv, and what curate.labels makes of it
     export.py       what is written for trainers: Parquet, an imagefolder, webdataset tars
     review.py, review.html    the review page
     plots.py        the plots next to kept.csv

@@ -24,6 +24,7 @@ from addons.curation import JsonObject
 from addons.curation.export import Cell, none_for_nan
 from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
+from addons.curation.labels import BETS, ERROR_RATE, Cells, make_cells
 from addons.curation.rules import RULE_TEXTS, RULES, Choice
 from addons.measures.random_pairs import RESOLUTION
 from image_text_sim_clip import Config, RowFailure, atomic_file, decode_image, output_disk
@@ -109,6 +110,8 @@ class ShownRow:
     rule: str  # its verdict: one of RULES
     further: dict[str, Cell]  # the columns of further measures
     thumbnail: int | None = None  # the number of its thumbnail; None: there is none
+    cell: int | None = None  # its cell (labels.Cells)
+    turn: int | None = None  # the how-maniest of its cell to be marked; None: rows before it are not on the page
 
     def for_page(self) -> JsonObject:
         """The row as an object of the page's JSON."""
@@ -167,6 +170,40 @@ def _show_cell(cell: Cell) -> Cell:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= CAPTION_CHARS else text[:CAPTION_CHARS] + "…"
+
+
+def set_turns(rows: Sequence[ShownRow], cells: Cells, similarities: Callable[[], Iterable[np.ndarray]]) -> None:
+    """Number the rows of each cell in the order in which they are to be marked: the scattered order of all rows of the table.
+
+    Where a row of the table that is not on the page would come first, the rows after it have no turn.
+    """
+    if not rows:
+        return
+    numbers = np.array([row.row for row in rows], np.int64)
+    limits = find_limits(cells, similarities, numbers)
+    places = cells.find(np.array([row.similarity for row in rows]))
+    order = scatter(numbers)
+    taken = collections.Counter[int]()
+    for place in np.argsort(order).tolist():
+        cell = int(places[place])
+        rows[place].cell = cell
+        if order[place] < limits[cell]:
+            rows[place].turn = taken[cell]
+            taken[cell] += 1
+
+
+def find_limits(cells: Cells, similarities: Callable[[], Iterable[np.ndarray]], numbers: np.ndarray) -> np.ndarray:
+    """The smallest scattered number, uint64 (cells,), of the scored rows of each cell that are not among `numbers` (n,)."""
+    limits = np.full(len(cells.rows), np.iinfo(np.uint64).max, np.uint64)
+    first_row = 0
+    for chunk in similarities():
+        is_other = ~np.isnan(chunk)
+        here = numbers[(numbers >= first_row) & (numbers < first_row + len(chunk))]
+        is_other[here - first_row] = False
+        others = np.flatnonzero(is_other)
+        np.minimum.at(limits, cells.find(chunk[others]), scatter(first_row + others))
+        first_row += len(chunk)
+    return limits
 
 
 def add_thumbnails(rows: Sequence[ShownRow], images: RunImages, config: Config) -> list[str]:
@@ -267,6 +304,17 @@ def describe_choice(choice: Choice, run: FinishedRun) -> JsonObject:
     }
 
 
+def describe_cells(cells: Cells) -> list[JsonObject]:
+    """The page's cells, the best first: how many rows each holds, and the lowest similarity that can be in it."""
+    return [{"rows": int(rows), "from": cells.threshold(cell)} for cell, rows in enumerate(cells.rows)]
+
+
+def describe_proof(cells: Cells) -> JsonObject:
+    """What the page needs to find the cut that its marks prove, as labels.prove_cut does."""
+    return {"error_rate": ERROR_RATE, "bets": list(BETS.items()), "precision_errors": cells.precision_errors.tolist(),
+            "recall_errors": cells.recall_errors.tolist()}
+
+
 def tell_plot(choice: Choice) -> str:
     """What stands beneath the page's histogram."""
     pairs = choice.random_pairs
@@ -298,9 +346,15 @@ def write_review(run: FinishedRun, images: RunImages, config: Config, verdicts: 
     """Write the page to `path`, with `wanted` pairs on it (or all, where there are fewer)."""
     chosen = choose_sample(run.similarities, wanted)
     sample, failures = collect_rows(run, images, verdicts, chosen)
+    cells = make_cells(run.matched_counts())
+    set_turns(sample, cells, run.similarities)
     thumbnails = add_thumbnails(sample, images, config)
     content = describe_run(run.profile) | describe_choice(choice, run) | {
-        "further": [{"name": column.name, "meaning": column.meaning} for column in run.further_columns],
+        "further": [{"name": column.name, "meaning": column.meaning, "type": column.type} for column in run.further_columns],
+        "cells": describe_cells(cells),
+        "proof": describe_proof(cells),
+        "strata": SAMPLE_BINS,
+        "run": run.plan.fingerprint,
         "sample": [row.for_page() for row in sample],
         "thumbnails": thumbnails,
         "failures": describe_failures(failures, run.profile["failed"]),

@@ -17,8 +17,9 @@ from addons.curation.duplicates import ImageFacts
 from image_text_sim_clip import setting
 
 # Verdicts are the numbers of these names; a dropped row shows the first rule it fails.
-RULES = ("kept", "not_scored", "caption_length", "min_similarity", "keep_fraction", "max_random_rate", "unreadable_image",
-         "image_size", "aspect", "one_caption_per_image", "duplicate_image", "duplicate_caption")
+RULES = ("kept", "not_scored", "caption_length", "min_similarity", "keep_fraction", "max_random_rate", "min_precision",
+         "min_recall", "unreadable_image", "image_size", "aspect", "one_caption_per_image", "duplicate_image",
+         "duplicate_caption")
 VERDICTS = {name: number for number, name in enumerate(RULES)}
 KEPT = VERDICTS["kept"]
 
@@ -28,6 +29,8 @@ RULE_TEXTS = {
     "min_similarity": "scores below min_similarity",
     "keep_fraction": "is not among the best keep_fraction of the scored rows",
     "max_random_rate": "more than max_random_rate of random pairs score as high",
+    "min_precision": "scores below the cut that the marked pairs prove for min_precision",
+    "min_recall": "scores below the cut that the marked pairs prove for min_recall",
     "unreadable_image": "the image could not be read again",
     "image_size": "the image is smaller than min_width x min_height",
     "aspect": "the image is longer than max_aspect allows",
@@ -46,6 +49,10 @@ class Curation:
     min_similarity: float | None = setting(None, -1, 1)
     keep_fraction: float | None = setting(None, 0, 1)
     max_random_rate: float | None = setting(None, 0, 1)
+    labels: str | None = None
+    labels_drawn: Literal["by_page", "at_random"] = "by_page"
+    min_precision: float | None = setting(None, 0, 1)
+    min_recall: float | None = setting(None, 0, 1)
     min_caption_chars: int = setting(0, 0)
     max_caption_chars: int | None = setting(None, 1)
     min_width: int = setting(0, 0)
@@ -192,17 +199,19 @@ def _find_last_tie(chunks: Chunks, key: int, ties: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cuts:
-    """Where the three rules on similarity cut; None for a rule that is not asked for."""
+    """Where the rules on similarity cut; None for a rule that is not asked for."""
 
     min_similarity: float | None = None
     fraction: FractionCut | None = None
     random_rate: float | None = None  # the similarity that at most max_random_rate of random pairs reach
+    min_precision: float | None = None  # the similarity for which marked pairs prove it
+    min_recall: float | None = None  # likewise
 
     @property
     def similarity(self) -> float | None:
         """The strictest of them, as a similarity."""
         fraction = self.fraction.similarity if self.fraction else None
-        given = [self.min_similarity, fraction, self.random_rate]
+        given = [self.min_similarity, fraction, self.random_rate, self.min_precision, self.min_recall]
         return max((cut for cut in given if cut is not None), default=None)
 
 
@@ -277,6 +286,10 @@ def make_row_rules(curation: Curation, cuts: Cuts) -> list[RowRule]:
         made.append(OutsideFraction(cuts.fraction))
     if cuts.random_rate is not None:
         made.append(SimilarityBelow("max_random_rate", cuts.random_rate))
+    if cuts.min_precision is not None:
+        made.append(SimilarityBelow("min_precision", cuts.min_precision))
+    if cuts.min_recall is not None:
+        made.append(SimilarityBelow("min_recall", cuts.min_recall))
     return made
 
 
@@ -352,6 +365,7 @@ class Choice:
     curate: JsonObject  # the section, with the recipe's keys
     exported: int = 0
     not_exported: int = 0  # kept rows whose image is gone
+    labels: JsonObject | None = None  # the cut that marked pairs prove: a marks.ProvedCut
 
     def tell(self) -> str:
         """One line for people: how many rows stay, and what the cut means."""
