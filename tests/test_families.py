@@ -65,7 +65,7 @@ class Reference:
 
 @pytest.fixture
 def score(run_main, write_config, write_table, images, tmp_path, read_table):
-    """Score all captions with all images in turn; the rows of scores.csv but those whose captions the tokenizer does not know."""
+    """Score all captions with all images in turn; the rows of scores.csv whose captions the tokenizer knows."""
     def run(model, **keys):
         pairs = [(f"{i % len(SIZES)}.png", caption) for i, caption in enumerate(CAPTIONS * 2)]
         write_table([("url", "caption"), *pairs])
