@@ -2,22 +2,31 @@
 import random
 
 HAND_MADE = [
-    "cat", "A Photo Of TWO CATS", "two cats, on a sofa!", "!!!", "x" * 300, "it's a dog's life, they're GONE, I'D say, we'Ll see",
-    "IT'S NOT 'S 'T 'RE", "don\u2019t \u201cquote\u201d me", "emoji 😀🐈‍⬛🇨🇭 and more 🎉", "两只猫在沙发上", "ДВЕ КОШКИ на диване",
-    "قطتان على أريكة", "İstanbul'da İKİ kedi, ß and ﬁne", "a cat <|endoftext|> and a dog", "  spaces\tand\n\nlines \r\n everywhere  ",
-    'quotes "and", commas', "naïve cafe\u0301, zero\u200bwidth", "&lt;b&gt;bold&lt;/b&gt; &amp;amp; twice &amp;lt;", "caf&eacute; &#233; &#xE9;",
-    "&nbsp;&nbsp;", "&copy; 2020 &mdash; all rights", "&notanentity; &amp", "&#0; &#xD800; &#x110000;", "â€œmojibakeâ€\x9d", "âœ” No problems",
-    "schÃ¶n und grÃ¼n", "Ã©tÃ©", "l\u2019Ã©tÃ©", "ＦＵＬＬ ＷＩＤＴＨ １２３", "½ ⅓ ² ³ ₁", "Ⅷ ⅷ Ⓐ ⓐ", "ſpecial ſ 'ſ K Å", "e&#769; and e\u0301",
-    "\u1e9bi\u0307", "ﷺ", "A\u030a\u0301", "a_b_c __init__ snake_case", "C++ & C# vs. F#", "100% — 50‰, $5, €6, £7", "1,234.56 (7/8)", "#hashtag @user",
-    "https://example.com/a?b=c&amp;d=e#f", "C:\\path\\to\\file.jpg", "<html><body>text</body></html>", "{'json': [1, 2, null]}", "``code``", "¿Qué? ¡Sí!",
-    "straße STRASSE", "ΣΊΣΥΦΟΣ ΦΣ", "ǅ ǆ Ǆ", "ปลา สอง ตัว", "हिन्दी में एक चित्र", "한국어 사진 두 장", "日本語の写真、二枚。", "עברית תמונה", "ภาพถ่ายแมวสองตัว", "ქართული",
-    "Հայերեն", "ᏣᎳᎩ", "𝒞𝓊𝓇𝓈𝒾𝓋ℯ 𝔉𝔯𝔞𝔨𝔱𝔲𝔯", "👩‍👩‍👧‍👦 👍🏽 ☺️ ☺", "\u202eright to left\u202c", "soft\u00adhyphen", "\ufeffbom", "non\u00a0breaking\u2003em\u3000ideographic",
-    "tab\vvertical\fform", "nul\x01\x02\x1f\x7f", "a\x1cb\x1db\x85c", "\u2028line\u2029paragraph", "\ue000 private \uffff", "���", "....", "-", "'", "''''", "\u00b4\u02bc\u2018\u2019",
-    "ALL CAPS WITH 123 NUMBERS", "camelCaseWords AndPascalCase", "re-re-re-entry", "Dr. Smith's U.S.A. trip", "a" * 77, "a " * 80, "cat " * 74, "cat " * 75,
-    "cat " * 76, "dog. " * 40, "café " * 60, "猫" * 100, "🐈" * 50, "[CLS [SEP [MASK", "</b> <unk <pad", "▁metaspace ▁▁", "a\u0345b", "ŉ Ǳ ŀ", "ÆØÅ æøå", "Þþ Ðð",
-    "o͡o x̸ y̷", "﻿zero", "\u200d\u200c", "‰ ‱ ※ ‼ ⁉", "★ ☆ ♠ ♣ ♥ ♦", "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋", "→ ⇒ ↔", "┌─┐ box", "ǋ ǌ", "ΐ ΰ ᾳ ᾼ",
+    "cat", "A Photo Of TWO CATS", "two cats, on a sofa!", "!!!", "x" * 300,
+    "it's a dog's life, they're GONE, I'D say, we'Ll see", "IT'S NOT 'S 'T 'RE", "don\u2019t \u201cquote\u201d me",
+    "emoji 😀🐈‍⬛🇨🇭 and more 🎉", "两只猫在沙发上", "ДВЕ КОШКИ на диване", "قطتان على أريكة", "İstanbul'da İKİ kedi, ß and ﬁne",
+    "a cat <|endoftext|> and a dog", "  spaces\tand\n\nlines \r\n everywhere  ", 'quotes "and", commas',
+    "naïve cafe\u0301, zero\u200bwidth", "&lt;b&gt;bold&lt;/b&gt; &amp;amp; twice &amp;lt;",
+    "caf&eacute; &#233; &#xE9;", "&nbsp;&nbsp;", "&copy; 2020 &mdash; all rights", "&notanentity; &amp",
+    "&#0; &#xD800; &#x110000;", "â€œmojibakeâ€\x9d", "âœ” No problems", "schÃ¶n und grÃ¼n", "Ã©tÃ©", "l\u2019Ã©tÃ©",
+    "ＦＵＬＬ ＷＩＤＴＨ １２３", "½ ⅓ ² ³ ₁", "Ⅷ ⅷ Ⓐ ⓐ", "ſpecial ſ 'ſ K Å", "e&#769; and e\u0301", "\u1e9bi\u0307", "ﷺ",
+    "A\u030a\u0301", "a_b_c __init__ snake_case", "C++ & C# vs. F#", "100% — 50‰, $5, €6, £7", "1,234.56 (7/8)",
+    "#hashtag @user", "https://example.com/a?b=c&amp;d=e#f", "C:\\path\\to\\file.jpg", "<html><body>text</body></html>",
+    "{'json': [1, 2, null]}", "``code``", "¿Qué? ¡Sí!", "straße STRASSE", "ΣΊΣΥΦΟΣ ΦΣ", "ǅ ǆ Ǆ", "ปลา สอง ตัว",
+    "हिन्दी में एक चित्र", "한국어 사진 두 장", "日本語の写真、二枚。", "עברית תמונה", "ภาพถ่ายแมวสองตัว", "ქართული", "Հայերեն",
+    "ᏣᎳᎩ",
+    "𝒞𝓊𝓇𝓈𝒾𝓋ℯ 𝔉𝔯𝔞𝔨𝔱𝔲𝔯", "👩‍👩‍👧‍👦 👍🏽 ☺️ ☺", "\u202eright to left\u202c", "soft\u00adhyphen", "\ufeffbom",
+    "non\u00a0breaking\u2003em\u3000ideographic", "tab\vvertical\fform", "nul\x01\x02\x1f\x7f", "a\x1cb\x1db\x85c",
+    "\u2028line\u2029paragraph", "\ue000 private \uffff", "���", "....", "-", "'", "''''", "\u00b4\u02bc\u2018\u2019",
+    "ALL CAPS WITH 123 NUMBERS", "camelCaseWords AndPascalCase", "re-re-re-entry", "Dr. Smith's U.S.A. trip", "a" * 77,
+    "a " * 80, "cat " * 74, "cat " * 75, "cat " * 76, "dog. " * 40, "café " * 60, "猫" * 100, "🐈" * 50,
+    "[CLS [SEP [MASK", "</b> <unk <pad", "▁metaspace ▁▁", "a\u0345b", "ŉ Ǳ ŀ", "ÆØÅ æøå", "Þþ Ðð", "o͡o x̸ y̷", "﻿zero",
+    "\u200d\u200c", "‰ ‱ ※ ‼ ⁉", "★ ☆ ♠ ♣ ♥ ♦", "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋", "→ ⇒ ↔", "┌─┐ box", "ǋ ǌ", "ΐ ΰ ᾳ ᾼ",
 ]
-WORDS = "a photo of two Cats on the OLD red sofa near Zürich &amp; Genève, 3 dogs 42 it's don’t 犬 кот 🐕 (very) big! #1 ½".split()
+WORDS = [
+    "a", "photo", "of", "two", "Cats", "on", "the", "OLD", "red", "sofa", "near", "Zürich", "&amp;", "Genève,", "3",
+    "dogs", "42", "it's", "don’t", "犬", "кот", "🐕", "(very)", "big!", "#1", "½",
+]
 
 
 def _draw(count):

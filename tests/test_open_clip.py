@@ -5,7 +5,6 @@ is needed here.
 """
 import json
 import math
-import pathlib
 
 import numpy as np
 import open_clip_models as tiny
@@ -131,3 +130,182 @@ def test_the_reference_has_every_switch():
     assert {word for word in words.VISION_WORDS - used["vision"] - beyond if "hf_" not in word} == set()
     assert {word for word in words.TEXT_WORDS - used["text"] - beyond if not word.startswith("hf_")} == {"final_ln_after_pool"}
     assert len(tiny.MODELS) >= 12
+
+
+# ── The same through every way of the program ─────────────────────────────────────────────────────────────────────────
+
+THREE_KINDS = ["quickgelu", "clipa", "siglip"]  # open_clip's own tokenizer, cut to the longest; whole context; a timm tower
+
+
+@pytest.fixture
+def pairs(tmp_path, write_table, write_config):
+    """Writes 25 pairs, each image with each caption; pairs(model folder, **keys) is a config of a run over them."""
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    for seed, size in enumerate(tiny.SIZES):
+        tiny.picture(*size, seed).save(tmp_path / f"pictures/{seed}.png")
+    table = write_table([("url", "caption"), *((f"{i}.png", caption) for i in range(5) for caption in tiny.CAPTIONS)])
+
+    def make(folder, **keys):
+        return write_config(csv_path=str(table), pretrained_model=str(folder), **{"preprocess": "exact", **keys})
+    return make
+
+
+def expected_cosines(name):
+    """open_clip's cosines of those 25 pairs."""
+    return (EMBEDDINGS[f"{name}/images"] @ EMBEDDINGS[f"{name}/texts"].T).reshape(-1)
+
+
+def similarities(read_table, folder):
+    return np.array([float(row["similarity"]) for row in read_table(folder / "scores.csv")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch"), [*((name, size) for name in THREE_KINDS for size in (1, 7, 64)),
+                                             ("longest", 7), ("worldwide", 7), ("siglip2", 7)])
+def test_a_run_scores_what_open_clip_scores(name, batch, folders, pairs, run_main, read_table, tmp_path):
+    """Every row of scores.csv is open_clip's cosine within 1e-5, in batches of 1, 7 and 64, and its own probability."""
+    outcome = run_main("--config", pairs(folders(name), batch_size=batch, partition_rows=9))
+    assert outcome.code == 0, outcome.stderr
+    rows = read_table(tmp_path / "out/scores.csv")
+    wanted = expected_cosines(name)
+    assert np.abs(similarities(read_table, tmp_path / "out") - wanted).max() <= 1e-5
+    assert np.ptp(wanted) > 0.03
+    chances = 1 / (1 + np.exp(7.5 - wanted * math.exp(2.5)))
+    for row, chance in zip(rows, chances, strict=True):
+        has_bias = "init_logit_bias" in tiny.MODELS[name][0]["model_cfg"]
+        assert float(row["probability"]) == pytest.approx(chance, rel=1e-3) if has_bias else row["probability"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THREE_KINDS)
+@pytest.mark.parametrize("keys", [{"quantization": "int8"}, {"dtype": "bfloat16"}, {"preprocess": "fast"}],
+                         ids=["int8", "bfloat16", "fast"])
+def test_fewer_bits_drift_little(name, keys, folders, pairs, run_main, read_table, tmp_path):
+    """int8, bfloat16 and fast preprocessing stay near open_clip's cosines, and the score passport states the same drift."""
+    outcome = run_main("--config", pairs(folders(name), parity_rows=25, **keys))
+    assert outcome.code == 0, outcome.stderr
+    drift = np.abs(similarities(read_table, tmp_path / "out") - expected_cosines(name)).max()
+    assert 0 < drift <= 0.05
+    passport = json.loads((tmp_path / "out/profile.json").read_text())["passport"]
+    assert passport["rows"] == 25
+    assert passport["max_difference"] == pytest.approx(drift, abs=2e-5), "the passport's reference is open_clip's score"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THREE_KINDS)
+def test_saved_embeddings_are_open_clips(name, folders, pairs, run_main, tmp_path):
+    """`save_embeddings` keeps the unit vectors that open_clip gives."""
+    from addons.measures.embeddings import read_embeddings
+    outcome = run_main("--config", pairs(folders(name), save_embeddings="float32"))
+    assert outcome.code == 0, outcome.stderr
+    kept = read_embeddings(tmp_path / "out/parts/part-00000.npz")
+    for row in range(25):
+        image = kept["images"][kept["image_of_row"][row]]
+        text = kept["texts"][kept["text_of_row"][row]]
+        assert np.abs(image - EMBEDDINGS[f"{name}/images"][row // 5]).max() <= 1e-5
+        assert np.abs(text - EMBEDDINGS[f"{name}/texts"][row % 5]).max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*THREE_KINDS, "oblong", "longest"])
+def test_the_loss_is_the_score_with_its_gradient(name, folders, scorers):
+    """At the model's own size DissimilarityLoss is 1 - open_clip's cosine, and its gradient that of finite differences."""
+    from addons.loss import DissimilarityLoss
+    loss = DissimilarityLoss(script.Config(pretrained_model=str(folders(name)), use_cuda=False))
+    height, width = scorers(name, preprocess="exact", dtype="float32").family.config.preprocess.size
+    image = tiny.picture(width, height, 3)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    score = scorers(name, preprocess="exact", dtype="float32").similarity([image], tiny.CAPTIONS[:1])[0]
+    assert loss(pixels, tiny.CAPTIONS[:1]).item() == pytest.approx(1 - score, abs=1e-5)
+    small = torch.full((1, 3, 3, 4), 0.5, dtype=torch.float64) + 0.1 * torch.rand(1, 3, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda values: loss.double()(values, tiny.CAPTIONS[:1]), small.requires_grad_())
+
+
+@pytest.mark.slow
+def test_the_sigmoid_loss_is_for_models_with_a_bias(folders):
+    """`objective: sigmoid` works for SigLIP in open_clip's format and is refused in one line for its CLIP."""
+    from addons.loss import DissimilarityLoss
+    images = torch.rand(3, 3, 40, 40)
+    config = script.Config(pretrained_model=str(folders("siglip")), use_cuda=False)
+    assert torch.isfinite(DissimilarityLoss(config, "sigmoid")(images, tiny.CAPTIONS[:3]))
+    with pytest.raises(script.Trouble, match="no SigLIP model"):
+        DissimilarityLoss(script.Config(pretrained_model=str(folders("quickgelu")), use_cuda=False), "sigmoid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THREE_KINDS)
+def test_a_run_is_resumed_and_shared_with_the_same_bytes(name, folders, pairs, run_main, run_cli, tmp_path):
+    """A resumed run, and one under torchrun with two ranks, end with the very bytes of one that went through."""
+    config = pairs(folders(name), partition_rows=5)
+    assert run_main("--config", config).code == 0
+    whole = (tmp_path / "out/scores.csv").read_bytes()
+    (tmp_path / "out/parts/part-00002.parquet").unlink()
+    outcome = run_main("--config", config)
+    assert outcome.code == 0, outcome.stderr
+    assert (tmp_path / "out/scores.csv").read_bytes() == whole
+    shared = run_cli("--config", config, "--set", f"output_path={tmp_path / 'shared'}", timeout=110,
+                     interpreter=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    assert shared.code == 0, shared.stderr
+    assert (tmp_path / "shared/scores.csv").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_compiled_towers_score_the_same(folders, scorers, monkeypatch):
+    """`compile` finds the towers of open_clip's models and pads for them; the scores stay."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
+    scorer = script.Scorer(script.Config(pretrained_model=str(folders("quickgelu")), use_cuda=False, compile=True))
+    assert compiled == ["ImageTower", "TextTower"]
+    images = [tiny.picture(*size, seed) for seed, size in enumerate(tiny.SIZES)]
+    plain = scorers("quickgelu").similarity(images, tiny.CAPTIONS)
+    assert np.abs(scorer.similarity(images, tiny.CAPTIONS) - plain).max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_profile_says_what_was_published(folders, pairs, run_main, tmp_path):
+    """profile.json has the family, the published name, the architecture, the size, the context and whose words they are."""
+    assert run_main("--config", pairs(folders("oblong"))).code == 0
+    profile = json.loads((tmp_path / "out/profile.json").read_text())
+    kept = ("family", "published_name", "architecture", "image_size", "context_length", "tokenizer", "model_type")
+    assert {key: profile[key] for key in kept} == {
+        "family": "open_clip", "published_name": "oblong", "architecture": "ViT-2x128-16-48", "image_size": [48, 64],
+        "context_length": 77, "tokenizer": "the model's", "model_type": "open_clip"}
+
+
+# ── Captions ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_vocabulary_may_come_in_three_forms(tmp_path):
+    """tokenizer.json, vocab.json with merges.txt, and open_clip's own file give the same ids."""
+    tiny.write_bpe(tmp_path)
+    own, _ = open_clip_text.load_byte_tokenizer(tmp_path, "it")
+    vocabulary, merges = open_clip_text._read_vocabulary(tmp_path)
+    (tmp_path / tiny.BPE_FILE).unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+    two_files, _ = open_clip_text.load_byte_tokenizer(tmp_path, "it")
+    (tmp_path / "vocab.json").unlink()
+    bpe = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": vocabulary, "merges": [" ".join(pair) for pair in merges]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": bpe}), encoding="utf-8")
+    one_file, _ = open_clip_text.load_byte_tokenizer(tmp_path, "it")
+    captions = ODD["captions"]
+    assert own(captions) == two_files(captions) == one_file(captions)
+
+
+def test_a_control_word_in_a_caption_is_text(scorers):
+    """<end_of_text>, which ends a caption for open_clip, is read as text: what stands behind it still counts."""
+    scorer = scorers("quickgelu", preprocess="exact", dtype="float32")
+    for word in ("<end_of_text>", "<start_of_text>", "<|endoftext|>"):
+        ids = scorer.tokenize([f"a cat {word} and a dog"])[0][0]
+        assert (ids[0], ids[-1]) == (49406, 49407)
+        assert not {49406, 49407} & set(ids[1:-1])
+        units = scorer.encode_texts(scorer.tokenize([f"a cat {word}", f"a cat {word} and a dog"])[0])
+        assert (units[0] @ units[1]).item() < 0.999
+
+
+def test_truncated_means_longer_than_the_context(scorers):
+    """A caption that fills the context is not truncated, one of one token more is, and keeps its end."""
+    scorer = scorers("quickgelu", preprocess="exact", dtype="float32")
+    ids, truncated = scorer.tokenize(["cat " * 75, "cat " * 76, "&amp;" * 90])
+    assert truncated == [False, True, True]
+    assert [len(row) for row in ids] == [77, 77, 77]
+    assert {row[-1] for row in ids} == {49407}

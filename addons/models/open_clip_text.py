@@ -15,7 +15,7 @@ import json
 import pathlib
 import string
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import regex
 from tokenizers import models
@@ -77,16 +77,11 @@ def byte_symbols() -> dict[int, str]:
     return symbols
 
 
-class Tokenizer(Protocol):
-    """What the script asks of a tokenizer: transformers' have it, and ByteTokenizer."""
-
-    pad_token_id: int
-
-
 class ByteTokenizer:
     """open_clip's SimpleTokenizer, called as transformers' tokenizers are called; captions come cleaned."""
 
     pad_token_id = 0
+    unk_token_id = None  # every byte has an id
     added_tokens_decoder: dict[int, object] = {}  # noqa: RUF012 - none, and nobody adds any
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], start: int, end: int) -> None:
@@ -99,6 +94,12 @@ class ByteTokenizer:
     def get_vocab(self) -> dict[str, int]:
         """Token -> id."""
         return self._vocabulary
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int | None] | None:
+        """The id of a token, or of each of several; None for what is no token."""
+        if isinstance(tokens, str):
+            return self._vocabulary.get(tokens)
+        return [self._vocabulary.get(token) for token in tokens]
 
     def __call__(self, captions: list[str], truncation: bool = False, max_length: int = 0,
                  **_: object) -> dict[str, list[list[int]]]:

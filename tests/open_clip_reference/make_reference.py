@@ -88,7 +88,7 @@ def pack(name, content):
 
 def write_merges():
     """The merges of OpenAI's vocabulary that CLIP uses (MIT licence, Copyright (c) 2021 OpenAI)."""
-    lines = gzip.open(open_clip.tokenizer.default_bpe()).read().decode("utf-8").split("\n")
+    lines = gzip.decompress(pathlib.Path(open_clip.tokenizer.default_bpe()).read_bytes()).decode("utf-8").split("\n")
     merges = "\n".join(lines[1:49152 - 256 - 2 + 1])
     (HERE / "merges.txt.xz").write_bytes(lzma.compress(merges.encode("utf-8")))
 
