@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from addons.models.open_clip_text import byte_symbols
+
 REFERENCE = pathlib.Path(__file__).resolve().parent / "open_clip_reference"
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
@@ -129,6 +131,15 @@ def write_bpe(folder):
     """OpenAI's merges in the file that open_clip's package brings."""
     merges = lzma.decompress((REFERENCE / "merges.txt.xz").read_bytes())
     (folder / BPE_FILE).write_bytes(gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\n' + merges, 1, mtime=0))
+
+
+def write_tokenizer_json(folder):
+    """The same words as Hub repositories bring them: CLIP's tokenizer.json."""
+    pairs = [line.split() for line in lzma.decompress((REFERENCE / "merges.txt.xz").read_bytes()).decode().split("\n")]
+    letters = list(byte_symbols().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
+    bpe = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {word: i for i, word in enumerate(words)}, "merges": pairs}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}), encoding="utf-8")
 
 
 def read_reference(name):

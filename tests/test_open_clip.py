@@ -10,6 +10,7 @@ import numpy as np
 import open_clip_models as tiny
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import image_text_sim_clip as script
 from addons.models import open_clip_text
@@ -309,3 +310,35 @@ def test_truncated_means_longer_than_the_context(scorers):
     assert truncated == [False, True, True]
     assert [len(row) for row in ids] == [77, 77, 77]
     assert {row[-1] for row in ids} == {49407}
+
+
+BORROWED = {
+    "attentional pooling": {"attentional_pool": True, "attn_pooler_queries": 1, "attn_pooler_heads": 4},
+    "ResNet": {"layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+    "normed queries": {"qk_norm": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BORROWED)
+def test_a_borrowed_tower_scores_what_open_clip_scores(kind, tmp_path):
+    """Where open_clip_torch can be imported, a tower that transformers lacks has its cosines and its vocabulary."""
+    try:
+        import open_clip
+    except Exception as error:  # torchvision's RuntimeError among them
+        pytest.skip(f"open_clip_torch cannot be imported here ({type(error).__name__})")
+    config = json.loads(json.dumps(tiny.MODELS["gelu"][0]))
+    config["model_cfg"]["vision_cfg"] |= {"image_size": 64, "patch_size": 16, **BORROWED[kind]}
+    torch.manual_seed(0)
+    made = open_clip.model.CLIP(**config["model_cfg"])
+    save_file({name: value.clone() for name, value in made.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    images = [tiny.picture(*size, seed) for seed, size in enumerate(tiny.SIZES)]
+    with torch.inference_mode():
+        units = model.eval().encode_image(torch.stack([transform(image) for image in images]), normalize=True)
+        texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(tiny.CAPTIONS), normalize=True)
+    scorer = script.Scorer(script.Config(pretrained_model=str(tmp_path), use_cuda=False, preprocess="exact"))
+    got = scorer.similarity(images, tiny.CAPTIONS)
+    assert np.abs(got - (units * texts).sum(-1).numpy()).max() <= 1e-5
+    assert scorer.family.describe()["tokenizer"] == "open_clip_torch's"
