@@ -59,7 +59,10 @@ def test_embeddings_are_those_of_open_clip(name, scorers):
     assert np.array_equal(pixels[:, :, ::16, ::16].numpy(), wanted["pixels"])
     ids, _ = scorer.tokenize(tiny.CAPTIONS)
     pad = scorer.family.tokenizer.pad_token_id
-    assert [row + [pad] * (scorer.family.context_length - len(row)) for row in ids] == wanted["ids"].tolist()
+    rows = np.array([row + [pad] * (scorer.family.context_length - len(row)) for row in ids])
+    if name == "clipa":
+        rows[rows == scorer.family.tokenizer.sep_token_id] = 0  # as the tower reads it
+    assert np.array_equal(rows, wanted["ids"])
     image_units = scorer.encode_images(torch.from_numpy(np.stack([scorer.resize(image) for image in images])))
     text_units = scorer.encode_texts(ids)
     assert np.abs(image_units.numpy() - wanted["images"]).max() <= 1e-5

@@ -77,13 +77,6 @@ class OpenClip(Family):
         """The caption, cleaned."""
         return self._clean(caption)
 
-    def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
-        ids, truncated = super().tokenize(captions)
-        if self._separator is not None:
-            ids = [[0 if token == self._separator else token for token in row] for row in ids]
-        return ids, truncated
-
     def padded_length(self, ids: list[int]) -> int:
         """The whole context, but for a causal tower pooled at end-of-text, where nothing behind that counts."""
         text = self.config.text
@@ -99,8 +92,9 @@ class OpenClip(Family):
         return features
 
     def text_features(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
-        """(n, length) token ids -> (n, d) projected features."""
-        features: torch.Tensor = model.encode_text(ids)
+        """(n, length) token ids -> (n, d) projected features; to CLIPA separators are 0."""
+        read = ids if self._separator is None else ids.masked_fill(ids == self._separator, 0)
+        features: torch.Tensor = model.encode_text(read)
         return features
 
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":

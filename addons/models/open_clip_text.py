@@ -101,23 +101,21 @@ class ByteTokenizer:
             return self._vocabulary.get(tokens)
         return [self._vocabulary.get(token) for token in tokens]
 
-    def __call__(self, captions: list[str], truncation: bool = False, max_length: int = 0,
-                 **_: object) -> dict[str, list[list[int]]]:
-        """`input_ids` of each caption, from start to end; a caption that is cut keeps its end."""
-        rows = []
-        for caption in captions:
-            ids = [self.start, *self._encode(caption), self.end]
-            if truncation and len(ids) > max_length:
-                ids = [*ids[:max_length - 1], self.end]
-            rows.append(ids)
-        return {"input_ids": rows}
+    def __call__(self, captions: str | list[str], truncation: bool = False, max_length: int = 0,
+                 **_: object) -> dict[str, list[int] | list[list[int]]]:
+        """`input_ids` of one caption, or of each of several, from start to end; a caption that is cut keeps its end."""
+        most = max_length if truncation else None
+        if isinstance(captions, str):
+            return {"input_ids": self._encode(captions, most)}
+        return {"input_ids": [self._encode(caption, most) for caption in captions]}
 
-    def _encode(self, caption: str) -> list[int]:
-        ids: list[int] = []
+    def _encode(self, caption: str, most: int | None) -> list[int]:
+        ids = [self.start]
         for word in WORDS.findall(caption):
             symbols = "".join(self._bytes[byte] for byte in word.encode("utf-8", "surrogatepass"))
             ids += [token.id for token in self._bpe.tokenize(symbols)]
-        return ids
+        ids.append(self.end)
+        return ids if most is None or len(ids) <= most else [*ids[:most - 1], self.end]
 
 
 def load_byte_tokenizer(folder: pathlib.Path, model: str) -> tuple[ByteTokenizer, str]:
