@@ -84,7 +84,7 @@ MODELS = {
 }
 
 CAPTIONS = ["two cats on a sofa", "A Photo of TWO dogs &amp; one café!", "the old red bicycle in front of a house, at night",
-            "portrait of a woman with a hat", "x"]
+            "portrait of a woman with a hat", "a bowl"]
 SIZES = [(301, 170), (97, 200), (64, 64), (61, 33), (224, 225)]  # width, height of the images that are scored
 
 

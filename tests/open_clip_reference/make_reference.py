@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 sys.modules["torchvision._meta_registrations"] = types.ModuleType("none")  # it asks for operators that are not there
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import odd_captions  # noqa: E402
 import open_clip  # noqa: E402
