@@ -1604,6 +1604,7 @@ class ImageSettings:
     size: tuple[int, int] | None
     crop: tuple[int, int] | None
     resample: int  # Pillow's number: 2 bilinear, 3 bicubic
+    fill: int = 0  # the level, of 255, around an image smaller than the crop
 
     @classmethod
     def of(cls, processor: Any) -> "ImageSettings":
@@ -1624,6 +1625,11 @@ class ImageSettings:
         assert self.shortest_edge
         long_edge = int(self.shortest_edge * max(height, width) / min(height, width))
         return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
+
+    def place_crop(self, height: int, width: int) -> tuple[int, int]:
+        """Where the crop begins in a resized image: (top, left), negative where that is smaller than the crop."""
+        assert self.crop
+        return crop_box(height, width, self.crop)
 
     def target(self) -> tuple[int, int] | None:
         """The size that `decode: scaled` must not go below twice of."""
@@ -1660,7 +1666,7 @@ def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: 
 
     It is the kernel that transformers' own default backend calls. Bytes stay bytes; `in_floats` does them as CUDA must, by
     rows and then by columns, each rounded as the byte kernel rounds. Floats, in [0, 1], keep their gradient and are clamped,
-    because bicubic overshoots at edges and bytes cannot. A black border where the image is smaller than the crop.
+    because bicubic overshoots at edges and bytes cannot. A border of `fill` where the image is smaller than the crop.
     """
     import torch
     height, width = pixels.shape[-2:]
@@ -1675,11 +1681,12 @@ def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: 
         out = resize(pixels, size)
     if settings.crop is None:
         return out
-    top, left = crop_box(*size, settings.crop)
-    if top < 0 or left < 0:
+    top, left = settings.place_crop(*size)
+    if size[0] < settings.crop[0] or size[1] < settings.crop[1]:
         below = max(0, settings.crop[0] - size[0] + min(top, 0))
         right = max(0, settings.crop[1] - size[1] + min(left, 0))
-        out = torch.nn.functional.pad(out, (max(0, -left), right, max(0, -top), below))
+        fill = settings.fill / 255 if pixels.is_floating_point() else settings.fill
+        out = torch.nn.functional.pad(out, (max(0, -left), right, max(0, -top), below), value=fill)
     top = max(0, top)
     left = max(0, left)
     return out[..., top:top + settings.crop[0], left:left + settings.crop[1]]
@@ -1928,7 +1935,9 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 # Everything in a model folder that is read and decides a score, by patterns of names.
 DECISIVE_FILES = ("config.json", *SAFETENSORS, "model-*-of-*.safetensors", "*processor_config.json", "tokenizer*", "vocab.*",
-                  "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json", "adapter_*")
+                  "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json", "adapter_*",
+                  "open_clip_*")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1939,6 +1948,7 @@ class ModelFiles:
     commit: str
     safetensors: bool
     base: "ModelFiles | None" = None
+    open_clip: bool = False  # in open_clip's format (addons/models/open_clip.py), not transformers'
 
     @property
     def has_adapter(self) -> bool:
@@ -1981,18 +1991,25 @@ def find_model(config: Config) -> ModelFiles:
     """A local folder, the Hub (at one commit) or the Hub's local cache; raises Trouble (exit 6) that says what was tried."""
     name = config.pretrained_model
     folder = pathlib.Path(name)
+    if ADDONS.is_dir():
+        addon("models.open_clip_files", "pretrained_model").refuse_openai_checkpoint(name)
     if folder.is_dir():
-        return find_in_folder(folder, name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return find_in_folder(folder, name, config.safetensors_only)
+    if not re.fullmatch(r"(hf-hub:)?[\w-][\w.-]*/[\w.-]+", name):
         raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")
     files = find_on_hub(name, config.revision, config.safetensors_only)
     if not (files.base or files).safetensors:
-        say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
+        file = "open_clip_pytorch_model.bin" if files.open_clip else "pytorch_model.bin"
+        say(f"warning: {name} has no safetensors at this revision; reading {file} with weights_only")
     return files
 
 
-def find_in_folder(folder: pathlib.Path, name: str) -> ModelFiles:
+def find_in_folder(folder: pathlib.Path, name: str, safetensors_only: bool = False) -> ModelFiles:
     """The model in a local folder; raises Trouble (exit 6) for a folder that is none."""
+    if is_open_clip({path.name for path in folder.iterdir()}, name):
+        open_clip_files = addon("models.open_clip_files", f"pretrained_model {name!r} (open_clip's format)")
+        found: ModelFiles = open_clip_files.find_in_folder(folder, name, safetensors_only)
+        return found
     if ADDONS.is_dir():
         addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
     if (folder / ADAPTER).is_file():
@@ -2005,43 +2022,57 @@ def find_in_folder(folder: pathlib.Path, name: str) -> ModelFiles:
     return ModelFiles(folder, "", True)
 
 
+def is_open_clip(files: set[str], name: str) -> bool:
+    """Whether a model with these files is to be read in open_clip's format: where it is not in transformers' as well, which
+    takes an image processor and weights, or where its name asks for it by open_clip's prefix `hf-hub:`."""
+    has_processor = not files.isdisjoint({"preprocessor_config.json", "processor_config.json"})
+    is_in_transformers_format = has_processor and not files.isdisjoint({*SAFETENSORS, *PICKLES})
+    return OPEN_CLIP_CONFIG in files and (name.startswith("hf-hub:") or not is_in_transformers_format)
+
+
 def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
     """Download what is missing of the model at one commit. Where the Hub cannot be asked (no network, HF_HUB_OFFLINE), its
     local cache answers. Raises Trouble (exit 6) that says what was tried."""
     import huggingface_hub
-    listed, tried = _list_hub_files(name, revision)
-    if listed and ADDONS.is_dir():
+    repository = name.removeprefix("hf-hub:")
+    listed, tried = _list_hub_files(repository, revision)
+    is_listed_open_clip = is_open_clip(listed, name)
+    if listed and ADDONS.is_dir() and not is_listed_open_clip:
         addon("models.folders", f"pretrained_model {name!r}").check_names(listed, name)
-    has_safetensors = not listed.isdisjoint(SAFETENSORS)
-    has_weights = has_safetensors or not listed.isdisjoint(PICKLES)
+    prefix = "open_clip_" if is_listed_open_clip else ""
+    has_safetensors = not listed.isdisjoint(prefix + file for file in SAFETENSORS)
+    has_weights = has_safetensors or not listed.isdisjoint(prefix + file for file in PICKLES)
     refused = f"{name} has no safetensors at revision {revision}, and safetensors_only is set; {BUNDLED_HINT}"
     if has_weights and safetensors_only and not has_safetensors:
         raise Trouble(EXIT_MODEL, refused)
     patterns = ["*.json", "*.txt", "*.model"]
     if listed:  # offline the client holds the cache against the whole list: no pattern for what was never asked for
-        patterns.append("model*.safetensors" if has_safetensors else "pytorch_model*.bin")
+        patterns.append(prefix + ("model*.safetensors" if has_safetensors else "pytorch_model*.bin"))
         patterns += ["adapter_model*.safetensors"] * (ADAPTER in listed)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(  # by branch or tag, or the cache would not know it offline
-            name, revision=revision, allow_patterns=patterns, local_files_only=not listed))
+            repository, revision=revision, allow_patterns=patterns, local_files_only=not listed))
     except Exception as error:
         reason = error.__cause__ or error  # the client's own error says only that it is not in the cache either
         tried += f", the Hub ({type(reason).__name__}: {str(reason)[:120]})" if listed else ", the local cache (not there)"
         raise Trouble(EXIT_MODEL, f"cannot get {name} ({revision}): {tried}; {BUNDLED_HINT}") from None
-    safetensors = any((folder / file).exists() for file in SAFETENSORS)
+    files = {path.name for path in folder.iterdir() if path.exists()}
+    open_clip = is_open_clip(files, name)
+    prefix = "open_clip_" if open_clip else ""
+    safetensors = not files.isdisjoint(prefix + file for file in SAFETENSORS)
     commit = folder.resolve().name
     base: ModelFiles | None = None
-    if (folder / ADAPTER).is_file():
+    if ADAPTER in files and not open_clip:
         base = addon("models.adapters", f"the adapter in {name}").find_base(folder, name, safetensors_only)
-    if base is None and not safetensors and not any((folder / file).exists() for file in PICKLES):
+    if base is None and not safetensors and files.isdisjoint(prefix + file for file in PICKLES):
         raise Trouble(EXIT_MODEL, f"{name} ({revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
     if base is None and not safetensors and safetensors_only:
         raise Trouble(EXIT_MODEL, refused)
-    if ADDONS.is_dir():
+    if ADDONS.is_dir() and not open_clip:
         addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
-    return ModelFiles(folder, commit, safetensors, base)
+    return ModelFiles(folder, commit, safetensors, base, open_clip)
 
 
 def _list_hub_files(name: str, revision: str) -> tuple[set[str], str]:
@@ -2207,6 +2238,14 @@ class Family:
             raise Trouble(EXIT_MODEL, f"{self.name}: its tokenizer has {len(known)} tokens and its model {embedded}: they do "
                                       "not belong together")
 
+    def image_settings(self) -> ImageSettings:
+        """How images are resized and cropped for this model."""
+        return ImageSettings.of(self.processor)
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest and profile.json say of this model besides."""
+        return {}
+
     def encode(self, captions: list[str], **options: Any) -> list[list[int]]:
         """Token ids of each caption, as the tokenizer gives them."""
         # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
@@ -2339,6 +2378,8 @@ def check_weights(loading: dict[str, Any], name: str) -> None:
 
 def find_family(files: ModelFiles, name: str) -> type[Family]:
     """The family that the model's config.json names: one of FAMILIES, or a file of addons/models; Trouble (exit 6) if none."""
+    if files.open_clip:
+        return typing.cast(type[Family], addon("models.open_clip", f"pretrained_model {name!r}").FAMILY)
     kind = (read_json((files.base or files).folder / "config.json") or {}).get("model_type")
     if kind is None:
         raise Trouble(EXIT_MODEL, f"{name}: its config.json names no model_type, so it is no model of transformers")
@@ -2400,7 +2441,7 @@ class Scorer:
         self._compiled = addon("models.compiled", "compile") if config.compile else None
         if self._compiled:
             self._compiled.compile_encoders(model)
-        self.settings = ImageSettings.of(self.family.processor)
+        self.settings = self.family.image_settings()
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
@@ -2438,7 +2479,7 @@ class Scorer:
         return {"model_type": self.family.kind, "weights": self.files.identity, "files": self.files.digests,
                 "adapter": self.files.has_adapter, "safetensors": (self.files.base or self.files).safetensors,
                 "device": self.device, "dtype": self.dtype, "quantization": self.quantization,
-                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size,
+                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size, **self.family.describe(),
                 "libraries": find_versions((*DECISIVE_LIBRARIES, *["peft"] * self.files.has_adapter))}
 
     def _normalised_levels(self) -> "np.ndarray":

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, clean_caption, resize_and_crop
@@ -41,7 +42,7 @@ class DissimilarityLoss(torch.nn.Module):
         self.scorer = Scorer(config)
         self.family = self.scorer.family
         self.model = self.family.model  # registered, so that `to` and `double` reach it
-        if objective == "sigmoid" and self.family.kind != "siglip":
+        if objective == "sigmoid" and self.family.probabilities(np.zeros(1, np.float32)) is None:
             raise Trouble(EXIT_MODEL, f"{config.pretrained_model} is no SigLIP model: it has no sigmoid loss of its own")
         if not self.scorer.settings.knows_fast_resize():
             raise Trouble(EXIT_MODEL, f"{config.pretrained_model} resizes with Pillow's filter "

@@ -372,12 +372,9 @@ def test_an_adapter_on_the_hub_brings_its_weights_along(story, read_table):
 
 
 @pytest.mark.slow
-def test_another_format_is_told_before_it_is_downloaded(story):
-    """A repository of open_clip's is told by the names of its files, and none of them is fetched."""
-    assert_refused(story.outcomes["open-clip"], "some-one/open-clip", "open_clip's format")
-    asked = [path for path in story.requests["online"] if "some-one/open-clip/" in path]
-    assert asked
-    assert not [path for path in asked if "/resolve/" in path or "/cdn/" in path]
+def test_open_clips_config_without_a_model_is_told(story):
+    """A repository in open_clip's format is refused by the word that its config lacks (test_open_clip_found.py scores one)."""
+    assert_refused(story.outcomes["open-clip"], "some-one/open-clip", "open_clip_config.json lacks model_cfg")
 
 
 # ── The Hub does not answer ───────────────────────────────────────────────────────────────────────────────────────────
@@ -540,13 +537,18 @@ def test_naflex_is_refused_by_name(shelf, run_main, shapes):
     assert_refused((outcome.code, outcome.stdout, outcome.stderr), "NaFlex", "google/siglip2-base-patch16-224")
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "./no-such-folder", "a/b/c", "https://huggingface.co/openai/clip", "a b/c",
-                                  "", "..", "openai/", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["no-such-folder", "./no-such-folder", "a/b/c", "a b/c", "", "..", "openai/", "/no/such/folder"])
 def test_a_name_that_is_none_is_refused(name, run_main, shapes, tmp_path, monkeypatch):
     """What is neither a folder nor owner/name is one line with the bundled command, and the Hub is not asked."""
     monkeypatch.chdir(tmp_path)
     outcome = run_main("--config", shapes(pretrained_model=name, rows=2))
     assert_refused((outcome.code, outcome.stdout, outcome.stderr))
+
+
+def test_an_address_is_no_model(run_main, shapes):
+    """A web address is one line as well; it is a mistake in the config, as for every path that is not local."""
+    outcome = run_main("--config", shapes(pretrained_model="https://huggingface.co/openai/clip", rows=2))
+    assert outcome.code == 2 and len(outcome.stderr.splitlines()) == 1 and "https://" in outcome.stderr
 
 
 def test_a_model_trained_again_is_another_model(shelf, tmp_path, run_main, shapes):

@@ -160,10 +160,10 @@ FAULTS = {
     # other formats
     "open_clip's folder": ("clip-base-patch32", all_of(
         remove("config.json", "model.safetensors", "preprocessor_config.json"), OPEN_CLIP,
-        write("open_clip_model.safetensors", b"x")), ["open_clip", "config.json and model.safetensors"]),
+        write("open_clip_model.safetensors", b"x")), ["open_clip_config.json", "vision_cfg"]),
     "timm's config next to open_clip's": ("clip-base-patch32", all_of(
         remove("model.safetensors"), OPEN_CLIP, write("config.json", {"architecture": "vit_base_patch16_siglip_224"}),
-        write("open_clip_pytorch_model.bin", b"x")), ["open_clip"]),
+        write("open_clip_model.safetensors", b"x")), ["open_clip_config.json", "vision_cfg"]),
     "a sentence-transformers folder": ("clip-base-patch32", into_subfolder("0_CLIPModel", write("modules.json", [])),
                                        ["sentence-transformers", "0_CLIPModel", "pretrained_model"]),
     "a sentence-transformers folder of text": ("clip-base-patch32", into_subfolder("0_Transformer", write("modules.json", [])),
@@ -276,7 +276,7 @@ def test_weights_without_a_place_are_a_warning(shelf, tmp_path, run_main, shapes
 
 
 @pytest.mark.parametrize(("names", "parts"), [
-    (["open_clip_config.json", "open_clip_model.safetensors", "README.md"], ["open_clip"]),
+    (["open_clip_model.safetensors", "README.md"], ["open_clip_config.json", "next to them"]),
     (["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"], ["0_CLIPModel"]),
     (["model_index.json", "unet/config.json"], ["diffusers"]),
     (["ggml-model-q4.gguf"], ["another program"]),

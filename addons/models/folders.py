@@ -39,8 +39,8 @@ def _describe_other_format(names: Collection[str]) -> str:
     inner = sorted(path for path in names if path.count("/") == 1 and path.endswith("/config.json"))
     folders = [path.split("/")[0] for path in inner]
     if any(file.startswith("open_clip") for file in names):
-        return ("is in open_clip's format (open_clip_config.json), which is not read: take the model's conversion for "
-                "transformers, a repository or folder with config.json and model.safetensors")
+        return ("holds open_clip's weights without open_clip_config.json, which says how they are read: put that file next to "
+                "them, or take the model's conversion for transformers, with config.json and model.safetensors")
     if "modules.json" in names:
         clip = next((folder for folder in folders if "CLIP" in folder), folders[0] if folders else "0_CLIPModel")
         return (f"is a sentence-transformers folder, whose model lies in {clip}: set pretrained_model to a local copy of that "
