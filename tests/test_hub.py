@@ -537,7 +537,8 @@ def test_naflex_is_refused_by_name(shelf, run_main, shapes):
     assert_refused((outcome.code, outcome.stdout, outcome.stderr), "NaFlex", "google/siglip2-base-patch16-224")
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "./no-such-folder", "a/b/c", "a b/c", "", "..", "openai/", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["no-such-folder", "./no-such-folder", "a/b/c", "a b/c", "", "..", "openai/",
+                                  "/no/such/folder"])
 def test_a_name_that_is_none_is_refused(name, run_main, shapes, tmp_path, monkeypatch):
     """What is neither a folder nor owner/name is one line with the bundled command, and the Hub is not asked."""
     monkeypatch.chdir(tmp_path)
