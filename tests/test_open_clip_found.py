@@ -310,6 +310,7 @@ def archive(tmp_path):
     return path
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_openais_archives_are_told_with_the_hub_id(archive, tmp_path):
     """ViT-B-32.pt, the folder it lies in, its name alone and OpenAI's own name for it are one line with the Hub id to use."""
     for name in (archive, tmp_path, "ViT-B-32.pt", "ViT-B/32", "./elsewhere/ViT-B-32.pt"):
@@ -318,6 +319,7 @@ def test_openais_archives_are_told_with_the_hub_id(archive, tmp_path):
     assert "hf-hub:timm/resnet50_clip.openai" in refusal("RN50.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_another_archive_or_file_is_told(archive, tmp_path):
     """A TorchScript archive of another name, or any other file, is one line; nothing of it is loaded."""
     archive.rename(tmp_path / "mine.pt")
