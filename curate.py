@@ -30,7 +30,7 @@ import numpy as np
 
 from addons.curation import ImageRule, duplicates, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows
-from addons.curation.finished import FinishedRun, open_run, read_similarities
+from addons.curation.finished import FinishedRun, open_run, read_similarities, read_values
 from addons.curation.images import RunImages
 from addons.measures import random_pairs
 from image_text_sim_clip import (
@@ -61,7 +61,7 @@ def find_cuts(curation: rules.Curation, run: FinishedRun, proved: marks.ProvedCu
     """
     fraction = None
     if curation.keep_fraction is not None:
-        fraction = rules.find_fraction_cut(run.similarities, curation.keep_fraction)
+        fraction = rules.find_fraction_cut(lambda: run.values(curation.by), curation.keep_fraction, curation.by)
     random_rate = None
     if curation.max_random_rate is not None:
         if run.random_pairs is None or not run.random_pairs.random.count:
@@ -81,12 +81,14 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
     image_rules = rules.make_image_rules(curation)
     neighbour_rules = duplicates.make_neighbour_rules(curation)
     candidates = duplicates.Candidates()
-    for first_row, table in run.chunks([run.source_name, run.caption_name, "similarity", "status"]):
+    further = list(curation.needs_columns)
+    for first_row, table in run.chunks([run.source_name, run.caption_name, "similarity", "status", *further]):
         sources = table[run.source_name].to_pylist()
         captions = table[run.caption_name].to_pylist()
         similarities = read_similarities(table)
         is_ok = pc.equal(table["status"], "ok").to_numpy()
-        judged = rules.judge_rows(row_rules, rules.ScoredRows(first_row, similarities, is_ok, captions))
+        values = {name: read_values(table, name) for name in further}
+        judged = rules.judge_rows(row_rules, rules.ScoredRows(first_row, similarities, is_ok, captions, values))
         fingerprints = np.zeros(len(judged), np.uint64)
         if images and curation.needs_images:
             perceptual = curation.duplicate_images == "perceptual"
@@ -224,6 +226,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     except ValueError as error:
         raise Trouble(EXIT_CONFIG, str(error)) from None
     require_libraries(curation)
+    rules.check_columns(curation, run.plan.config.measures or {}, run.further_columns)
     export = EXPORTS[curation.export]
     folder = run.output / "curated"
     with contextlib.ExitStack() as stack:

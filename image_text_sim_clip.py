@@ -507,7 +507,7 @@ def find_measures(config: Config) -> "list[type[Measure]]":
 
 def result_columns(config: Config) -> tuple[Column, ...]:
     """The columns that a run adds to its input, in order; they depend on the config alone."""
-    measured = itertools.chain.from_iterable(measure.columns for measure in find_measures(config))
+    measured = itertools.chain.from_iterable(measure.columns_for(config) for measure in find_measures(config))
     return (*SCORE_COLUMNS, *measured, *STATUS_COLUMNS)
 
 
@@ -3368,6 +3368,8 @@ class Worker:
             files |= measured.files
         with clock.stage("write"):
             table = run.finish(result_table(self.plan, run.rows, scored, self.scorer, values))
+            for measure in self.measures:
+                table = measure.revise(run, table)
             summary = commit_part(self.plan, run.partition, table, kept, run.replaced, files)
         times = {
             "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
@@ -3757,6 +3759,10 @@ def print_summary(config: Config, profile: dict[str, Any]) -> None:
              ("metric", of_stages(times["metric"], METRIC_STAGES)),
              ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
              ("memory", f"{profile['peak_rss_mib']:,.0f} MiB RAM, {profile['peak_gpu_mib']:,.0f} MiB GPU (peaks)")]
+    asked_for = [name for name in config.measures or {} if name in times["stages"]]
+    if asked_for:
+        total = math.fsum(times["stages"][name] for name in asked_for)
+        lines.append(("measures", of_stages(total, asked_for)))
     if profile["pairs_per_s"]:
         workers = f" with {profile['workers']} workers" if profile["workers"] > 1 else ""
         lines.append(("rate", f"{profile['pairs_per_s']:,.1f} pairs/s{workers}; 100 million pairs would take "

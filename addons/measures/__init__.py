@@ -5,13 +5,14 @@
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
     captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
-    drift.py          what passport.py and embeddings.py say of a change of scores; no measure itself
+    contrast.py       the similarity less what image and caption score with everything else
+    drift.py, moments.py    what several measures say of their numbers; no measures themselves
 
-A run with a model computes every measure whose `wanted(config)` is true. The five above are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The first five are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:
-      caption_length: {}
+      contrast: {}
 
 To add one, drop one file into this folder:
 
@@ -103,6 +104,11 @@ class Measure:
             return None
         return check_section(cls.settings, values, f"measures.{cls.name}")
 
+    @classmethod
+    def columns_for(cls, config: Config) -> tuple[Column, ...]:
+        """Its columns in a run with this config: `columns`, unless its settings name them."""
+        return cls.columns
+
     scorer: Scorer  # not there in a dry run
 
     def __init__(self, config: Config, plan: Plan, scorer: Scorer | None, loader: ImageLoader) -> None:
@@ -122,6 +128,13 @@ class Measure:
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
         """Called when the partition's rows are scored and before its part is written."""
         raise NotImplementedError
+
+    def revise(self, run: PartitionRun, table: "pa.Table") -> "pa.Table":
+        """The part's table before it is written, all of its rows, also those that --retry-failed has not tried again.
+
+        Called after `measure`; for values that depend on other rows of the partition.
+        """
+        return table
 
     def close(self) -> None:
         """Let go of what was held for the partitions begun; `begin` may follow again."""
