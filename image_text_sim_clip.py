@@ -2403,6 +2403,7 @@ class Scorer:
         self.settings = ImageSettings.of(self.family.processor)
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
+        self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
         cores = usable_cores() if self.device == "cpu" else 1
         self.lanes = 0 if PROFILED else cores
@@ -2463,7 +2464,7 @@ class Scorer:
 
     @profile
     def encode_images(self, pixels: "torch.Tensor | Future[torch.Tensor]") -> "torch.Tensor":
-        """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU."""
+        """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU; or see `to_unit`."""
         import torch
         batch = pixels.result() if isinstance(pixels, Future) else pixels
         channel = torch.arange(3, device=self.device).view(1, 3, 1, 1)
@@ -2471,7 +2472,7 @@ class Scorer:
         def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
             values = self._pixel_table[channel, part.to(self.device, non_blocking=True).long()]  # (n, 3, H, W)
             return self.family.image_features(model, values.to(model.dtype))
-        return self._embed(forward, batch)
+        return self._embed(forward, batch, self.keeps_norms)
 
     @profile
     def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> "torch.Tensor":
@@ -2524,7 +2525,8 @@ class Scorer:
         pixels = torch.from_numpy(np.stack(batch))
         return pixels.pin_memory() if self.device == "cuda" else pixels  # pinned, so that the upload need not wait
 
-    def _embed(self, forward: "Callable[[Any, torch.Tensor], torch.Tensor]", batch: "torch.Tensor") -> "torch.Tensor":
+    def _embed(self, forward: "Callable[[Any, torch.Tensor], torch.Tensor]", batch: "torch.Tensor",
+               with_norms: bool = False) -> "torch.Tensor":
         """Run `forward(model, batch)`, halving the batch when the GPU is full; normalise in fp32; redo what is not finite."""
         import torch
         unit = None
@@ -2532,7 +2534,7 @@ class Scorer:
             whole = self._compiled.pad_batch(batch, self.batch_size) if self._compiled else batch
             with torch.inference_mode():
                 features = forward(self.family.model, whole).float()
-                unit = torch.nn.functional.normalize(features[:len(batch)], dim=-1).cpu()
+                unit = to_unit(features[:len(batch)], with_norms).cpu()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise Trouble(EXIT_MODEL, f"the GPU has no room for {self.config.pretrained_model} and a single row: take a "
@@ -2542,11 +2544,11 @@ class Scorer:
             self._compiled = None  # no padding to a size that does not fit
             self.oom_halvings += 1
             half = len(batch) // 2
-            return torch.cat([self._embed(forward, batch[:half]), self._embed(forward, batch[half:])])
+            return torch.cat([self._embed(forward, part, with_norms) for part in (batch[:half], batch[half:])])
         broken = ~torch.isfinite(unit).all(dim=-1)
         if broken.any() and not self.is_plain_float32():
             with torch.inference_mode():
-                unit[broken] = torch.nn.functional.normalize(forward(self._in_float32(), batch[broken]), dim=-1).cpu()
+                unit[broken] = to_unit(forward(self._in_float32(), batch[broken]), with_norms).cpu()
         return unit
 
     def is_plain_float32(self) -> bool:
@@ -2588,6 +2590,13 @@ class Scorer:
         return self.cosines(embeddings, self.encode_texts(self.tokenize(texts)[0]))
 
 
+def to_unit(features: "torch.Tensor", with_norms: bool) -> "torch.Tensor":
+    """Features (n, d) -> unit vectors (n, d); `with_norms` their lengths as one column more, (n, d + 1)."""
+    import torch
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    return torch.cat([unit, features.norm(dim=-1, keepdim=True)], dim=-1) if with_norms else unit
+
+
 class ImageEncoder:
     """Gathers images into batches, keeps as many under way as there are lanes, and gives their embeddings in order."""
 
@@ -2597,6 +2606,7 @@ class ImageEncoder:
         self._batch: list[Any] = []
         self._flying: collections.deque[Future[Encoded]] = collections.deque()
         self._parts: list[torch.Tensor] = []
+        self.norms: torch.Tensor | None = None  # (m,) the lengths of the embeddings, after `finish` and where they are kept
 
     def add(self, pixels: Any) -> None:
         """Add a loader's (3, H, W) array; a full batch is given to the model."""
@@ -2613,7 +2623,11 @@ class ImageEncoder:
         if not self._parts:
             return None
         import torch
-        return torch.cat(self._parts)
+        embeddings = torch.cat(self._parts)
+        if self._scorer.keeps_norms:
+            self.norms = embeddings[:, -1]
+            embeddings = embeddings[:, :-1].contiguous()
+        return embeddings
 
     def _encode_batch(self) -> None:
         scorer = self._scorer
@@ -2714,6 +2728,7 @@ class Scored:
     turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
+    image_norms: "torch.Tensor | None" = None  # (m,) their lengths before, where a measure asks for them
 
     @classmethod
     def nothing(cls, count: int, status: str) -> "Scored":
@@ -2732,6 +2747,7 @@ class EmbeddedImages:
     failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
     remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
     embeddings: "torch.Tensor | None" = None
+    norms: "torch.Tensor | None" = None
 
 
 def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[Loaded]", clock: Clock,
@@ -2761,6 +2777,7 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[L
         INTERRUPTION.check()
     if encoder:
         images.embeddings = encoder.finish()
+        images.norms = encoder.norms
     for source, place in images.place_of.items():
         if place in on_gpu and on_gpu[place].failure:
             images.failure_of[source] = on_gpu[place].failure
@@ -2801,6 +2818,7 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
     if not scored:
         return
     result.image_embeddings = images.embeddings
+    result.image_norms = images.norms
     result.text_embeddings = scorer.encode_texts(ids, clock)
     with clock.stage("score"):
         place_of_text = {text: place for place, text in enumerate(texts)}

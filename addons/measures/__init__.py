@@ -6,7 +6,9 @@
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
     captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
     contrast.py       the similarity less what image and caption score with everything else
-    drift.py, moments.py    what several measures say of their numbers; no measures themselves
+    labels.py         what an image shows, by prompts alone
+    heads.py          small networks on the image's embedding, such as an aesthetics predictor
+    image_columns.py, drift.py, moments.py    what several measures share; no measures themselves
 
 A run with a model computes every measure whose `wanted(config)` is true. The first five are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
@@ -43,6 +45,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from image_text_sim_clip import (
     EXIT_CONFIG,
+    RESULT_COLUMNS,
     Column,
     Config,
     ImageLoader,
@@ -52,6 +55,7 @@ from image_text_sim_clip import (
     Scorer,
     Trouble,
     check_section,
+    column_names,
     room,
 )
 
@@ -179,7 +183,20 @@ def find_measures(config: Config) -> list[type[Measure]]:
         by_name[name].read_settings(config)
         if not by_name[name].wanted(config):
             raise Trouble(EXIT_CONFIG, f"measures.{name}: this one has a key of its own, and this config turns it off there")
-    return [measure for measure in measures if measure.wanted(config)]
+    wanted = [measure for measure in measures if measure.wanted(config)]
+    _refuse_equal_columns(config, wanted)
+    return wanted
+
+
+def _refuse_equal_columns(config: Config, measures: list[type[Measure]]) -> None:
+    """Trouble (exit 2) where two columns of the results would have the same name, such as a label and a head."""
+    taken = dict.fromkeys(column_names(RESULT_COLUMNS), "every result")
+    for measure in measures:
+        for name in column_names(measure.columns_for(config)):
+            if name in taken:
+                raise Trouble(EXIT_CONFIG, f"measures.{measure.name}: {taken[name]} has a column {name!r} already; take "
+                                           "another name")
+            taken[name] = f"measures.{measure.name}"
 
 
 def _describe_unknown(name: str, known: dict[str, type[Measure]]) -> str:
