@@ -8,6 +8,7 @@
     contrast.py       the similarity less what image and caption score with everything else
     labels.py         what an image shows, by prompts alone
     heads.py          small networks on the image's embedding, such as an aesthetics predictor
+    target_embeddings.py    how near each image is to the images of another run
     image_columns.py, drift.py, moments.py    what several measures share; no measures themselves
 
 A run with a model computes every measure whose `wanted(config)` is true. The first five are always wanted, or have keys of

@@ -13,7 +13,7 @@ stand among: the mean over the other captions counts N - 1 times, so that partit
 can be compared. Where all captions but its own are far away, the contrast is near 0; otherwise it is negative.
 
 Source: s-CLIPLoss (first called negCLIPLoss) of Wang et al. 2024, "CLIPLoss and Norm-Based Data Selection Methods for
-Multimodal Contrastive Learning", arXiv 2405.19547, section 3.1, with their batch of 32,768; they draw such batches from the
+Multimodal Contrastive Learning", arXiv 2405.19547, with their batch of 32,768; they draw such batches from the
 whole table, here the partition stands for them.
 
 Equal images and equal captions count once, and only the row's own pair is left out of the sum: where an image has several true

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from addons.measures import JsonObject
-from addons.measures.image_columns import ImageColumns, check_column_name
+from addons.measures.image_columns import ImageColumns, check_column_name, is_same_model
 from image_text_sim_clip import (
     EXIT_CONFIG,
     Column,
@@ -253,19 +253,14 @@ class Heads(ImageColumns):
     def _refuse_other_model(self, name: str, file: HeadFile, head: Head) -> None:
         """Raise BadHead for a head that was made for embeddings of another width, or of another model."""
         ours = self.config.pretrained_model
-        if head.width != self._width:
-            raise BadHead(f"takes embeddings of width {head.width}, and {ours} gives {self._width}")
+        if head.width != self.width:
+            raise BadHead(f"takes embeddings of width {head.width}, and {ours} gives {self.width}")
         made_for = head.settings.model or file.metadata.get("model")
-        if made_for and _last_segment(made_for) != _last_segment(ours):
+        if made_for and not is_same_model(made_for, ours):
             raise BadHead(f"was made for {made_for}, and this run's model is {ours}")
         if not made_for:
             say(f"measures.{self.name}.{name}: {head.settings.file} does not say which model it was made for, so only its "
                 "width was compared; `model:` under it says so")
-
-    @functools.cached_property
-    def _width(self) -> int:
-        """The length of the model's embeddings."""
-        return int(self.scorer.encode_texts(self.scorer.tokenize(["a"])[0]).shape[1])
 
     def values_of_images(self, images: np.ndarray, norms: np.ndarray | None) -> dict[str, np.ndarray]:
         """What each head gives."""
@@ -277,10 +272,6 @@ class Heads(ImageColumns):
                 given = given * norms.astype(np.float64)[:, None]
             values[name] = head(given)
         return values
-
-
-def _last_segment(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 MEASURE = Heads

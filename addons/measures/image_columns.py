@@ -34,6 +34,11 @@ class ImageColumns(Measure):
         self._refuse_other_files()
 
     @functools.cached_property
+    def width(self) -> int:
+        """The length of the model's embeddings."""
+        return int(self.scorer.encode_texts(self.scorer.tokenize(["a"])[0]).shape[1])
+
+    @functools.cached_property
     def files(self) -> JsonObject:
         """What the values depend on besides the config: a JSON object that a run must go on with."""
         return {}
@@ -99,6 +104,11 @@ def _name_changes(before: JsonObject, now: JsonObject) -> str:
     """Which entries differ, by their names."""
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     return ", ".join(changed) + " changed"
+
+
+def is_same_model(name: str, other: str) -> bool:
+    """Whether two Hub ids or folders name one model: their last segments are equal, as for recipes."""
+    return name.rstrip("/").rsplit("/", 1)[-1] == other.rstrip("/").rsplit("/", 1)[-1]
 
 
 def check_column_name(name: object, section: str) -> None:
