@@ -50,7 +50,8 @@ RULE_TEXTS = {
 class Curation:
     """Every key of config.yaml's section `curate`, which says in a comment what each is for."""
 
-    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30"] | None = None
+    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30", "s-cliploss-l14-top30",
+                    "stable-diffusion-v1-2"] | None = None
     recipe_for_any_model: bool = False
     min_similarity: float | None = setting(None, -1, 1)
     min_contrast: float | None = setting(None)
@@ -74,7 +75,7 @@ class Curation:
     duplicate_images: Literal["keep", "exact", "perceptual"] = "keep"
     perceptual_distance: int = setting(4, 0, 16)
     duplicate_captions: Literal["keep", "exact"] = "keep"
-    export: Literal["csv", "parquet", "imagefolder", "webdataset"] = "csv"
+    export: Literal["csv", "parquet", "imagefolder", "webdataset", "clip-retrieval"] = "csv"
     shard_rows: int = setting(10_000, 1)
     review: bool = False
     review_rows: int = setting(2000, 1, 20_000)
@@ -111,6 +112,12 @@ RECIPES = {
     "laion-2b": Recipe({"min_similarity": 0.28}, "openai/clip-vit-base-patch32", "LAION-5B, its English part (2022)"),
     "datacomp-l14-top30": Recipe({"keep_fraction": 0.3}, "openai/clip-vit-large-patch14",
                                  "DataComp, CLIP score (L/14 30 %) (Gadre et al. 2023)"),
+    "s-cliploss-l14-top30": Recipe({"keep_fraction": 0.3, "by": "contrast"}, "openai/clip-vit-large-patch14",
+                                   "s-CLIPLoss on the scores of OpenAI's L/14 (Wang et al. 2024, arXiv 2405.19547)"),
+    # its third condition, a watermark probability below 0.5, came with LAION-5B's own table: max_label, or a column there
+    "stable-diffusion-v1-2": Recipe({"min_head": {"aesthetic": 5.0}, "min_width": 512, "min_height": 512},
+                                    "openai/clip-vit-large-patch14",
+                                    "laion-improved-aesthetics, model card of Stable Diffusion v1-2 (2022)"),
 }
 
 
@@ -155,7 +162,16 @@ def check_columns(curation: Curation, measures: JsonObject, columns: Sequence[Co
     for name, key in curation.needs_columns.items():
         if name not in known:
             raise Trouble(EXIT_CONFIG, f"curate.{key}: these scores have no column {name!r} of a measure, only "
-                                       f"{', '.join(['similarity', *known])}; score with measures: ... first")
+                                       f"{', '.join(['similarity', *known])}; the key `measures` adds some while rows are "
+                                       "scored")
+
+
+def find_limits(curation: Curation, column: str) -> list[float]:
+    """Where rules cut a measure's column, the least and the most; none where no rule looks at it."""
+    if column == "contrast":
+        return [] if curation.min_contrast is None else [curation.min_contrast]
+    sections = (curation.min_label, curation.max_label, curation.min_head, curation.max_head)
+    return [limits[column] for limits in sections if limits and column in limits]
 
 
 # ── The best fraction, exactly and in constant memory ─────────────────────────────────────────────────────────────────
@@ -368,12 +384,26 @@ def make_row_rules(curation: Curation, cuts: Cuts) -> list[RowRule]:
     return made
 
 
+def find_failures(row_rules: Sequence[RowRule], rows: ScoredRows) -> dict[str, np.ndarray]:
+    """For each rule's name, in the order in which they are applied, which rows fail it: bool (n,)."""
+    failures: dict[str, np.ndarray] = {}
+    for rule in row_rules:
+        fails = rule.fails(rows)
+        failures[rule.name] = failures[rule.name] | fails if rule.name in failures else fails
+    return failures
+
+
+def judge_failures(failures: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """Verdicts, uint8 (count,): for each row the first rule that it fails, or KEPT."""
+    verdicts = np.full(count, KEPT, np.uint8)
+    for name, fails in failures.items():
+        verdicts[fails & (verdicts == KEPT)] = VERDICTS[name]
+    return verdicts
+
+
 def judge_rows(row_rules: Sequence[RowRule], rows: ScoredRows) -> np.ndarray:
     """Verdicts, uint8 (n,): for each row the first rule that it fails, or KEPT."""
-    verdicts = np.full(len(rows.similarities), KEPT, np.uint8)
-    for rule in row_rules:
-        verdicts[rule.fails(rows) & (verdicts == KEPT)] = VERDICTS[rule.name]
-    return verdicts
+    return judge_failures(find_failures(row_rules, rows), len(rows.similarities))
 
 
 # ── Rules for one image ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -438,6 +468,9 @@ class Choice:
     random_pairs: JsonObject | None  # their entry in profile.json
     model: str
     curate: JsonObject  # the section, with the recipe's keys
+    alone: dict[str, int]  # by rule on one row: the scored rows that it would drop if it were the only one
+    overlap: dict[str, dict[str, int]]  # by two such rules: the scored rows that fail both
+    together: int  # the scored rows that fail any of these rules
     exported: int = 0
     not_exported: int = 0  # kept rows whose image is gone
     labels: JsonObject | None = None  # the cut that marked pairs prove: a marks.ProvedCut
