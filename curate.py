@@ -35,6 +35,7 @@ from addons.curation.export import EXPORTS, Exported, KeptRows
 from addons.curation.finished import FinishedRun, open_run, read_similarities, read_values
 from addons.curation.images import RunImages
 from addons.curation.overlaps import Overlaps
+from addons.curation.semantic import SavedImages
 from addons.measures import random_pairs
 from image_text_sim_clip import (
     EXIT_CONFIG,
@@ -77,12 +78,12 @@ def find_cuts(curation: rules.Curation, run: FinishedRun, proved: marks.ProvedCu
 
 
 def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, images: RunImages | None,
-              verdicts: np.ndarray) -> Overlaps:
+              saved: SavedImages | None, verdicts: np.ndarray) -> Overlaps:
     """Fill `verdicts`, uint8 (rows,), with every row's verdict; returns what the rules on one row would drop alone."""
     import pyarrow.compute as pc
     row_rules = rules.make_row_rules(curation, cuts)
     image_rules = rules.make_image_rules(curation)
-    neighbour_rules = duplicates.make_neighbour_rules(curation)
+    neighbour_rules = duplicates.make_neighbour_rules(curation, saved)
     candidates = duplicates.Candidates()
     overlaps = Overlaps()
     further = list(curation.needs_columns)
@@ -95,7 +96,7 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
         failures = rules.find_failures(row_rules, rules.ScoredRows(first_row, similarities, is_ok, captions, values))
         overlaps.add(failures)
         judged = rules.judge_failures(failures, len(similarities))
-        fingerprints = np.zeros(len(judged), np.uint64)
+        fingerprints = saved.numbers_of(first_row, len(judged)) if saved else np.zeros(len(judged), np.uint64)
         if images and curation.needs_images:
             perceptual = curation.duplicate_images == "perceptual"
             judge_images(images, image_rules, images.locate(first_row, table), perceptual, judged, fingerprints)
@@ -257,8 +258,9 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     except ValueError as error:
         raise Trouble(EXIT_CONFIG, str(error)) from None
     require_libraries(curation)
-    if curation.export == "clip-retrieval" and run.plan.config.save_embeddings == "none":
-        raise Trouble(EXIT_CONFIG, "curate.export: clip-retrieval needs the embeddings: score with save_embeddings first")
+    for key, value in (("export", "clip-retrieval"), ("duplicate_images", "semantic")):
+        if getattr(curation, key) == value and run.plan.config.save_embeddings == "none":
+            raise Trouble(EXIT_CONFIG, f"curate.{key}: {value} needs the embeddings: score with save_embeddings first")
     rules.check_columns(curation, run.plan.config.measures or {}, run.further_columns)
     export = EXPORTS[curation.export]
     folder = run.output / "curated"
@@ -275,7 +277,10 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
             leftover.unlink()
         verdicts = stack.enter_context(verdict_file(folder, run.row_count))
-        overlaps = judge_all(run, curation, cuts, images, verdicts)
+        saved = None
+        if curation.duplicate_images == "semantic":
+            saved = stack.enter_context(contextlib.closing(SavedImages(run, folder, os.getpid())))
+        overlaps = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images), folder)
@@ -296,6 +301,12 @@ def require_libraries(curation: rules.Curation) -> None:
             import imagehash  # noqa: F401
         except ImportError as error:
             raise Trouble(EXIT_CONFIG, f"curate.duplicate_images: perceptual needs the package {error.name} "
+                                       "(pip install -r addons/requirements.txt)") from None
+    if curation.duplicate_images == "semantic":
+        try:
+            import faiss  # noqa: F401
+        except ImportError as error:
+            raise Trouble(EXIT_CONFIG, f"curate.duplicate_images: semantic needs the package {error.name} "
                                        "(pip install -r addons/requirements.txt)") from None
 
 

@@ -72,8 +72,9 @@ class Curation:
     min_height: int = setting(0, 0)
     max_aspect: float | None = setting(None, 1)
     one_caption_per_image: bool = False
-    duplicate_images: Literal["keep", "exact", "perceptual"] = "keep"
+    duplicate_images: Literal["keep", "exact", "perceptual", "semantic"] = "keep"
     perceptual_distance: int = setting(4, 0, 16)
+    semantic_distance: float = setting(0.035, 0, 1)
     duplicate_captions: Literal["keep", "exact"] = "keep"
     export: Literal["csv", "parquet", "imagefolder", "webdataset", "clip-retrieval"] = "csv"
     shard_rows: int = setting(10_000, 1)
@@ -95,7 +96,7 @@ class Curation:
     @property
     def needs_images(self) -> bool:
         """Whether a rule looks at the images themselves, so that they are read again."""
-        return self.duplicate_images != "keep" or bool(make_image_rules(self))
+        return self.duplicate_images in ("exact", "perceptual") or bool(make_image_rules(self))
 
 
 @dataclasses.dataclass(frozen=True)
