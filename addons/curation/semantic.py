@@ -83,12 +83,14 @@ class SavedImages:
         """Write the vectors of these images, (n,) uint64 without repetition, in this order."""
         parts = (numbers >> np.uint64(32)).astype(np.int64)
         places = (numbers & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        by_part = np.argsort(parts, kind="stable")
+        present, starts = np.unique(parts[by_part], return_index=True)
         width = 0
         with output_disk(self._path), self._path.open("wb") as file:
-            for index in np.unique(parts).tolist():
+            for index, ranks in zip(present.tolist(), np.split(by_part, starts[1:]), strict=True):
                 images = read_embeddings(self._run.plan.partitions[index].embeddings)["images"].astype(np.float16)
                 width = images.shape[1]
-                for rank in np.flatnonzero(parts == index).tolist():
+                for rank in ranks.tolist():
                     file.seek(2 * width * rank)
                     file.write(images[places[rank]].tobytes())
         return VectorFile(self._path, len(numbers), width)
