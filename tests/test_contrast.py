@@ -205,21 +205,25 @@ def test_retried_rows_without_saved_embeddings(shapes, late, run_main, read_tabl
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_retry_killed_before_its_part_was_written(shapes, late, run_main, tmp_path, monkeypatch, kind):
-    """A retry that was killed after it had saved its embeddings: the same command gives a run without a failure."""
+    """A retry that was killed before it wrote anything ends, when it is repeated, with the bytes of one that was not."""
     config = shapes(rows=40, save_embeddings=kind, **ASKED)
     part = tmp_path / "out/parts/part-00000.parquet"
-    run_main("--config", config)
-    expected = part.read_bytes()
-    with late("shape-001.png"):
-        run_main("--config", config, "--fresh")
+
+    def begin():
+        with late("shape-001.png"):
+            run_main("--config", config, "--fresh")
 
     def die(*arguments):
         raise KeyboardInterrupt
+    begin()
+    assert run_main("--config", config, "--retry-failed").result["scored"] == 40
+    expected = part.read_bytes()
+    begin()
     with monkeypatch.context() as patch:
         patch.setattr(script, "commit_part", die)
         with pytest.raises(KeyboardInterrupt):
             run_main("--config", config, "--retry-failed")
-    assert run_main("--config", config).result["scored"] == 40
+    assert run_main("--config", config, "--retry-failed").result["scored"] == 40
     assert part.read_bytes() == expected
 
 
