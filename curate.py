@@ -8,8 +8,8 @@ The second job of the same config file: it works on the finished scores in `outp
 
     kept.csv  dropped.csv     every row of the input is in one of them; a dropped one names its rule (dropped_by)
     curated.json              the rules, how many rows each dropped, and where the similarity was cut
-    scores.png  throughput.png  memory.png
-    kept.parquet | imagefolder/ | webdataset/    with `export`
+    scores.png  throughput.png  memory.png  measure-<column>.png
+    kept.parquet | imagefolder/ | webdataset/ | clip-retrieval/    with `export`
     review.html               with `review`: one page that opens from the disk
 
     finished parts -> cuts -> verdict per row -> kept.csv, dropped.csv -> export -> review page
@@ -18,10 +18,12 @@ What it is made of lies in addons/curation/.
 """
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -30,8 +32,10 @@ import numpy as np
 
 from addons.curation import ImageRule, duplicates, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows
-from addons.curation.finished import FinishedRun, open_run, read_similarities
+from addons.curation.finished import FinishedRun, open_run, read_similarities, read_values
 from addons.curation.images import RunImages
+from addons.curation.overlaps import Overlaps
+from addons.curation.semantic import SavedImages
 from addons.measures import random_pairs
 from image_text_sim_clip import (
     EXIT_CONFIG,
@@ -61,7 +65,7 @@ def find_cuts(curation: rules.Curation, run: FinishedRun, proved: marks.ProvedCu
     """
     fraction = None
     if curation.keep_fraction is not None:
-        fraction = rules.find_fraction_cut(run.similarities, curation.keep_fraction)
+        fraction = rules.find_fraction_cut(lambda: run.values(curation.by), curation.keep_fraction, curation.by)
     random_rate = None
     if curation.max_random_rate is not None:
         if run.random_pairs is None or not run.random_pairs.random.count:
@@ -74,20 +78,25 @@ def find_cuts(curation: rules.Curation, run: FinishedRun, proved: marks.ProvedCu
 
 
 def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, images: RunImages | None,
-              verdicts: np.ndarray) -> None:
-    """Fill `verdicts`, uint8 (rows,), with every row's verdict."""
+              saved: SavedImages | None, verdicts: np.ndarray) -> Overlaps:
+    """Fill `verdicts`, uint8 (rows,), with every row's verdict; returns what the rules on one row would drop alone."""
     import pyarrow.compute as pc
     row_rules = rules.make_row_rules(curation, cuts)
     image_rules = rules.make_image_rules(curation)
-    neighbour_rules = duplicates.make_neighbour_rules(curation)
+    neighbour_rules = duplicates.make_neighbour_rules(curation, saved)
     candidates = duplicates.Candidates()
-    for first_row, table in run.chunks([run.source_name, run.caption_name, "similarity", "status"]):
+    overlaps = Overlaps()
+    further = list(curation.needs_columns)
+    for first_row, table in run.chunks([run.source_name, run.caption_name, "similarity", "status", *further]):
         sources = table[run.source_name].to_pylist()
         captions = table[run.caption_name].to_pylist()
         similarities = read_similarities(table)
         is_ok = pc.equal(table["status"], "ok").to_numpy()
-        judged = rules.judge_rows(row_rules, rules.ScoredRows(first_row, similarities, is_ok, captions))
-        fingerprints = np.zeros(len(judged), np.uint64)
+        values = {name: read_values(table, name) for name in further}
+        failures = rules.find_failures(row_rules, rules.ScoredRows(first_row, similarities, is_ok, captions, values))
+        overlaps.add(failures)
+        judged = rules.judge_failures(failures, len(similarities))
+        fingerprints = saved.numbers_of(first_row, len(judged)) if saved else np.zeros(len(judged), np.uint64)
         if images and curation.needs_images:
             perceptual = curation.duplicate_images == "perceptual"
             judge_images(images, image_rules, images.locate(first_row, table), perceptual, judged, fingerprints)
@@ -99,6 +108,7 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
                            [duplicates.hash_bytes(captions[i].strip().encode()) for i in left], fingerprints[left])
     for rule, rows in duplicates.find_duplicates(candidates.gather(), neighbour_rules).items():
         verdicts[rows] = rules.VERDICTS[rule]
+    return overlaps
 
 
 def judge_images(images: RunImages, image_rules: Sequence[ImageRule], sources: list[str], perceptual: bool,
@@ -165,7 +175,7 @@ def find_free_name(name: str, taken: list[str]) -> str:
 # ── Show ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def describe_choice(curation: rules.Curation, cuts: rules.Cuts, run: FinishedRun, counts: dict[str, int],
-                    exported: Exported, proved: marks.ProvedCut | None) -> rules.Choice:
+                    overlaps: Overlaps, exported: Exported, proved: marks.ProvedCut | None) -> rules.Choice:
     """What the rules did; `counts` are the rows with each verdict."""
     cut = cuts.similarity
     passing = None
@@ -175,7 +185,8 @@ def describe_choice(curation: rules.Curation, cuts: rules.Cuts, run: FinishedRun
         rows=run.row_count, scored=run.scored_count, kept=counts["kept"],
         dropped={name: count for name, count in counts.items() if count and name != "kept"},
         cut_similarity=cut, random_pairs_at_cut=passing, random_pairs=run.profile.get("random_pairs"), model=run.model,
-        curate=dataclasses.asdict(curation), exported=exported.count, not_exported=len(exported.missing),
+        curate=dataclasses.asdict(curation), alone=overlaps.alone, overlap=overlaps.both, together=overlaps.together,
+        exported=exported.count, not_exported=len(exported.missing),
         labels=dataclasses.asdict(proved) if proved else None)
 
 
@@ -204,11 +215,34 @@ def tell_proof(proved: marks.ProvedCut) -> None:
         say(f"{'':>24}  {proved.hint}")
 
 
+def draw_measures(run: FinishedRun, curation: rules.Curation, verdicts: np.ndarray, folder: pathlib.Path) -> None:
+    """Write measure-<column>.png for each column of a measure: its values in all rows and in those kept, with the cuts."""
+    for leftover in folder.glob("measure-*.png"):
+        leftover.unlink()
+    for column in run.further_columns:
+        if column.type != "float":
+            continue
+        pieces = functools.partial(read_judged_values, run, column.name, verdicts)
+        name = find_free_name("measure-" + re.sub(r"[^\w-]", "_", column.name), [path.stem for path in folder.glob("*.png")])
+        with contextlib.suppress(ImportError), atomic_file(folder / f"{name}.png") as file:  # `draw_plots` has told of it
+            plots.draw_measure(pieces, rules.find_limits(curation, column.name), column, file)
+
+
+def read_judged_values(run: FinishedRun, column: str, verdicts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the column's values of rows that follow each other, float32 (n,), and which of these rows are kept, bool (n,)."""
+    first_row = 0
+    for values in run.values(column):
+        yield values, np.asarray(verdicts[first_row:first_row + len(values)]) == rules.KEPT
+        first_row += len(values)
+
+
 def tell_summary(choice: rules.Choice) -> None:
     """The result on stderr, as a short table."""
     say(f"{'kept':>24}  {choice.tell()}")
     for name, count in choice.dropped.items():
-        say(f"{name:>24}  {count:,} dropped: {rules.RULE_TEXTS[name]}")
+        alone = choice.alone.get(name, count)
+        by_itself = f" (alone: {alone:,})" if alone != count else ""
+        say(f"{name:>24}  {count:,} dropped{by_itself}: {rules.RULE_TEXTS[name]}")
     if choice.curate["export"] != "csv":
         say(f"{'exported':>24}  {choice.exported:,} rows as {choice.curate['export']}")
 
@@ -224,6 +258,10 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     except ValueError as error:
         raise Trouble(EXIT_CONFIG, str(error)) from None
     require_libraries(curation)
+    for key, value in (("export", "clip-retrieval"), ("duplicate_images", "semantic")):
+        if getattr(curation, key) == value and run.plan.config.save_embeddings == "none":
+            raise Trouble(EXIT_CONFIG, f"curate.{key}: {value} needs the embeddings: score with save_embeddings first")
+    rules.check_columns(curation, run.plan.config.measures or {}, run.further_columns)
     export = EXPORTS[curation.export]
     folder = run.output / "curated"
     with contextlib.ExitStack() as stack:
@@ -239,12 +277,16 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
             leftover.unlink()
         verdicts = stack.enter_context(verdict_file(folder, run.row_count))
-        judge_all(run, curation, cuts, images, verdicts)
+        saved = None
+        if curation.duplicate_images == "semantic":
+            saved = stack.enter_context(contextlib.closing(SavedImages(run, folder, os.getpid())))
+        overlaps = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images), folder)
-        choice = describe_choice(curation, cuts, run, counts, exported, proved)
+        choice = describe_choice(curation, cuts, run, counts, overlaps, exported, proved)
         draw_plots(run, choice, folder)
+        draw_measures(run, curation, verdicts, folder)
         if curation.review:
             assert images
             review.write_review(run, images, config, verdicts, choice, curation.review_rows, folder / "review.html")
@@ -259,6 +301,12 @@ def require_libraries(curation: rules.Curation) -> None:
             import imagehash  # noqa: F401
         except ImportError as error:
             raise Trouble(EXIT_CONFIG, f"curate.duplicate_images: perceptual needs the package {error.name} "
+                                       "(pip install -r addons/requirements.txt)") from None
+    if curation.duplicate_images == "semantic":
+        try:
+            import faiss  # noqa: F401
+        except ImportError as error:
+            raise Trouble(EXIT_CONFIG, f"curate.duplicate_images: semantic needs the package {error.name} "
                                        "(pip install -r addons/requirements.txt)") from None
 
 

@@ -507,7 +507,7 @@ def find_measures(config: Config) -> "list[type[Measure]]":
 
 def result_columns(config: Config) -> tuple[Column, ...]:
     """The columns that a run adds to its input, in order; they depend on the config alone."""
-    measured = itertools.chain.from_iterable(measure.columns for measure in find_measures(config))
+    measured = itertools.chain.from_iterable(measure.columns_for(config) for measure in find_measures(config))
     return (*SCORE_COLUMNS, *measured, *STATUS_COLUMNS)
 
 
@@ -2444,6 +2444,7 @@ class Scorer:
         self.settings = self.family.image_settings()
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
+        self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
         cores = usable_cores() if self.device == "cpu" else 1
         self.lanes = 0 if PROFILED else cores
@@ -2504,7 +2505,7 @@ class Scorer:
 
     @profile
     def encode_images(self, pixels: "torch.Tensor | Future[torch.Tensor]") -> "torch.Tensor":
-        """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU."""
+        """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU; or see `to_unit`."""
         import torch
         batch = pixels.result() if isinstance(pixels, Future) else pixels
         channel = torch.arange(3, device=self.device).view(1, 3, 1, 1)
@@ -2512,7 +2513,7 @@ class Scorer:
         def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
             values = self._pixel_table[channel, part.to(self.device, non_blocking=True).long()]  # (n, 3, H, W)
             return self.family.image_features(model, values.to(model.dtype))
-        return self._embed(forward, batch)
+        return self._embed(forward, batch, self.keeps_norms)
 
     @profile
     def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> "torch.Tensor":
@@ -2565,7 +2566,8 @@ class Scorer:
         pixels = torch.from_numpy(np.stack(batch))
         return pixels.pin_memory() if self.device == "cuda" else pixels  # pinned, so that the upload need not wait
 
-    def _embed(self, forward: "Callable[[Any, torch.Tensor], torch.Tensor]", batch: "torch.Tensor") -> "torch.Tensor":
+    def _embed(self, forward: "Callable[[Any, torch.Tensor], torch.Tensor]", batch: "torch.Tensor",
+               with_norms: bool = False) -> "torch.Tensor":
         """Run `forward(model, batch)`, halving the batch when the GPU is full; normalise in fp32; redo what is not finite."""
         import torch
         unit = None
@@ -2573,7 +2575,7 @@ class Scorer:
             whole = self._compiled.pad_batch(batch, self.batch_size) if self._compiled else batch
             with torch.inference_mode():
                 features = forward(self.family.model, whole).float()
-                unit = torch.nn.functional.normalize(features[:len(batch)], dim=-1).cpu()
+                unit = to_unit(features[:len(batch)], with_norms).cpu()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise Trouble(EXIT_MODEL, f"the GPU has no room for {self.config.pretrained_model} and a single row: take a "
@@ -2583,11 +2585,11 @@ class Scorer:
             self._compiled = None  # no padding to a size that does not fit
             self.oom_halvings += 1
             half = len(batch) // 2
-            return torch.cat([self._embed(forward, batch[:half]), self._embed(forward, batch[half:])])
+            return torch.cat([self._embed(forward, part, with_norms) for part in (batch[:half], batch[half:])])
         broken = ~torch.isfinite(unit).all(dim=-1)
         if broken.any() and not self.is_plain_float32():
             with torch.inference_mode():
-                unit[broken] = torch.nn.functional.normalize(forward(self._in_float32(), batch[broken]), dim=-1).cpu()
+                unit[broken] = to_unit(forward(self._in_float32(), batch[broken]), with_norms).cpu()
         return unit
 
     def is_plain_float32(self) -> bool:
@@ -2629,6 +2631,13 @@ class Scorer:
         return self.cosines(embeddings, self.encode_texts(self.tokenize(texts)[0]))
 
 
+def to_unit(features: "torch.Tensor", with_norms: bool) -> "torch.Tensor":
+    """Features (n, d) -> unit vectors (n, d); `with_norms` their lengths as one column more, (n, d + 1)."""
+    import torch
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    return torch.cat([unit, features.norm(dim=-1, keepdim=True)], dim=-1) if with_norms else unit
+
+
 class ImageEncoder:
     """Gathers images into batches, keeps as many under way as there are lanes, and gives their embeddings in order."""
 
@@ -2638,6 +2647,7 @@ class ImageEncoder:
         self._batch: list[Any] = []
         self._flying: collections.deque[Future[Encoded]] = collections.deque()
         self._parts: list[torch.Tensor] = []
+        self.norms: torch.Tensor | None = None  # (m,) the lengths of the embeddings, after `finish` and where they are kept
 
     def add(self, pixels: Any) -> None:
         """Add a loader's (3, H, W) array; a full batch is given to the model."""
@@ -2654,7 +2664,11 @@ class ImageEncoder:
         if not self._parts:
             return None
         import torch
-        return torch.cat(self._parts)
+        embeddings = torch.cat(self._parts)
+        if self._scorer.keeps_norms:
+            self.norms = embeddings[:, -1]
+            embeddings = embeddings[:, :-1].contiguous()
+        return embeddings
 
     def _encode_batch(self) -> None:
         scorer = self._scorer
@@ -2755,6 +2769,7 @@ class Scored:
     turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
+    image_norms: "torch.Tensor | None" = None  # (m,) their lengths before, where a measure asks for them
 
     @classmethod
     def nothing(cls, count: int, status: str) -> "Scored":
@@ -2773,6 +2788,7 @@ class EmbeddedImages:
     failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
     remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
     embeddings: "torch.Tensor | None" = None
+    norms: "torch.Tensor | None" = None
 
 
 def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[Loaded]", clock: Clock,
@@ -2802,6 +2818,7 @@ def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[L
         INTERRUPTION.check()
     if encoder:
         images.embeddings = encoder.finish()
+        images.norms = encoder.norms
     for source, place in images.place_of.items():
         if place in on_gpu and on_gpu[place].failure:
             images.failure_of[source] = on_gpu[place].failure
@@ -2842,6 +2859,7 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
     if not scored:
         return
     result.image_embeddings = images.embeddings
+    result.image_norms = images.norms
     result.text_embeddings = scorer.encode_texts(ids, clock)
     with clock.stage("score"):
         place_of_text = {text: place for place, text in enumerate(texts)}
@@ -3409,6 +3427,8 @@ class Worker:
             files |= measured.files
         with clock.stage("write"):
             table = run.finish(result_table(self.plan, run.rows, scored, self.scorer, values))
+            for measure in self.measures:
+                table = measure.revise(run, table)
             summary = commit_part(self.plan, run.partition, table, kept, run.replaced, files)
         times = {
             "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
@@ -3798,6 +3818,10 @@ def print_summary(config: Config, profile: dict[str, Any]) -> None:
              ("metric", of_stages(times["metric"], METRIC_STAGES)),
              ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
              ("memory", f"{profile['peak_rss_mib']:,.0f} MiB RAM, {profile['peak_gpu_mib']:,.0f} MiB GPU (peaks)")]
+    asked_for = [name for name in config.measures or {} if name in times["stages"]]
+    if asked_for:
+        total = math.fsum(times["stages"][name] for name in asked_for)
+        lines.append(("measures", of_stages(total, asked_for)))
     if profile["pairs_per_s"]:
         workers = f" with {profile['workers']} workers" if profile["workers"] > 1 else ""
         lines.append(("rate", f"{profile['pairs_per_s']:,.1f} pairs/s{workers}; 100 million pairs would take "

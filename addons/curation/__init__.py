@@ -4,6 +4,8 @@
     images.py       the images of kept rows, read again as the scoring script read them
     rules.py        the keys of the section `curate:`, published recipes, and the rules that look at one row
     duplicates.py   the rules that compare rows with each other
+    semantic.py     one of them: images that show the same, by their embeddings
+    overlaps.py     what each rule would drop alone
     labels.py       the statistics of marked pairs: the farthest cut that they prove
     marks.py        labels.csv, and what curate.labels makes of it
     export.py       what is written for trainers: Parquet, an imagefolder, webdataset tars

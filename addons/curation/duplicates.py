@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from addons.curation.rules import Curation
+    from addons.curation.semantic import SavedImages
 
 
 def hash_bytes(data: bytes) -> int:
@@ -208,8 +209,8 @@ class EqualCaptions:
         return is_first_of_group(rows.captions)
 
 
-def make_neighbour_rules(curation: "Curation") -> list[NeighbourRule]:
-    """The rules between rows that the keys ask for, in the order in which they are applied."""
+def make_neighbour_rules(curation: "Curation", saved: "SavedImages | None" = None) -> list[NeighbourRule]:
+    """The rules between rows that the keys ask for, in the order in which they are applied; `saved` for the semantic one."""
     made: list[NeighbourRule] = []
     if curation.one_caption_per_image:
         made.append(OneCaptionPerImage())
@@ -217,6 +218,10 @@ def make_neighbour_rules(curation: "Curation") -> list[NeighbourRule]:
         made.append(EqualImages())
     if curation.duplicate_images == "perceptual":
         made.append(SimilarImages(curation.perceptual_distance))
+    if curation.duplicate_images == "semantic":
+        from addons.curation.semantic import SemanticImages
+        assert saved
+        made.append(SemanticImages(saved, curation.semantic_distance))
     if curation.duplicate_captions == "exact":
         made.append(EqualCaptions())
     return made

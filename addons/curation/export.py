@@ -22,7 +22,8 @@ from addons.curation import Export
 from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
 from addons.curation.rules import KEPT, Curation
-from image_text_sim_clip import RowFailure, atomic_file, file_sha256, read_sealed, say, write_sealed
+from addons.measures.embeddings import read_embeddings
+from image_text_sim_clip import Partition, RowFailure, atomic_file, file_sha256, read_sealed, say, write_sealed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -356,4 +357,54 @@ def read_keys(path: pathlib.Path) -> list[str]:
         return []
 
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (Csv(), Parquet(), ImageFolder(), WebDataset())}
+# ── Embeddings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class ClipRetrieval:
+    """clip-retrieval/img_emb, text_emb and metadata: the saved embeddings as `clip-retrieval inference` lays them out.
+
+    Three files for each part, whose k-th vectors and k-th row belong together: img_emb_00012.npy and text_emb_00012.npy, (n, d)
+    float16 unit vectors, and metadata_00012.parquet with the columns key (as in the other exports), image_path (the URL or
+    path), caption, similarity and those of measures. autofaiss and `clip-retrieval index` read the folder.
+    """
+
+    name: ClassVar[str] = "clip-retrieval"
+    needs_images: ClassVar[bool] = False
+
+    def write(self, kept: KeptRows, folder: pathlib.Path) -> Exported:
+        """Write the kept rows' embeddings below `folder`/clip-retrieval, unless they are there already."""
+        state = ExportState(folder, self.name, {})
+        if state.is_complete:
+            return Exported(state.exported)
+        exported = Exported()
+        for name in ("img_emb", "text_emb", "metadata"):
+            (state.target / name).mkdir(parents=True, exist_ok=True)
+        for partition in kept.run.plan.partitions:
+            rows = np.flatnonzero(np.asarray(kept.verdicts[partition.start:partition.stop]) == KEPT)
+            if len(rows):
+                self._write_part(kept.run, partition, rows, state.target)
+                exported.count += len(rows)
+        state.finish(exported)
+        return exported
+
+    def _write_part(self, run: FinishedRun, partition: Partition, rows: np.ndarray, target: pathlib.Path) -> None:
+        """Write the three files of one part, of its `rows` (n,), counted from the part's first."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        saved = read_embeddings(partition.embeddings)
+        number = f"{partition.index:05d}"
+        for name, vectors, of_row in (("img_emb", saved["images"], saved["image_of_row"]),
+                                      ("text_emb", saved["texts"], saved["text_of_row"])):
+            with atomic_file(target / name / f"{name}_{number}.npy") as file:
+                np.save(file, vectors[of_row[rows]].astype(np.float16))
+        table = pq.read_table(partition.parquet, use_threads=False, pre_buffer=False).take(rows)
+        columns = {"key": pa.array([f"{partition.start + row:09d}" for row in rows.tolist()], pa.string()),
+                   "image_path": table[run.source_name], "caption": table[run.caption_name],
+                   "similarity": table["similarity"]}
+        for column in run.further_columns:
+            columns[f"measure_{column.name}" if column.name in columns else column.name] = table[column.name]
+        with atomic_file(target / "metadata" / f"metadata_{number}.parquet") as file:
+            pq.write_table(pa.table(columns), file, compression="zstd")
+
+
+_ALL: tuple[Export, ...] = (Csv(), Parquet(), ImageFolder(), WebDataset(), ClipRetrieval())
+EXPORTS = {export.name: export for export in _ALL}

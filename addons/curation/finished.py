@@ -103,8 +103,12 @@ class FinishedRun:
 
     def similarities(self) -> Iterator[np.ndarray]:
         """Yield all rows' similarities, in input order: float32 arrays with NaN for none."""
-        for _, table in self.chunks(["similarity"]):
-            yield read_similarities(table)
+        return self.values("similarity")
+
+    def values(self, column: str) -> Iterator[np.ndarray]:
+        """Yield all rows' values in `column`, a number's, in input order: float32 arrays with NaN for none."""
+        for _, table in self.chunks([column]):
+            yield read_values(table, column)
 
     def judged_chunks(self, verdicts: np.ndarray) -> Iterator[JudgedChunk]:
         """Yield all rows with their verdicts, uint8 (rows,), up to CHUNK_ROWS at a time."""
@@ -135,7 +139,12 @@ class FinishedRun:
 
 def read_similarities(table: "pa.Table") -> np.ndarray:
     """The table's similarities: float32 (n,), NaN for none."""
-    return table["similarity"].to_numpy().astype(np.float32)
+    return read_values(table, "similarity")
+
+
+def read_values(table: "pa.Table", column: str) -> np.ndarray:
+    """The table's values in `column`, a number's: float32 (n,), NaN for none."""
+    return table[column].to_numpy().astype(np.float32)
 
 
 def open_run(config: Config) -> FinishedRun:

@@ -1,7 +1,10 @@
 """The plots next to kept.csv: both distributions with the chosen cut, throughput and memory of the scoring run."""
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+
+from image_text_sim_clip import Column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +61,37 @@ def _draw_histogram(axes: "Axes", counts: np.ndarray, edges: np.ndarray, bars: n
     heights = np.add.reduceat(counts, bars[:-1]) / counts.sum() / np.diff(edges[bars])
     axes.stairs(heights, edges[bars], fill=True, color=colour, alpha=0.3)
     axes.stairs(heights, edges[bars], color=colour, linewidth=1.5, label=label)
+
+
+def draw_measure(pieces: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]], limits: list[float], column: Column,
+                 file: BinaryIO) -> None:
+    """Draw the distribution of a measure's column, of all rows and of those kept, with the `limits` that rules set.
+
+    `pieces()` gives the values (n,) of rows that follow each other, NaN for none, and which are kept; it is called twice.
+    """
+    low = np.inf
+    high = -np.inf
+    for values, _ in pieces():
+        present = values[np.isfinite(values)]
+        low = min(low, float(present.min(initial=np.inf)))
+        high = max(high, float(present.max(initial=-np.inf)))
+    if low > high:  # no row has a value
+        low = 0.0
+        high = 1.0
+    edges = np.linspace(low, max(high, np.nextafter(np.float32(low), np.float32(np.inf))), MOST_BARS + 1)
+    everything = np.zeros(MOST_BARS, np.int64)
+    kept = np.zeros(MOST_BARS, np.int64)
+    for values, is_kept in pieces():
+        is_there = np.isfinite(values)
+        everything += np.histogram(values[is_there], edges)[0]
+        kept += np.histogram(values[is_there & is_kept], edges)[0]
+    figure, axes = _make_axes(3.4)
+    axes.stairs(everything, edges, fill=True, color=RANDOM, alpha=0.3, label=f"all rows ({everything.sum():,})")
+    axes.stairs(kept, edges, fill=True, color=MATCHED, alpha=0.6, label=f"kept ({kept.sum():,})")
+    for limit in limits:
+        axes.axvline(limit, color=CUT, linewidth=1.8, label=f"cut at {limit:g}")
+    axes.set(xlabel=column.name, ylabel="rows", title=column.meaning)
+    _save(figure, axes, file)
 
 
 def draw_throughput(rows: "ArrayLike", seconds: "ArrayLike", file: BinaryIO) -> None:

@@ -6,7 +6,8 @@ Similarities are compared as the float32 that they are: a row whose cell says 0.
 """
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar, Literal, NamedTuple
 
@@ -14,12 +15,12 @@ import numpy as np
 
 from addons.curation import ImageRule, JsonObject, RowRule
 from addons.curation.duplicates import ImageFacts
-from image_text_sim_clip import setting
+from image_text_sim_clip import EXIT_CONFIG, Column, Trouble, setting
 
 # Verdicts are the numbers of these names; a dropped row shows the first rule it fails.
-RULES = ("kept", "not_scored", "caption_length", "min_similarity", "keep_fraction", "max_random_rate", "min_precision",
-         "min_recall", "unreadable_image", "image_size", "aspect", "one_caption_per_image", "duplicate_image",
-         "duplicate_caption")
+RULES = ("kept", "not_scored", "caption_length", "min_similarity", "min_contrast", "min_label", "max_label", "min_head",
+         "max_head", "keep_fraction", "max_random_rate", "min_precision", "min_recall", "unreadable_image", "image_size",
+         "aspect", "one_caption_per_image", "duplicate_image", "duplicate_caption")
 VERDICTS = {name: number for number, name in enumerate(RULES)}
 KEPT = VERDICTS["kept"]
 
@@ -27,6 +28,11 @@ RULE_TEXTS = {
     "not_scored": "has no similarity: see its status",
     "caption_length": "the caption is shorter or longer than allowed",
     "min_similarity": "scores below min_similarity",
+    "min_contrast": "has a contrast below min_contrast, or none",
+    "min_label": "is less probable to have a label than min_label asks",
+    "max_label": "is more probable to have a label than max_label allows",
+    "min_head": "gets less from a head than min_head asks",
+    "max_head": "gets more from a head than max_head allows",
     "keep_fraction": "is not among the best keep_fraction of the scored rows",
     "max_random_rate": "more than max_random_rate of random pairs score as high",
     "min_precision": "scores below the cut that the marked pairs prove for min_precision",
@@ -44,10 +50,17 @@ RULE_TEXTS = {
 class Curation:
     """Every key of config.yaml's section `curate`, which says in a comment what each is for."""
 
-    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30"] | None = None
+    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30", "s-cliploss-l14-top30",
+                    "stable-diffusion-v1-2"] | None = None
     recipe_for_any_model: bool = False
     min_similarity: float | None = setting(None, -1, 1)
+    min_contrast: float | None = setting(None)
+    min_label: dict[str, float] | None = None
+    max_label: dict[str, float] | None = None
+    min_head: dict[str, float] | None = None
+    max_head: dict[str, float] | None = None
     keep_fraction: float | None = setting(None, 0, 1)
+    by: str = "similarity"
     max_random_rate: float | None = setting(None, 0, 1)
     labels: str | None = None
     labels_drawn: Literal["by_page", "at_random"] = "by_page"
@@ -59,25 +72,38 @@ class Curation:
     min_height: int = setting(0, 0)
     max_aspect: float | None = setting(None, 1)
     one_caption_per_image: bool = False
-    duplicate_images: Literal["keep", "exact", "perceptual"] = "keep"
+    duplicate_images: Literal["keep", "exact", "perceptual", "semantic"] = "keep"
     perceptual_distance: int = setting(4, 0, 16)
+    semantic_distance: float = setting(0.035, 0, 1)
     duplicate_captions: Literal["keep", "exact"] = "keep"
-    export: Literal["csv", "parquet", "imagefolder", "webdataset"] = "csv"
+    export: Literal["csv", "parquet", "imagefolder", "webdataset", "clip-retrieval"] = "csv"
     shard_rows: int = setting(10_000, 1)
     review: bool = False
     review_rows: int = setting(2000, 1, 20_000)
 
     @property
+    def needs_columns(self) -> dict[str, str]:
+        """The columns of measures that the rules look at, and for each the key that asks for it."""
+        needed = {}
+        if self.min_contrast is not None:
+            needed["contrast"] = "min_contrast"
+        for key in ("min_label", "max_label", "min_head", "max_head"):
+            needed |= dict.fromkeys(getattr(self, key) or {}, key)
+        if self.keep_fraction is not None and self.by != "similarity":
+            needed[self.by] = "by"
+        return needed
+
+    @property
     def needs_images(self) -> bool:
         """Whether a rule looks at the images themselves, so that they are read again."""
-        return self.duplicate_images != "keep" or bool(make_image_rules(self))
+        return self.duplicate_images in ("exact", "perceptual") or bool(make_image_rules(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A published way of choosing: the keys that it sets, the model whose cosines it speaks of, and who used it."""
 
-    keys: dict[str, float]
+    keys: dict[str, float | str | dict[str, float]]
     model: str
     source: str
 
@@ -87,6 +113,12 @@ RECIPES = {
     "laion-2b": Recipe({"min_similarity": 0.28}, "openai/clip-vit-base-patch32", "LAION-5B, its English part (2022)"),
     "datacomp-l14-top30": Recipe({"keep_fraction": 0.3}, "openai/clip-vit-large-patch14",
                                  "DataComp, CLIP score (L/14 30 %) (Gadre et al. 2023)"),
+    "s-cliploss-l14-top30": Recipe({"keep_fraction": 0.3, "by": "contrast"}, "openai/clip-vit-large-patch14",
+                                   "s-CLIPLoss on the scores of OpenAI's L/14 (Wang et al. 2024, arXiv 2405.19547)"),
+    # its third condition, a watermark probability below 0.5, came with LAION-5B's own table: max_label, or a column there
+    "stable-diffusion-v1-2": Recipe({"min_head": {"aesthetic": 5.0}, "min_width": 512, "min_height": 512},
+                                    "openai/clip-vit-large-patch14",
+                                    "laion-improved-aesthetics, model card of Stable Diffusion v1-2 (2022)"),
 }
 
 
@@ -102,14 +134,45 @@ def apply_recipe(curation: Curation, model: str) -> Curation:
     if _last_segment(model) != _last_segment(recipe.model) and not curation.recipe_for_any_model:
         raise ValueError(f"recipe {curation.recipe} was made for {recipe.model}, and these scores are from {model}: cosines of "
                          "two models do not compare (max_random_rate does; recipe_for_any_model: true insists)")
+    defaults = Curation()
     for key, value in recipe.keys.items():
-        if getattr(curation, key) not in (None, value):
+        if getattr(curation, key) not in (getattr(defaults, key), value):
             raise ValueError(f"recipe {curation.recipe} sets {key} to {value}; leave {key} out, or the recipe")
-    return dataclasses.replace(curation, **recipe.keys)  # type: ignore[arg-type]  # its keys are numbers, as above
+    return dataclasses.replace(curation, **recipe.keys)  # type: ignore[arg-type]  # values of these very keys
 
 
 def _last_segment(model: str) -> str:
     return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def check_columns(curation: Curation, measures: JsonObject, columns: Sequence[Column]) -> None:
+    """Trouble (exit 2) for a rule on a column that the scores do not have, and for a limit that is no number.
+
+    `measures` is the section of that name that the rows were scored with, `columns` are those that it gave them.
+    """
+    for key, measure in (("min_label", "labels"), ("max_label", "labels"), ("min_head", "heads"), ("max_head", "heads")):
+        for name, limit in (getattr(curation, key) or {}).items():
+            if name not in (measures.get(measure) or {}):
+                raise Trouble(EXIT_CONFIG, f"curate.{key}: {name!r} is none of these scores' {measure}: "
+                                           f"{', '.join(measures.get(measure) or {}) or 'they have none'}")
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+                raise Trouble(EXIT_CONFIG, f"curate.{key}.{name} must be a number, got {limit!r}")
+    if curation.by != "similarity" and curation.keep_fraction is None:
+        raise Trouble(EXIT_CONFIG, f"curate.by: {curation.by} needs keep_fraction, the share to keep")
+    known = [column.name for column in columns if column.type == "float"]
+    for name, key in curation.needs_columns.items():
+        if name not in known:
+            raise Trouble(EXIT_CONFIG, f"curate.{key}: these scores have no column {name!r} of a measure, only "
+                                       f"{', '.join(['similarity', *known])}; the key `measures` adds some while rows are "
+                                       "scored")
+
+
+def find_limits(curation: Curation, column: str) -> list[float]:
+    """Where rules cut a measure's column, the least and the most; none where no rule looks at it."""
+    if column == "contrast":
+        return [] if curation.min_contrast is None else [curation.min_contrast]
+    sections = (curation.min_label, curation.max_label, curation.min_head, curation.max_head)
+    return [limits[column] for limits in sections if limits and column in limits]
 
 
 # ── The best fraction, exactly and in constant memory ─────────────────────────────────────────────────────────────────
@@ -128,30 +191,31 @@ def similarity_of_key(key: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class FractionCut:
-    """The best rows by similarity: all above `key`, and those at `key` up to and including row `last_row`."""
+    """The best rows by a column: all above `key`, and those at `key` up to and including row `last_row`."""
 
     key: int
     last_row: int
+    column: str = "similarity"
 
-    def keeps(self, similarities: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Tell which of the scored rows, given by similarity (n,) and row number (n,), are among the best: bool (n,)."""
-        keys = order_keys(similarities)
-        return (keys > self.key) | ((keys == self.key) & (rows <= self.last_row))
+    def keeps(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Tell which rows, given by their values (n,), NaN for none, and row numbers (n,), are among the best: bool (n,)."""
+        keys = order_keys(values)
+        return ~np.isnan(values) & ((keys > self.key) | ((keys == self.key) & (rows <= self.last_row)))
 
     @property
-    def similarity(self) -> float:
-        """The lowest similarity that is kept."""
+    def lowest(self) -> float:
+        """The lowest value that is kept."""
         return similarity_of_key(self.key)
 
 
 Chunks = Callable[[], Iterable[np.ndarray]]
 
 
-def find_fraction_cut(chunks: Chunks, fraction: float) -> FractionCut:
-    """Find the cut that keeps exactly floor(fraction x scored rows): the highest, and of equal ones the first rows.
+def find_fraction_cut(chunks: Chunks, fraction: float, column: str = "similarity") -> FractionCut:
+    """Find the cut that keeps exactly floor(fraction x rows with a value): the highest, and of equal ones the first rows.
 
-    `chunks()` gives the similarities of all rows, in input order, as float32 arrays of any length with NaN for a row
-    without a score; it is called three times. One pass counts the upper half of each order key, one the lower half within
+    `chunks()` gives the values of all rows in `column`, in input order, as float32 arrays of any length with NaN for a row
+    without one; it is called three times. One pass counts the upper half of each order key, one the lower half within
     the decisive upper half, one finds the row at which the ties run out: 1 MB of counts for any number of rows.
     """
     upper = np.zeros(1 << 16, np.int64)
@@ -160,7 +224,7 @@ def find_fraction_cut(chunks: Chunks, fraction: float) -> FractionCut:
     # the fraction as it is written: 0.7 of 10 is 7, though the nearest float lies a little below 0.7
     wanted = math.floor(Fraction(str(fraction)) * int(upper.sum()))
     if not wanted:
-        return FractionCut(0xFFFFFFFF, -1)
+        return FractionCut(0xFFFFFFFF, -1, column)
     half, above_half = _find_decisive(upper, wanted)
     lower = np.zeros(1 << 16, np.int64)
     for similarities in chunks():
@@ -168,7 +232,7 @@ def find_fraction_cut(chunks: Chunks, fraction: float) -> FractionCut:
         lower += np.bincount(keys[keys >> 16 == half] & 0xFFFF, minlength=1 << 16)
     rest, above_rest = _find_decisive(lower, wanted - above_half)
     key = half << 16 | rest
-    return FractionCut(key, _find_last_tie(chunks, key, wanted - above_half - above_rest))
+    return FractionCut(key, _find_last_tie(chunks, key, wanted - above_half - above_rest), column)
 
 
 def _scored(similarities: np.ndarray) -> np.ndarray:
@@ -209,8 +273,10 @@ class Cuts:
 
     @property
     def similarity(self) -> float | None:
-        """The strictest of them, as a similarity."""
-        fraction = self.fraction.similarity if self.fraction else None
+        """The strictest of them, as a similarity; a fraction by another column is none."""
+        fraction = None
+        if self.fraction and self.fraction.column == "similarity":
+            fraction = self.fraction.lowest
         given = [self.min_similarity, fraction, self.random_rate, self.min_precision, self.min_recall]
         return max((cut for cut in given if cut is not None), default=None)
 
@@ -222,6 +288,11 @@ class ScoredRows(NamedTuple):
     similarities: np.ndarray  # float32 (n,), NaN for none
     is_ok: np.ndarray  # bool (n,): whether the status is ok
     captions: list[str]  # n
+    further: Mapping[str, np.ndarray] = types.MappingProxyType({})  # columns of measures: float32 (n,), NaN for none
+
+    def values(self, column: str) -> np.ndarray:
+        """The similarities, or a measure's column: float32 (n,)."""
+        return self.similarities if column == "similarity" else self.further[column]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +334,21 @@ class SimilarityBelow:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnOutside:
+    """Drops what a measure's column places outside [least, most], and rows without a value there."""
+
+    name: str
+    column: str
+    least: float = -math.inf
+    most: float = math.inf
+
+    def fails(self, rows: ScoredRows) -> np.ndarray:
+        """Tell which rows have a lower, a higher or no value, compared as float32: bool (n,)."""
+        values = rows.values(self.column)
+        return ~((values >= np.float32(self.least)) & (values <= np.float32(self.most)))
+
+
+@dataclasses.dataclass(frozen=True)
 class OutsideFraction:
     """Drops what is not among the best rows."""
 
@@ -272,7 +358,7 @@ class OutsideFraction:
     def fails(self, rows: ScoredRows) -> np.ndarray:
         """Tell which rows are not among the best: bool (n,)."""
         numbers = rows.first_row + np.arange(len(rows.similarities))
-        return ~self.cut.keeps(rows.similarities, numbers)
+        return ~self.cut.keeps(rows.values(self.cut.column), numbers)
 
 
 def make_row_rules(curation: Curation, cuts: Cuts) -> list[RowRule]:
@@ -282,6 +368,12 @@ def make_row_rules(curation: Curation, cuts: Cuts) -> list[RowRule]:
         made.append(CaptionLength(curation.min_caption_chars, curation.max_caption_chars))
     if cuts.min_similarity is not None:
         made.append(SimilarityBelow("min_similarity", cuts.min_similarity))
+    if curation.min_contrast is not None:
+        made.append(ColumnOutside("min_contrast", "contrast", least=curation.min_contrast))
+    for name, limits in (("min_label", curation.min_label), ("min_head", curation.min_head)):
+        made += [ColumnOutside(name, column, least=limit) for column, limit in (limits or {}).items()]
+    for name, limits in (("max_label", curation.max_label), ("max_head", curation.max_head)):
+        made += [ColumnOutside(name, column, most=limit) for column, limit in (limits or {}).items()]
     if cuts.fraction is not None:
         made.append(OutsideFraction(cuts.fraction))
     if cuts.random_rate is not None:
@@ -293,12 +385,26 @@ def make_row_rules(curation: Curation, cuts: Cuts) -> list[RowRule]:
     return made
 
 
+def find_failures(row_rules: Sequence[RowRule], rows: ScoredRows) -> dict[str, np.ndarray]:
+    """For each rule's name, in the order in which they are applied, which rows fail it: bool (n,)."""
+    failures: dict[str, np.ndarray] = {}
+    for rule in row_rules:
+        fails = rule.fails(rows)
+        failures[rule.name] = failures[rule.name] | fails if rule.name in failures else fails
+    return failures
+
+
+def judge_failures(failures: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """Verdicts, uint8 (count,): for each row the first rule that it fails, or KEPT."""
+    verdicts = np.full(count, KEPT, np.uint8)
+    for name, fails in failures.items():
+        verdicts[fails & (verdicts == KEPT)] = VERDICTS[name]
+    return verdicts
+
+
 def judge_rows(row_rules: Sequence[RowRule], rows: ScoredRows) -> np.ndarray:
     """Verdicts, uint8 (n,): for each row the first rule that it fails, or KEPT."""
-    verdicts = np.full(len(rows.similarities), KEPT, np.uint8)
-    for rule in row_rules:
-        verdicts[rule.fails(rows) & (verdicts == KEPT)] = VERDICTS[rule.name]
-    return verdicts
+    return judge_failures(find_failures(row_rules, rows), len(rows.similarities))
 
 
 # ── Rules for one image ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,6 +469,9 @@ class Choice:
     random_pairs: JsonObject | None  # their entry in profile.json
     model: str
     curate: JsonObject  # the section, with the recipe's keys
+    alone: dict[str, int]  # by rule on one row: the scored rows that it would drop if it were the only one
+    overlap: dict[str, dict[str, int]]  # by two such rules: the scored rows that fail both
+    together: int  # the scored rows that fail any of these rules
     exported: int = 0
     not_exported: int = 0  # kept rows whose image is gone
     labels: JsonObject | None = None  # the cut that marked pairs prove: a marks.ProvedCut

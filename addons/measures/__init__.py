@@ -5,13 +5,17 @@
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
     captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
-    drift.py          what passport.py and embeddings.py say of a change of scores; no measure itself
+    contrast.py       the similarity less what image and caption score with everything else
+    labels.py         what an image shows, by prompts alone
+    heads.py          small networks on the image's embedding, such as an aesthetics predictor
+    target_embeddings.py    how near each image is to the images of another run
+    image_columns.py, drift.py, moments.py    what several measures share; no measures themselves
 
-A run with a model computes every measure whose `wanted(config)` is true. The five above are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The first five are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:
-      caption_length: {}
+      contrast: {}
 
 To add one, drop one file into this folder:
 
@@ -42,6 +46,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from image_text_sim_clip import (
     EXIT_CONFIG,
+    RESULT_COLUMNS,
     Column,
     Config,
     ImageLoader,
@@ -51,6 +56,7 @@ from image_text_sim_clip import (
     Scorer,
     Trouble,
     check_section,
+    column_names,
     room,
 )
 
@@ -103,6 +109,11 @@ class Measure:
             return None
         return check_section(cls.settings, values, f"measures.{cls.name}")
 
+    @classmethod
+    def columns_for(cls, config: Config) -> tuple[Column, ...]:
+        """Its columns in a run with this config: `columns`, unless its settings name them."""
+        return cls.columns
+
     scorer: Scorer  # not there in a dry run
 
     def __init__(self, config: Config, plan: Plan, scorer: Scorer | None, loader: ImageLoader) -> None:
@@ -122,6 +133,13 @@ class Measure:
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
         """Called when the partition's rows are scored and before its part is written."""
         raise NotImplementedError
+
+    def revise(self, run: PartitionRun, table: "pa.Table") -> "pa.Table":
+        """The part's table before it is written, all of its rows, also those that --retry-failed has not tried again.
+
+        Called after `measure`; for values that depend on other rows of the partition.
+        """
+        return table
 
     def close(self) -> None:
         """Let go of what was held for the partitions begun; `begin` may follow again."""
@@ -166,7 +184,20 @@ def find_measures(config: Config) -> list[type[Measure]]:
         by_name[name].read_settings(config)
         if not by_name[name].wanted(config):
             raise Trouble(EXIT_CONFIG, f"measures.{name}: this one has a key of its own, and this config turns it off there")
-    return [measure for measure in measures if measure.wanted(config)]
+    wanted = [measure for measure in measures if measure.wanted(config)]
+    _refuse_equal_columns(config, wanted)
+    return wanted
+
+
+def _refuse_equal_columns(config: Config, measures: list[type[Measure]]) -> None:
+    """Trouble (exit 2) where two columns of the results would have the same name, such as a label and a head."""
+    taken = dict.fromkeys(column_names(RESULT_COLUMNS), "every result")
+    for measure in measures:
+        for name in column_names(measure.columns_for(config)):
+            if name in taken:
+                raise Trouble(EXIT_CONFIG, f"measures.{measure.name}: {taken[name]} has a column {name!r} already; take "
+                                           "another name")
+            taken[name] = f"measures.{measure.name}"
 
 
 def _describe_unknown(name: str, known: dict[str, type[Measure]]) -> str:
