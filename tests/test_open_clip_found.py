@@ -227,12 +227,14 @@ def test_without_ftfy_one_line_says_what_to_install(own, monkeypatch):
 
 
 def test_a_model_trained_again_is_another_model(own, model):
-    """The identity of a folder changes with its weights and with its config."""
+    """The identity of a folder changes with its weights, its config and its vocabulary."""
     first = script.find_model(script.Config(pretrained_model=str(own))).identity
     change_weights(own, lambda weights: weights.update({"logit_scale": torch.tensor(3.0)}))
     second = script.find_model(script.Config(pretrained_model=str(own))).identity
     change(own, "preprocess_cfg", resize_mode="longest")
-    assert len({first, second, script.find_model(script.Config(pretrained_model=str(own))).identity}) == 3
+    third = script.find_model(script.Config(pretrained_model=str(own))).identity
+    (own / tiny.BPE_FILE).write_bytes((own / tiny.BPE_FILE).read_bytes() + b"\0")
+    assert len({first, second, third, script.find_model(script.Config(pretrained_model=str(own))).identity}) == 4
 
 
 # ── Towers that are borrowed ──────────────────────────────────────────────────────────────────────────────────────────
