@@ -1526,7 +1526,7 @@ class ImageLoader:
             if not loaded.is_on_gpu:
                 loaded.pixels = self._make_pixels(data, clock)
         except RowFailure as failure:
-            loaded.failure = failure.with_traceback(None)
+            loaded.failure = RowFailure(failure.status, failure.detail)  # the one raised holds the bytes, by its traceback
         return loaded
 
     def _make_pixels(self, data: bytes, clock: "Clock") -> "np.ndarray":

@@ -71,7 +71,7 @@ class RunImages:
         try:
             return self._read(source.strip())
         except RowFailure as failure:
-            return failure.with_traceback(None)
+            return RowFailure(failure.status, failure.detail)
 
     def decode(self, data: bytes) -> "Image.Image":
         """Bytes -> 8-bit RGB image; raises RowFailure."""

@@ -1,5 +1,6 @@
 """One attempt to fetch an image: connect to a checked address, ask, judge the answer, read it within time and memory."""
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import email.utils
@@ -8,7 +9,6 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Iterator
 
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
@@ -25,6 +25,10 @@ from image_text_sim_clip import Config, RowFailure
 
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 REFUSING_CODES = (429, 503)
+SMALL_BYTES = 128 * 2**10
+MEDIUM_BYTES = 4 * 2**20
+MEDIUM_BUDGET = 96 * 2**20  # of all bodies of up to MEDIUM_BYTES that are held at a time
+LARGE_BUDGET = 192 * 2**20  # of the longer ones
 
 
 class PassingFailure(Exception):
@@ -73,7 +77,7 @@ class Attempt:
     target: Target
     ends: float  # its deadline, later by what it has `waited_s`
     waited_s: float = 0.0  # for room in memory, which is not the server's fault
-    held_bytes: int = 0  # of the body, counted in BytesInFlight
+    holding: "Holding" = dataclasses.field(default_factory=lambda: Holding())
     is_reading: bool = False  # the head has come
     opted_out: bool = False  # the server opts out, and the config does not mind
     clock: asyncio.Timeout | None = None
@@ -92,71 +96,105 @@ class Attempt:
             self.clock.reschedule(self.ends)
 
 
-class BytesInFlight:
-    """Counts the bytes of bodies from the wire to the decoder; beyond `most` only the oldest attempt may read on.
-
-    So what is held exceeds the bound by one body at most, and there is always one that can be read to its end.
-    """
+class Budget:
+    """Bytes that may be held at a time; who wants some waits for its turn, the first first."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.held = 0
-        self._readers: dict[Attempt, None] = {}  # the oldest first
-        self._waiting: list[asyncio.Future[None]] = []
+        self.taken = 0
+        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
-    def is_full(self) -> bool:
-        """Whether nothing new should be begun."""
-        return self.held >= self.most
-
-    @contextlib.contextmanager
-    def reading(self, attempt: Attempt) -> Iterator[None]:
-        """The attempt reads its body inside; at an error what it held is given back."""
-        self._readers[attempt] = None
-        try:
-            yield
-        except BaseException:
-            self.give_back(attempt.held_bytes)
-            attempt.held_bytes = 0
-            raise
-        finally:
-            del self._readers[attempt]
-            self._wake()
+    def _fits(self, count: int) -> bool:
+        return self.taken + count <= self.most or not self.taken
 
     async def take(self, attempt: Attempt, count: int) -> None:
-        """Count bytes that have come in; returns when the attempt may read on."""
-        self.held += count
-        attempt.held_bytes += count
-        while self.held > self.most and next(iter(self._readers)) is not attempt:
-            event: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(event)
+        """Take so many bytes for a body, off the attempt's clock if they have to be waited for."""
+        if self._fits(count) and not self._waiting:
+            self.taken += count
+            return
+        event: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, event))
+        try:
             await attempt.wait_for_room(event)
+        except BaseException:
+            if event.done() and not event.cancelled():  # given in the moment of being cancelled
+                self.give_back(count)
+            raise
 
     def give_back(self, count: int) -> None:
         """So many bytes are held no longer."""
-        self.held -= count
-        self._wake()
-
-    def _wake(self) -> None:
-        for event in self._waiting:
+        self.taken -= count
+        while self._waiting:
+            wanted, event = self._waiting[0]
+            if not event.done() and not self._fits(wanted):
+                break
+            self._waiting.popleft()
             if not event.done():
+                self.taken += wanted
                 event.set_result(None)
-        self._waiting.clear()
+
+
+@dataclasses.dataclass(eq=False)
+class Holding:
+    """What one body holds of the budgets, from the wire to the decoder."""
+
+    medium: int = 0
+    large: int = 0
+    seen: int = 0  # bytes of it that have come
+
+
+class BytesInFlight:
+    """Bounds the memory that bodies take: those of some size have to wait for room, and long ones apart from the others.
+
+    A body may hold SMALL_BYTES without asking. Beyond, it needs as many as it promises to have (Content-Length); one that
+    promises nothing needs MEDIUM_BYTES, and beyond those as many as an image may have at all. Servers that promise much and
+    send little so hold up nobody but other long images.
+    """
+
+    def __init__(self, most_of_one: int) -> None:
+        self._most_of_one = most_of_one
+        self._medium = Budget(MEDIUM_BUDGET)
+        self._large = Budget(LARGE_BUDGET)
+
+    async def count(self, attempt: Attempt, piece: int, promised: int | None) -> None:
+        """A piece of so many bytes has come; returns when the body may be read on."""
+        held = attempt.holding
+        held.seen += piece
+        if held.seen <= SMALL_BYTES or held.large:
+            return
+        is_long = held.seen > MEDIUM_BYTES or (promised or 0) > MEDIUM_BYTES
+        if not is_long and not held.medium:
+            count = min(promised or MEDIUM_BYTES, MEDIUM_BYTES)
+            await self._medium.take(attempt, count)
+            held.medium = count
+        if is_long:
+            await self._large.take(attempt, promised or self._most_of_one)
+            held.large = promised or self._most_of_one
+
+    def give_back(self, held: Holding) -> None:
+        """The body is held no longer."""
+        if held.medium:
+            self._medium.give_back(held.medium)
+        if held.large:
+            self._large.give_back(held.large)
+        held.medium = 0
+        held.large = 0
 
 
 class Web:
     """What attempts share: resolvers, kept connections, TLS, and the bound on memory. For the event loop's thread alone."""
 
-    def __init__(self, config: Config, kept_connections: int, most_bytes: int) -> None:
+    def __init__(self, config: Config, kept_connections: int) -> None:
         self.config = config
         self.connections = KeptConnections(kept_connections)
-        self.bytes = BytesInFlight(most_bytes)
+        self.bytes = BytesInFlight(config.max_image_bytes)
         self._resolver = Resolver(config.allow_private_hosts)
         self._proxy_resolver = Resolver(allow_private=True)
 
     async def get(self, attempt: Attempt) -> bytes:
         """The image; raises RowFailure, PassingFailure, Redirected, Refused, or TooManyFiles.
 
-        `attempt.held_bytes` of it are counted in `bytes` until the caller gives them back.
+        What `attempt.holding` says of it is taken from `bytes` until the caller gives it back.
         """
         try:
             async with asyncio.timeout_at(attempt.ends) as attempt.clock:
@@ -174,18 +212,14 @@ class Web:
         attempt.is_reading = True
         try:
             await self._judge(connection, head, attempt)
-            with self.bytes.reading(attempt):
-                body = await self._read_body(connection, head, attempt)
+            return await self._read_body(connection, head, attempt)
         except BaseException:
+            self.bytes.give_back(attempt.holding)
             if not connection.is_drained:
                 connection.close()
             raise
         finally:
-            self._keep(connection)
-        return body
-
-    def _keep(self, connection: Connection) -> None:
-        self.connections.keep(connection, asyncio.get_running_loop().time())
+            self.connections.keep(connection, asyncio.get_running_loop().time())
 
     async def _ask(self, target: Target) -> tuple[Connection, Head]:
         """Send the request, and read the head of the answer."""
@@ -290,9 +324,9 @@ class Web:
             raise too_large
         pieces = []
         async for piece in connection.read_body(head):
-            if attempt.held_bytes + len(piece) > most_bytes:
+            if attempt.holding.seen + len(piece) > most_bytes:
                 raise too_large
-            await self.bytes.take(attempt, len(piece))
+            await self.bytes.count(attempt, len(piece), head.length())
             pieces.append(piece)
         return b"".join(pieces)
 

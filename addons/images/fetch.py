@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from addons.images.cache import Cache
-from addons.images.exchange import Attempt, PassingFailure, Redirected, Refused, Unreachable, Web
+from addons.images.exchange import Attempt, BytesInFlight, Holding, PassingFailure, Redirected, Refused, Unreachable, Web
 from addons.images.hosts import DEAD_AFTER, Host, Hosts
 from addons.images.http_client import TooManyFiles
 from addons.images.targets import Target, can_be_split, read_url
@@ -36,7 +36,6 @@ MOST_REFUSALS = 8  # of one row by a host that serves others
 AUTO_CONCURRENCY = 1024
 FILES_KEPT_BACK = 128  # descriptors for everything else that this process opens
 FETCHING_SHARE = 2 / 3  # of the other descriptors; the rest are connections kept for later
-BYTES_IN_FLIGHT = 192 * 2**20  # of bodies, from the wire to the decoder
 UNCLAIMED_IMAGES = 128  # fetched or decoded, and not taken yet: beyond that no new fetch begins
 FULL_PAUSE_S = 0.2  # when there are too many open files
 MOST_TIMES_FULL = 50
@@ -60,7 +59,7 @@ class Outcome:
     data: bytes = b""
     failure: RowFailure | None = None
     seconds: float = 0.0
-    held_bytes: int = 0
+    holding: Holding = dataclasses.field(default_factory=Holding)
     bug: Exception | None = None
 
     def get(self) -> bytes:
@@ -121,7 +120,7 @@ class Fetcher:
         self.concurrency, kept_connections = count_connections(config)
         self.fetch_seconds: dict[int, collections.Counter[int]] = {}  # by partition, see web_report.py
         self.hosts = Hosts(config.max_per_host, config.host_patience_s)
-        self.web = Web(config, kept_connections, BYTES_IN_FLIGHT)
+        self.web = Web(config, kept_connections)
         self._loop = event_loop()
         self._here = threading.local()  # .lent: the Outcome that a call in this thread is to return
         self._listed: collections.deque[Host] = collections.deque()  # hosts that may be asked now, in turns
@@ -164,7 +163,7 @@ class Fetcher:
 
     def release(self, outcome: Outcome) -> None:
         """The outcome's data is needed no longer."""
-        self._loop.call_soon_threadsafe(self._release, outcome.held_bytes)
+        self._loop.call_soon_threadsafe(self._release, outcome.holding)
 
     def is_hungry(self) -> bool:
         """Whether it could begin more fetches at once, if it only had URLs of hosts that may be asked."""
@@ -237,7 +236,7 @@ class Fetcher:
         self._start_fetches()
 
     def _may_start(self) -> bool:
-        return self.in_flight < self.concurrency and self._unclaimed < UNCLAIMED_IMAGES and not self.web.bytes.is_full()
+        return self.in_flight < self.concurrency and self._unclaimed < UNCLAIMED_IMAGES
 
     def _start_fetches(self) -> None:
         """Begin as many fetches as there is room for; the hosts that may be asked take turns."""
@@ -271,9 +270,9 @@ class Fetcher:
         self._unclaimed += 1
         on_done(outcome)
 
-    def _release(self, held_bytes: int) -> None:
+    def _release(self, holding: Holding) -> None:
         self._unclaimed -= 1
-        self.web.bytes.give_back(held_bytes)
+        self.web.bytes.give_back(holding)
         self._start_fetches()
 
     async def _drop_all(self) -> None:
@@ -286,7 +285,7 @@ class Fetcher:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
         self._unclaimed = 0
-        self.web.bytes.held = 0
+        self.web.bytes = BytesInFlight(self.config.max_image_bytes)
 
     async def _run(self, fetch: Fetch) -> None:
         """What is done in a turn."""
@@ -316,8 +315,9 @@ class Fetcher:
             fetch.host = self.hosts.find(fetch.target.host_name)
             self._queue(fetch)
         else:
-            self.web.bytes.held += len(body)
-            self._deliver(fetch.on_done, Outcome(body, held_bytes=len(body)))
+            attempt = Attempt(fetch.target, float("inf"))
+            await self.web.bytes.count(attempt, len(body), len(body))
+            self._deliver(fetch.on_done, Outcome(body, holding=attempt.holding))
 
     async def _try(self, fetch: Fetch) -> None:
         """One attempt over the network; it ends with a body, a failure, or the wait for another turn."""
@@ -330,6 +330,7 @@ class Fetcher:
             body = await self.web.get(attempt)
         except (RowFailure, PassingFailure, Redirected, Refused, TooManyFiles) as error:
             trouble = error.with_traceback(None)
+            trouble.__context__ = None  # its traceback would keep what had been read
         now = self._loop.time()
         if isinstance(trouble, TooManyFiles):
             self._make_room(fetch)
@@ -347,7 +348,7 @@ class Fetcher:
         if trouble is None:
             host.note_served(now)
             await self._keep_in_cache(fetch, body, attempt.opted_out)
-            self._deliver(fetch.on_done, Outcome(body, seconds=fetch.spent_s, held_bytes=attempt.held_bytes))
+            self._deliver(fetch.on_done, Outcome(body, seconds=fetch.spent_s, holding=attempt.holding))
         elif isinstance(trouble, Redirected):
             self._follow(fetch, trouble.url)
         elif isinstance(trouble, PassingFailure):
