@@ -161,7 +161,8 @@ def test_request_holds_no_more_than_one_line_of_the_url():
     """What a stranger writes into a URL cannot add a header, and neither can a user agent of two lines."""
     for url in ("http://h.example/a\r\nX: y", "http://h.example/a b\tc?d\ne", "http://h.example/\u2028\u00e9"):
         request = targets.read_url(url, config_of(user_agent="a\r\nB: c")).request.decode()
-        assert [line.split(":")[0] for line in request.split("\r\n")[1:-2]] == ["Host", "User-Agent", "Accept", "Accept-Encoding"]
+        headers = [line.split(":")[0] for line in request.split("\r\n")[1:-2]]
+        assert headers == ["Host", "User-Agent", "Accept", "Accept-Encoding"]
         assert request.split("\r\n")[0].count(" ") == 2
 
 
@@ -706,7 +707,8 @@ def test_late_images_hold_up_no_other_partition(serve, write_config, write_table
     server = serve(answer)
     rows = [(f"{server.url}/late" if number == 1 else f"{server.url}/{number}", "c") for number in range(40)]
     write_table([("url", "caption"), *rows])
-    result = run_main("--config", write_config(image_path="url", allow_private_hosts=True, partition_rows=4, fetch_timeout_s=1.5))
+    config = write_config(image_path="url", allow_private_hosts=True, partition_rows=4, fetch_timeout_s=1.5)
+    result = run_main("--config", config)
     assert result.code == 0, result.stderr
     scores = read_table(tmp_path / "out/scores.csv")
     assert [row["url"] for row in scores] == [url for url, _ in rows]
