@@ -7,6 +7,7 @@ http_client.py, what a URL means in targets.py, names and addresses in names.py,
 """
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -42,6 +43,7 @@ MOST_TIMES_FULL = 50
 SUBMITTED_AT_ONCE = 50  # URLs that are read between two looks at the sockets
 TIDY_S = 10.0  # connections that have long been unused are looked for so often
 CACHE_THREADS = 8
+DROP_S = 5.0
 
 
 def open_source(config: Config, threads: int) -> "Fetcher":
@@ -126,6 +128,7 @@ class Fetcher:
         self._listed: collections.deque[Host] = collections.deque()  # hosts that may be asked now, in turns
         self._tasks: set[asyncio.Task[None]] = set()
         self._unclaimed = 0
+        self._lock = threading.Lock()
         self._submissions = 0  # lists of URLs that have not been read to their end
         self._has_said_full = False
         self._tidy_at = 0.0
@@ -158,7 +161,8 @@ class Fetcher:
 
     def submit(self, fetches: Iterable[tuple[str, OnDone]]) -> None:
         """Fetch each URL when its host's turn comes, and then call its `OnDone`."""
-        self._submissions += 1
+        with self._lock:
+            self._submissions += 1
         self._loop.call_soon_threadsafe(self._read_some, iter(fetches))
 
     def release(self, outcome: Outcome) -> None:
@@ -171,7 +175,8 @@ class Fetcher:
 
     def drop_all(self) -> None:
         """Forget what waits and cut what is under way, without calling anybody back."""
-        asyncio.run_coroutine_threadsafe(self._drop_all(), self._loop).result()
+        with contextlib.suppress(TimeoutError):  # nobody waits longer for a run to end
+            asyncio.run_coroutine_threadsafe(self._drop_all(), self._loop).result(DROP_S)
 
     def open_pool(self, threads: int) -> "WebPool":
         """The pool that loads a run's images as they come; `threads` decode."""
@@ -190,7 +195,8 @@ class Fetcher:
         for _ in range(SUBMITTED_AT_ONCE):
             pair = next(fetches, None)
             if pair is None:
-                self._submissions -= 1
+                with self._lock:
+                    self._submissions -= 1
                 break
             url, on_done = pair
             try:
@@ -263,8 +269,8 @@ class Fetcher:
         while host.waiting:
             self._fail(host.waiting.popleft(), RowFailure(status, detail))
 
-    def _fail(self, fetch: Fetch, failure: RowFailure) -> None:
-        self._deliver(fetch.on_done, Outcome(failure=failure.with_traceback(None), seconds=fetch.spent_s))
+    def _fail(self, fetch: Fetch, reason: RowFailure) -> None:
+        self._deliver(fetch.on_done, Outcome(failure=reason.with_traceback(None), seconds=fetch.spent_s))
 
     def _deliver(self, on_done: OnDone, outcome: Outcome) -> None:
         self._unclaimed += 1
@@ -361,8 +367,8 @@ class Fetcher:
         if self._cache:
             await self._loop.run_in_executor(self._disk_threads, self._cache.keep, fetch.url, body, opted_out)
 
-    async def _forget_if_opted_out(self, fetch: Fetch, failure: RowFailure) -> None:
-        if self._cache and failure.status == "opted_out":
+    async def _forget_if_opted_out(self, fetch: Fetch, reason: RowFailure) -> None:
+        if self._cache and reason.status == "opted_out":
             await self._loop.run_in_executor(self._disk_threads, self._cache.forget, fetch.url)
 
     def _follow(self, fetch: Fetch, url: str) -> None:
