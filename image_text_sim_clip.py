@@ -1598,10 +1598,13 @@ class LoaderPool(typing.Generic[Item]):
 
 
 def loader_threads(config: Config) -> int:
-    """How many loader threads `auto` means: as many as there are cores, none under a line profiler."""
+    """How many loader threads `auto` means: as many as there are cores, more for URLs, none under a line profiler."""
     if PROFILED:
         return 0
-    return config.loader_threads if config.loader_threads != "auto" else min(32, usable_cores())
+    if config.loader_threads != "auto":
+        return config.loader_threads
+    spare = 4 if config.image_path == "url" else 1  # fetching needs the interpreter, for which some wait while others decode
+    return min(32, spare * usable_cores())
 
 
 def usable_cores() -> int:
