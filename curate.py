@@ -39,6 +39,7 @@ from image_text_sim_clip import (
     Config,
     CsvRows,
     Parser,
+    PartsChanged,
     Trouble,
     atomic_file,
     check_section,
@@ -223,14 +224,15 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
             leftover.unlink()
         verdicts = stack.enter_context(verdict_file(folder, run.row_count))
         judge_all(run, curation, cuts, images, verdicts)
+        (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images), folder)
         choice = describe_choice(curation, cuts, run, counts, exported)
-        write_json(folder / "curated.json", dataclasses.asdict(choice))
         draw_plots(run, choice, folder)
         if curation.review:
             assert images
             review.write_review(run, images, config, verdicts, choice, curation.review_rows, folder / "review.html")
+        write_json(folder / "curated.json", dataclasses.asdict(choice))
     return choice, folder
 
 
@@ -252,7 +254,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key: curate.keep_fraction=0.3")
     options = parser.parse_args(arguments)
-    choice, folder = curate(load_config(options.config, options.set))
+    config = load_config(options.config, options.set)
+    try:
+        choice, folder = curate(config)
+    except PartsChanged:
+        raise Trouble(EXIT_VERIFY, f"{config.output_path}: another process has replaced parts meanwhile: run the same command "
+                                   "again") from None
     tell_summary(choice)
     result = dataclasses.asdict(choice)
     keys = ("rows", "scored", "kept", "dropped", "cut_similarity", "random_pairs_at_cut", "exported", "not_exported")

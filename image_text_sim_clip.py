@@ -59,9 +59,11 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
+import html
 import importlib
 import io
 import itertools
@@ -82,8 +84,9 @@ import types
 import typing
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import yaml
@@ -98,7 +101,7 @@ if TYPE_CHECKING:
     from addons.inputs import Reader, Rows
     from addons.measures import Measure
     from addons.results.memory_curve import MemoryCurve
-    from addons.results.progress import ProgressBar
+    from addons.results.progress import ProgressBar, ProgressLog
 
 __version__ = "0.2.0"
 
@@ -245,7 +248,9 @@ class Config:
     url_column: str | int = setting("url", 0)
     caption_column: str | int = setting("caption", 0)
     caption_template: str = "{}"
+    caption_clean: Literal["none", "unescape"] = "none"
     separator: str = "auto"
+    quoting: Literal["auto", "none"] = "auto"
     encoding: str = "utf-8"
     limit: int | None = setting(None, 1)
     escape_formulas: bool = False
@@ -274,6 +279,8 @@ class Config:
     partition_rows: int | Literal["auto"] = setting("auto", 1, 10_000_000)
     loader_threads: int | Literal["auto"] = setting("auto", 0, 1024)
     engine: str = "auto"
+    slurm_offset: int = setting(0, 0)
+    slurm_total: int | None = setting(None, 1)
     ray_address: str | None = None
     ray_workers: str | int = setting(1, 1)
     ray_gpus: float = setting(0.0, 0.0, 64)
@@ -291,8 +298,10 @@ class Config:
             check_value(field, getattr(self, field.name))
         if isinstance(self.url_column, int) != isinstance(self.caption_column, int):
             raise Trouble(EXIT_CONFIG, "url_column and caption_column must both be names, or both be numbers")
-        for key in ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path"):
-            check_path(key, getattr(self, key) or "")
+        for key in PATH_KEYS:
+            path = expand_home(key, getattr(self, key) or "")
+            check_path(key, path)
+            object.__setattr__(self, key, path if getattr(self, key) is not None else None)  # the class is frozen
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
         if self.max_score_drift is not None and self.parity_rows == 0:
@@ -319,13 +328,30 @@ class Config:
 # that are late at one time and not at another. `use_cuda` is here because the device that was really used is recorded, and
 # compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
-                 "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
+                 "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
+                 "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
                  "use_environment_proxies", "curate", "parity_rows", "max_score_drift", "fetch_timeout_s", "fetch_retries",
                  "fetch_concurrency", "host_patience_s"}
 
 
+PATH_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path")
+REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.I)  # s3://bucket, also with a slash too few
+
+
+def expand_home(key: str, value: str) -> str:
+    """The path with the home folder in place of a leading `~` or `~name`; Trouble (exit 2) where nobody knows that folder."""
+    path = os.path.expanduser(value)  # noqa: PTH111 - pathlib's takes the ./ off ./~name, a folder of that name
+    if path.startswith("~"):
+        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: there is no home folder for {value.split('/')[0]}; "
+                                   f"a folder of that name is ./{value}")
+    return path
+
+
 def check_path(key: str, value: str) -> None:
-    """Raise Trouble (exit 2) for a path that no file system takes."""
+    """Raise Trouble (exit 2) for a path that no file system takes, and for one in an object store where files are made."""
+    if REMOTE.match(value) and key in ("output_path", "cache_path", "pretrained_model"):
+        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: remote paths and object stores are not read or written yet; "
+                                   "it must lie on a local disk, or one that is mounted here")
     path = value.encode("utf-8", "surrogatepass")
     if b"\0" in path or max(len(name) for name in path.split(b"/")) > 255:
         raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
@@ -409,7 +435,7 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
     Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(expand_home("--config", os.fspath(path))).read_text(encoding="utf-8")
         values = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
@@ -541,11 +567,15 @@ class Record(NamedTuple):
 
 
 class TextTable(NamedTuple):
-    """A table of text, opened: its columns, its rows in batches, and the sha256 of its file once all are read."""
+    """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
+
+    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (see LiteralQuotes).
+    """
 
     columns: list[str]
     batches: Iterator[Batch]
     sha256: Callable[[], str]
+    literal_lines: Callable[[], int] = lambda: 0
 
 
 class Lines(Iterator[str]):
@@ -607,15 +637,17 @@ class _Feed(Iterator[str]):
         return line
 
 
-def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterator[Record]:
-    """Yield the records in `lines`; `number` is that of the first line.
+def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: str = "auto") -> Iterator[Record]:
+    """Yield the records in `lines`; `number` is that of the first line. With `quoting` "none" each line is one.
 
     A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines after
     it are read again, so that one stray quote does not take a neighbour with it.
     """
     csv.field_size_limit(MAX_RECORD_CHARS)
     feed = _Feed(lines)
-    reader = csv.reader(feed, delimiter=separator, strict=True)
+    start = functools.partial(csv.reader, feed, delimiter=separator, strict=True,
+                              quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL)
+    reader = start()
     while True:
         fields: list[str] | None
         try:
@@ -625,7 +657,7 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterat
         except csv.Error:
             fields = None
             feed.give_back()
-            reader = csv.reader(feed, delimiter=separator, strict=True)
+            reader = start()
         raw = "".join(feed.taken)
         count = len(feed.taken)
         is_blank = fields == [] or not raw.strip("\r\n")
@@ -633,6 +665,40 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1) -> Iterat
             yield Record(number, fields, raw, settled=not feed.again)
         number += count
         feed.begin()
+
+
+class LiteralQuotes:
+    """Where `quoting: auto` reads quotes as text: in a table separated by tabs, where they would swallow rows.
+
+    Most programs that write .tsv know no quoting. A quoted field that swallows lines which would each be a whole row is none,
+    and a line whose quotes do not balance, but which is a whole row without them, is that row. `lines` counts such rows.
+    """
+
+    def __init__(self, config: "Config") -> None:
+        self.separator = separator_of(config)
+        self.is_possible = self.separator == "\t" and config.quoting == "auto"
+        self.lines = 0
+
+    def reread(self, records: Iterable[Record], width: int) -> Iterator[Record]:
+        """The records, those line by line that are none; a row has `width` fields."""
+        for record in records:
+            pieces = self._split(record, width) if self.is_possible and '"' in record.raw else []
+            yield from pieces or [record]
+
+    def _split(self, record: Record, width: int) -> list[Record]:
+        """The record's physical lines as records, their quotes as text; [] where the record is right as it is."""
+        pieces: list[Record] = []
+        for number, line in enumerate(io.StringIO(record.raw, newline=""), record.line):
+            text = line.rstrip("\r\n")
+            if text:
+                pieces.append(Record(number, text.split(self.separator), line, settled=False))
+        rows = sum(len(piece.fields or ()) == width for piece in pieces)
+        is_row = record.fields is not None and len(record.fields) == width
+        if (is_row and (len(pieces) == 1 or rows < len(pieces))) or not rows:
+            return []
+        self.lines += rows
+        pieces[-1] = pieces[-1]._replace(settled=record.settled)
+        return pieces
 
 
 def careful_batches(records: Iterable[Record], columns: list[str], until: Callable[[], bool]) -> Iterator[Batch]:
@@ -733,13 +799,15 @@ class CsvReader:
         path = pathlib.Path(config.csv_path)
         lines = Lines(path, config.encoding)
         separator = separator_of(config)
-        first = next(csv_records(lines, separator), None)
+        first = next(csv_records(lines, separator, quoting=config.quoting), None)
         fields = (first.fields if first else None) or []
         columns = name_columns(fields if is_text("".join(fields)) else [], config)
         if isinstance(config.url_column, int):  # no header: the first record is a row, too
             lines = Lines(path, config.encoding)
-        records = csv_records(lines, separator, lines.taken + 1)
-        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path))
+        literal = LiteralQuotes(config)
+        records = literal.reread(csv_records(lines, separator, lines.taken + 1, config.quoting), len(columns))
+        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path),
+                         lambda: literal.lines)
 
     def open(self, manifest: dict[str, Any], config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
@@ -832,9 +900,13 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
             place = f"; the first such byte is at offset {offset}"
         say(f"{bad.undecodable} lines of {path} are not {config.encoding}{place} "
             "(if the file is latin-1, set encoding: latin-1)")
+    if literal_lines := table.literal_lines():
+        say(f"{literal_lines} lines of {path} are rows only if their quotes are text, and were read so; if that is true of all "
+            "its quotes, set quoting: none")
     file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
             "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
-    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "files": [file]}
+    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "literal_lines": literal_lines,
+            "files": [file]}
 
 
 def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows]:
@@ -890,6 +962,18 @@ class StagedRows:
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as a DataFrame of text columns."""
+        import pyarrow as pa
+        try:
+            table = self._read_table(start, stop)
+        except (OSError, pa.ArrowException) as error:
+            raise Trouble(EXIT_VERIFY, f"cannot read {self._path}, which was sound when this run began ({error}): the same "
+                                       "command stages the table again") from None
+        if len(table) != stop - start:
+            raise Trouble(EXIT_VERIFY, f"{self._path} has been replaced by another process; run the same command again")
+        return table.to_pandas()
+
+    def _read_table(self, start: int, stop: int) -> "pa.Table":
+        """Rows [start, stop), fewer where the file ends before."""
         import pyarrow.parquet as pq
         with self._path.open("rb") as file, pq.ParquetFile(file) as staged:
             step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
@@ -897,7 +981,7 @@ class StagedRows:
             last = max(start, stop - 1) // step
             groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
             table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
-        return table.slice(start - first * step, stop - start).to_pandas()
+        return table.slice(start - first * step, stop - start)
 
     def sources(self, start: int, stop: int) -> list[str]:
         """Not asked for: the images lie elsewhere."""
@@ -913,6 +997,7 @@ class StagedRows:
 FORMAT = 2  # of the output folder; 0.1 wrote format 1, whose parts were two files
 RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
              "memory-time.png")
+STAGED_FILES = ("pairs.parquet", "bad_rows.csv")  # what staging writes; manifest.json has the sha256 of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -932,7 +1017,7 @@ class Partition:
     @property
     def times(self) -> pathlib.Path:
         """Seconds, worker and memory peaks of the part; it may be missing, and no score depends on it."""
-        return self.folder / f"part-{self.index:05d}.times.json"
+        return self.folder / f"part-{self.index:05d}.json"
 
     @property
     def embeddings(self) -> pathlib.Path:
@@ -958,9 +1043,12 @@ class Plan:
     manifest: dict[str, Any]
     partitions: list[Partition]
     table: "Rows"
+    begins: bool = False  # nothing was scored yet when it was made: another model than before may be settled on
+    other_libraries: list[str] = dataclasses.field(default_factory=list)  # those here that the run was not begun with
 
     def __post_init__(self) -> None:
         self.fingerprint = fingerprint_of(self.manifest)
+        self._known_mark: tuple[int, ...] = ()  # of the manifest on disk when it was last found to be this plan's
 
     @property
     def row_count(self) -> int:
@@ -975,10 +1063,35 @@ class Plan:
 
     def refresh(self) -> None:
         """Take in what other processes have settled since; Trouble (exit 2) if they have planned another run."""
-        refuse_other_run(self, ("staged", "resolved"))
-        known = read_json(self.output / "manifest.json") or {}
+        known = read_manifest(self.output)
+        if known is None or _without_model(known) != _without_model(self.manifest):
+            raise _planned_anew(self.output)
         if "resolved" in known:
             self.resolve(known["resolved"])
+
+    def check_still_there(self) -> None:
+        """Trouble (exit 2) unless the manifest on disk is this plan's; it is read again only when it is another file."""
+        path = self.output / "manifest.json"
+        try:
+            info = path.stat()
+        except OSError:
+            raise _planned_anew(self.output) from None
+        mark = (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        if mark == self._known_mark:
+            return
+        known = read_manifest(self.output)
+        if known is None or fingerprint_of(known) != self.fingerprint:
+            raise _planned_anew(self.output)
+        self._known_mark = mark
+
+
+def _planned_anew(output: pathlib.Path) -> Trouble:
+    return Trouble(EXIT_CONFIG, f"{output} has been planned anew by another process: this run's parts are not for it")
+
+
+def _without_model(manifest: dict[str, Any]) -> str:
+    """The fingerprint of what was known before a model was loaded."""
+    return fingerprint_of({key: value for key, value in manifest.items() if key != "resolved"})
 
 
 def fingerprint_of(manifest: dict[str, Any]) -> str:
@@ -1020,19 +1133,30 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     if would_overwrite(pathlib.Path(config.csv_path), output):
         raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where results go in output_path {config.output_path!r}: "
                                    "write elsewhere with --set output_path=...")
+    staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
     with locked(output):
         remove_leftovers(output)
         if fresh:
             discard_run(output)
-        manifest = read_json(output / "manifest.json")
+        finish_commits(output)
+        manifest = read_manifest(output)
         if manifest is not None or has_parts(output):
-            manifest = _check_manifest(manifest, config, output)
+            manifest = _check_manifest(manifest, config, output, staged)
         if manifest is None:
             manifest = _write_manifest(config, output)
-        elif not joins and not has_parts(output) and manifest.pop("resolved", None):
-            write_json(output / "manifest.json", manifest)  # nothing scored yet: the model and device may be others
+        with output_disk(output):
+            (output / "parts").mkdir(exist_ok=True)
+        begins = not joins and not has_parts(output)
     table = find_reader(config.csv_path).open(manifest, config, output)
-    return Plan(config, output, manifest, cut_rows(manifest, output), table)
+    return Plan(config, output, manifest, cut_rows(manifest, output), table, begins)
+
+
+def read_manifest(output: pathlib.Path) -> dict[str, Any] | None:
+    """manifest.json as it was written, None where there is none; one of another format is not checked."""
+    known = read_json(output / "manifest.json")
+    if known is not None and known.get("format") != FORMAT:
+        return known
+    return read_sealed(output / "manifest.json")
 
 
 def would_overwrite(source: pathlib.Path, output: pathlib.Path) -> bool:
@@ -1070,8 +1194,12 @@ def _settings_of(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS_KEYS}
 
 
-def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of `output` if it describes this very run; None where another one can be planned without a loss."""
+def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pathlib.Path,
+                    staged: dict[str, str]) -> dict[str, Any] | None:
+    """The manifest of `output` if it describes this very run; None where another one can be planned without a loss.
+
+    `staged` is what staging has left in `output`; where that is not what had been written, the table is staged again.
+    """
     elsewhere = "discard it with --fresh, or write elsewhere with --set output_path=..."
     if manifest is None:
         raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: {elsewhere}")
@@ -1093,37 +1221,41 @@ def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pat
         raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): {elsewhere}")
     if differences:
         return None  # nothing scored yet, so nothing is lost by planning anew
-    if "staged" in manifest and not _is_staged(manifest, output):
-        say(f"{output / 'pairs.parquet'} is not what had been staged: the table is staged again")
-        with output_disk(output):
-            remove_path(output / "pairs.parquet")
-            reader.describe(config, output)
-        manifest["staged"] = _describe_staged(output)
-        write_json(output / "manifest.json", manifest)
+    if "staged" in manifest and manifest["staged"] not in (staged, describe_staged(output)):
+        _stage_again(manifest, config, output)
     return manifest
 
 
-def _is_staged(manifest: dict[str, Any], output: pathlib.Path) -> bool:
-    """Whether pairs.parquet is still the file that was staged."""
-    path = output / "pairs.parquet"
-    try:
-        return path.stat().st_size == manifest["staged"]["bytes"] and file_sha256(path) == manifest["staged"]["sha256"]
-    except OSError:  # missing, or a folder
-        return False
+def _stage_again(manifest: dict[str, Any], config: Config, output: pathlib.Path) -> None:
+    """Write what staging writes once more, for a run that goes on; Trouble (exit 2) where the input gives other rows now."""
+    say(f"{' and '.join(STAGED_FILES)} in {output} are not what had been written: the table is staged again")
+    with output_disk(output):
+        for name in STAGED_FILES:
+            if (output / name).is_dir():
+                remove_path(output / name)
+        described = find_reader(config.csv_path).describe(config, output)
+    if fingerprint_of(manifest | described) != fingerprint_of(manifest):
+        raise Trouble(EXIT_CONFIG, f"{config.csv_path} has changed while it was staged again; run the same command again")
+    manifest["staged"] = describe_staged(output)
+    write_sealed(output / "manifest.json", manifest)
 
 
-def _describe_staged(output: pathlib.Path) -> dict[str, Any]:
-    path = output / "pairs.parquet"
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def describe_staged(output: pathlib.Path) -> dict[str, str]:
+    """The sha256 of each file that staging has left in `output`."""
+    found = {}
+    for name in STAGED_FILES:
+        with contextlib.suppress(OSError):  # missing, or a folder
+            found[name] = file_sha256(output / name)
+    return found
 
 
 def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
     """Describe (and stage) the input, and write the manifest of a new run."""
     with output_disk(output):
         forget_results(output)  # of a run whose table was empty
-        remove_path(output / "pairs.parquet")  # of a run that was planned and never scored
+        for name in STAGED_FILES:
+            remove_path(output / name)  # of a run that was planned and never scored
         described = find_reader(config.csv_path).describe(config, output)
-        (output / "parts").mkdir(parents=True, exist_ok=True)
     size = config.partition_rows
     if size == "auto" and "starts" in described:
         size = max(1, described["rows"])  # a tar is one partition
@@ -1131,46 +1263,87 @@ def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
         size = min(10_000, max(256, described["rows"] // 200))
     manifest = {"version": __version__, "format": FORMAT, "settings": _settings_of(config), **described, "partition_rows": size}
     if (output / "pairs.parquet").exists():
-        manifest["staged"] = _describe_staged(output)
-    write_json(output / "manifest.json", manifest)
+        manifest["staged"] = describe_staged(output)
+    write_sealed(output / "manifest.json", manifest)
     if described["malformed"]:
         say(f"{described['malformed']} lines of {config.csv_path} are not rows: see {output / 'bad_rows.csv'}")
     return typing.cast(dict[str, Any], json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
 
 
-def refuse_other_run(plan: Plan, besides: Sequence[str] = ("staged",)) -> None:
-    """Trouble (exit 2) unless the manifest on disk is this plan's, `besides` some keys: it may have been planned anew since."""
-    known = read_json(plan.output / "manifest.json")
-    ignored = dict.fromkeys(besides, 0)
-    if known is None or known | ignored != plan.manifest | ignored:
-        raise Trouble(EXIT_CONFIG, f"{plan.output} has been planned anew by another process: this run's parts are not for it")
-
-
 def settle(plan: Plan, scorer: "Scorer | None") -> None:
     """Record in the manifest what only the loaded model could tell, or refuse a worker that differs from the first one."""
     with locked(plan.output):
-        manifest = read_json(plan.output / "manifest.json")
-        if manifest is not None:
-            refuse_other_run(plan, ("staged", "resolved"))
-        recorded = (manifest or {}).get("resolved")
+        manifest = read_manifest(plan.output)
+        if manifest is None or _without_model(manifest) != _without_model(plan.manifest):
+            raise _planned_anew(plan.output)
+        recorded = manifest.get("resolved")
+        may_change = plan.begins and not has_parts(plan.output)
         if scorer and scorer.config.batch_size == "auto":
-            scorer.batch_size = (recorded or {}).get("batch_size") or scorer.find_batch_size()
+            _settle_batch_size(scorer, recorded or {}, may_change)
         resolved = scorer.identity() if scorer else {}
-        refuse_other_model(plan.output, resolved, recorded)
+        if not may_change:
+            refuse_other_model(plan.output, resolved, recorded)
+            if recorded and "libraries" in resolved:
+                plan.other_libraries = name_other_libraries(recorded["libraries"], resolved["libraries"])
+                resolved["libraries"] = recorded["libraries"]  # those of the run's beginning, so that its parts still fit
         plan.resolve(resolved)
-        write_json(plan.output / "manifest.json", plan.manifest)
+        if resolved != recorded:
+            write_sealed(plan.output / "manifest.json", manifest | {"resolved": resolved})
         forget_results(plan.output)
 
 
+def _settle_batch_size(scorer: "Scorer", recorded: dict[str, Any], may_change: bool) -> None:
+    """Take the batch size that was found before; unless there is none, or `may_change` and the model or device is another."""
+    own = scorer.batch_size
+    if "batch_size" in recorded:
+        scorer.batch_size = recorded["batch_size"]
+        is_same = scorer.identity() | {"libraries": None} == recorded | {"libraries": None}
+        if not may_change or is_same:
+            return
+    scorer.batch_size = own
+    scorer.batch_size = scorer.find_batch_size()
+
+
+DECISIVE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
+
+
+def name_other_libraries(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Warn where a run goes on with other libraries than it was begun with; returns what differs, in words."""
+    differences = [f"{name} was {before.get(name)}, now {now.get(name)}"
+                   for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if differences:
+        say(f"warning: this run was begun with other libraries ({'; '.join(differences)}): scores may differ a little")
+    return differences
+
+
 def refuse_other_model(output: pathlib.Path, resolved: dict[str, Any], recorded: dict[str, Any] | None) -> None:
-    """Trouble (exit 2) where a run was begun with another model or device than the one loaded now."""
+    """Trouble (exit 2) where a run was begun with another model or device than the one loaded now; changed files by name."""
     if recorded is None:
         return
-    differences = [f"{key} was {recorded.get(key)!r}, now {value!r}"
-                   for key, value in resolved.items() if recorded.get(key) != value]
+    differences = name_changed_files(recorded.get("files", {}), resolved.get("files", {}))
+    ignored = {"files", "libraries", *(["weights"] if differences else [])}
+    differences += [f"{key} was {recorded.get(key)!r}, now {value!r}"
+                    for key, value in resolved.items() if key not in ignored and recorded.get(key) != value]
     if differences:
         raise Trouble(EXIT_CONFIG, f"{output} was begun with another model or device ({'; '.join(differences)}): "
                                    "discard it with --fresh, or write elsewhere with --set output_path=...")
+
+
+def name_changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What became of the files of a model, given as name -> sha256: one entry for each that is not what it was."""
+    words = {(True, True): "has changed", (True, False): "is gone", (False, True): "is new"}
+    return [f"{name} {words[name in before, name in now]}" for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)]
+
+
+def refuse_changed_files(plan: Plan) -> None:
+    """Trouble (exit 2) where files of a local model have changed since the run was begun, finished or not; loads nothing."""
+    folder = pathlib.Path(plan.config.pretrained_model)
+    recorded = plan.manifest.get("resolved", {}).get("files")
+    if recorded and has_parts(plan.output) and folder.is_dir():
+        digests = hash_decisive_files(folder)
+        own = {name: digest for name, digest in recorded.items() if not name.startswith("base/")}
+        refuse_other_model(plan.output, {"files": digests}, {"files": own})
 
 
 def forget_results(output: pathlib.Path) -> None:
@@ -1217,20 +1390,55 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
         if config.image_path in getattr(module, "SOURCES", ()):
             source: Callable[[str], bytes] = module.open_source(config, threads)
             return source
+    if REMOTE.match(config.image_path):
+        raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: object stores are not read yet; name a folder on a local "
+                                  "disk, or set image_path: url to fetch each row's http(s) URL")
     raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/)")
 
 
-def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
-    """The bytes of the file that `source` (a relative path, or a URL whose last segment counts) names inside `folder`."""
-    is_url = "://" in source
+MAX_PATH_CHARS = 4096  # of a URL's path that is looked up: no file system has longer ones
+
+
+def names_in_folder(source: str) -> list[str]:
+    """The paths inside `image_path` at which the image of `source` may lie; the first that exists is the one.
+
+    A relative path, or a file:// URI, is that path and no other. The path of an http(s) URL is looked up by its endings, the
+    longest first (a/b/1.png, b/1.png, 1.png), each as it stands and with its %20 and the like decoded. [] for no name at all.
+    """
+    scheme = source.partition("://")[0].lower() if "://" in source else ""
+    if scheme not in ("http", "https", "file"):
+        return [] if source.endswith("/") else [source]
     try:
-        last = (urllib.parse.urlsplit(source).path if is_url else source).rsplit("/", 1)[-1]
+        url = urllib.parse.urlsplit(source)
     except ValueError:
-        raise RowFailure("missing", "not a URL") from None
-    if not last:
+        return []
+    if scheme == "file":
+        return [urllib.parse.unquote(url.path)] if url.path and url.netloc in ("", "localhost") else []
+    path = url.path
+    if path.endswith("/"):
+        return []
+    if len(path) > MAX_PATH_CHARS:
+        path = path[-MAX_PATH_CHARS:].partition("/")[2]
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            del segments[-1:]
+        elif segment not in ("", "."):
+            segments.append(segment)
+    names: dict[str, None] = {}
+    for first in range(len(segments)):
+        ending = segments[first:]
+        names["/".join(ending)] = None
+        names["/".join(map(urllib.parse.unquote, ending))] = None
+    return list(names)
+
+
+def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
+    """The bytes of the file inside `folder` that `source`, a path or a URL, names (see `names_in_folder`)."""
+    names = names_in_folder(source)
+    if not names:
         raise RowFailure("missing", "no file name")
-    names = (last, urllib.parse.unquote(last)) if is_url else (source, last)
-    for name in dict.fromkeys(names):
+    for name in names:
         handle = _open_inside(folder, name)
         if handle is None:
             continue
@@ -1246,6 +1454,8 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
 def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read."""
     try:
+        if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
+            return None  # at once: a URL may have thousands of endings
         path = (folder / name).resolve()
         if not path.is_relative_to(folder):
             raise RowFailure("forbidden", "outside image_path")
@@ -1255,7 +1465,7 @@ def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     except PermissionError:
         raise RowFailure("forbidden", "no permission to read the file") from None
     except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
-        raise RowFailure("missing", "no usable file name") from None
+        return None
 
 
 def _read_regular(handle: int, max_bytes: int) -> bytes:
@@ -1268,28 +1478,66 @@ def _read_regular(handle: int, max_bytes: int) -> bytes:
         return file.read(max_bytes + 1)
 
 
+class Remark(NamedTuple):
+    """What a sound image has that its pixels do not show: an EXIF orientation that the config ignores; a row's `detail`."""
+
+    is_turned: bool = False
+    detail: str = ""
+
+
+NO_REMARK = Remark()
+REMARK = "image_text_sim_clip remark"  # the key under which `info` of a decoded image has its Remark
+
+
 def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
                  holding: contextlib.ExitStack | None = None) -> "Image.Image":
     """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
 
-    A caller that goes on to work with the image gives `holding`, in which the turn of a large one is kept.
+    An image refused as corrupt is tried again without what lies around its pixels. What is to be said of an image that is
+    sound stands in its `info[REMARK]`. A caller that goes on to work with it gives `holding`, in which the turn of a large
+    one is kept.
     """
+    def decode(copy: bytes) -> "Image.Image":
+        with contextlib.ExitStack() as turn:
+            image = _decode_as_it_is(copy, config, target, turn)
+            if holding is not None:
+                holding.enter_context(turn.pop_all())
+            return image
+    try:
+        return decode(data)
+    except RowFailure as failure:
+        copies = addon("images.plain_pixels", "decode").without_metadata(data) \
+            if failure.status == "corrupt" and ADDONS.is_dir() else ()
+        for copy, lacks_exif in copies:
+            with contextlib.suppress(RowFailure):
+                image = decode(copy)
+                if lacks_exif and config.exif_orientation:
+                    image.info[REMARK] = Remark(detail=addon("images.exif", "exif_orientation").CANNOT_READ)
+                return image
+        raise
+
+
+def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None,
+                     turn: contextlib.ExitStack) -> "Image.Image":
+    """`decode_image` of these very bytes; a large image takes its turn in `turn`."""
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
     formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
     try:
-        with contextlib.ExitStack() as mine, Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
             if pixels > LARGE_PIXELS:
-                turn = holding or mine
                 turn.enter_context(_LARGE_IMAGE)
                 turn.callback(trim_memory)
             image.load()
-            return to_rgb(image, config)
+            remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else NO_REMARK
+            rgb = to_rgb(image, config)
+            rgb.info[REMARK] = remark
+            return rgb
     except RowFailure:
         raise
     except UnidentifiedImageError:
@@ -1337,7 +1585,8 @@ def to_rgb(image: "Image.Image", config: Config) -> "Image.Image":
     """
     from PIL import Image, ImageOps
     if config.exif_orientation:
-        image = ImageOps.exif_transpose(image)
+        image = addon("images.exif", "exif_orientation").turn_upright(image) if ADDONS.is_dir() \
+            else ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         grey: Image.Image = _odd_images().grey_from_numbers(image)
         return grey.convert("RGB")
@@ -1475,12 +1724,13 @@ def resize_pillow(image: "Image.Image", settings: ImageSettings) -> "np.ndarray"
 
 @dataclasses.dataclass
 class Loaded:
-    """What a loader thread made of one source: `pixels` (3, H, W) uint8 or a `failure`; seconds per stage.
+    """What a loader thread made of one source: `pixels` (3, H, W) uint8 and a `remark`, or a `failure`; seconds per stage.
 
     With `decode: gpu` some pixels are an `OnGpu` instead (addons/images/gpu_decode.py), and `is_on_gpu` is set.
     """
 
     pixels: Any = None
+    remark: Remark = NO_REMARK
     failure: RowFailure | None = None
     digest: bytes = b""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -1523,20 +1773,23 @@ class ImageLoader:
             if self.on_gpu:
                 loaded.pixels = self.on_gpu(data, loaded.digest)
                 loaded.is_on_gpu = loaded.pixels is not None
-            if not loaded.is_on_gpu:
-                loaded.pixels = self._make_pixels(data, clock)
+            if loaded.is_on_gpu:
+                loaded.remark = loaded.pixels.remark
+            else:
+                loaded.pixels, loaded.remark = self._make_pixels(data, clock)
         except RowFailure as failure:
             loaded.failure = RowFailure(failure.status, failure.detail)  # the one raised holds the bytes, by its traceback
         return loaded
 
-    def _make_pixels(self, data: bytes, clock: "Clock") -> "np.ndarray":
+    def _make_pixels(self, data: bytes, clock: "Clock") -> "tuple[np.ndarray, Remark]":
         with contextlib.ExitStack() as holding:
             with clock.stage("decode", time.thread_time):
                 image = self.decode(data, holding)
             with clock.stage("resize", time.thread_time):
                 pixels = self.resize(image)
+            remark = image.info.get(REMARK, NO_REMARK)
             del image  # before another thread's large image gets its turn
-        return pixels
+        return pixels, remark
 
 
 def wait_for(future: "Future[Any]") -> None:
@@ -1677,15 +1930,56 @@ def peak_memory_mib() -> float:
 BUNDLED_HINT = "without the Hub, run the bundled model: python image_text_sim_clip.py --config challenge_set/demo.yaml"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
+# Everything in a model folder that is read and decides a score, by patterns of names.
+DECISIVE_FILES = ("config.json", *SAFETENSORS, "model-*-of-*.safetensors", "*processor_config.json", "tokenizer*", "vocab.*",
+                  "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json", "adapter_*")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A folder with a model in it, and where it came from: `identity` is the Hub commit or the weights' fingerprint."""
+    """A folder with a model in it: `commit` is the Hub's, empty for a local folder; `base` is what an adapter alone changes."""
 
     folder: pathlib.Path
-    identity: str
+    commit: str
     safetensors: bool
+    base: "ModelFiles | None" = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the folder holds an adapter, alone or next to its base model."""
+        return (self.folder / ADAPTER).is_file()
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each local file that decides a score, by name; none for the Hub, where the commit says it all."""
+        found = {} if self.commit else hash_decisive_files(self.folder)
+        of_base = self.base.digests if self.base else {}
+        return found | {f"base/{name}": digest for name, digest in of_base.items()}
+
+    @property
+    def identity(self) -> str:
+        """The Hub's commit; for a local folder a hash of the hashes of its files."""
+        own = self.commit or hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{own} on {self.base.identity}" if self.base else own
+
+
+def hash_decisive_files(folder: pathlib.Path) -> dict[str, str]:
+    """The sha256 of each file in `folder` that is read and decides a score, by name."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_decisive(path.name)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        digests = pool.map(lambda path: _hash_unchanged(path, path.stat().st_size, path.stat().st_mtime_ns), paths)
+        return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _is_decisive(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in DECISIVE_FILES)
+
+
+@functools.lru_cache
+def _hash_unchanged(path: pathlib.Path, size: int, time_ns: int) -> str:
+    """The sha256 of a file, read once for as long as it has this size and time."""
+    return file_sha256(path)
 
 
 def find_model(config: Config) -> ModelFiles:
@@ -1693,17 +1987,27 @@ def find_model(config: Config) -> ModelFiles:
     name = config.pretrained_model
     folder = pathlib.Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise Trouble(EXIT_MODEL, f"{name} holds no config.json: not a model folder")
-        if not any((folder / file).is_file() for file in SAFETENSORS):
-            raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
-        return ModelFiles(folder, _weights_fingerprint(folder), True)
+        return find_in_folder(folder, name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")
     files = find_on_hub(name, config.revision, config.safetensors_only)
-    if not files.safetensors:
+    if not (files.base or files).safetensors:
         say(f"warning: {name} has no safetensors at this revision; reading pytorch_model.bin with weights_only")
     return files
+
+
+def find_in_folder(folder: pathlib.Path, name: str) -> ModelFiles:
+    """The model in a local folder; raises Trouble (exit 6) for a folder that is none."""
+    if ADDONS.is_dir():
+        addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
+    if (folder / ADAPTER).is_file():
+        adapters = addon("models.adapters", f"the adapter in {name}")
+        return ModelFiles(folder, "", True, adapters.find_base(folder, name))
+    if not (folder / "config.json").is_file():
+        raise Trouble(EXIT_MODEL, f"{name} holds no config.json: not a model folder")
+    if not any((folder / file).is_file() for file in SAFETENSORS):
+        raise Trouble(EXIT_MODEL, f"{name} holds no model.safetensors: local folders must (a pickle can run code)")
+    return ModelFiles(folder, "", True)
 
 
 def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
@@ -1711,13 +2015,17 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
     local cache answers. Raises Trouble (exit 6) that says what was tried."""
     import huggingface_hub
     listed, tried = _list_hub_files(name, revision)
+    if listed and ADDONS.is_dir():
+        addon("models.folders", f"pretrained_model {name!r}").check_names(listed, name)
     has_safetensors = not listed.isdisjoint(SAFETENSORS)
+    has_weights = has_safetensors or not listed.isdisjoint(PICKLES)
     refused = f"{name} has no safetensors at revision {revision}, and safetensors_only is set; {BUNDLED_HINT}"
-    if listed and safetensors_only and not has_safetensors:
+    if has_weights and safetensors_only and not has_safetensors:
         raise Trouble(EXIT_MODEL, refused)
     patterns = ["*.json", "*.txt", "*.model"]
     if listed:  # offline the client holds the cache against the whole list: no pattern for what was never asked for
         patterns.append("model*.safetensors" if has_safetensors else "pytorch_model*.bin")
+        patterns += ["adapter_model*.safetensors"] * (ADAPTER in listed)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
@@ -1728,11 +2036,17 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
         tried += f", the Hub ({type(reason).__name__}: {str(reason)[:120]})" if listed else ", the local cache (not there)"
         raise Trouble(EXIT_MODEL, f"cannot get {name} ({revision}): {tried}; {BUNDLED_HINT}") from None
     safetensors = any((folder / file).exists() for file in SAFETENSORS)
-    if not safetensors and not any((folder / file).exists() for file in PICKLES):
+    commit = folder.resolve().name
+    base: ModelFiles | None = None
+    if (folder / ADAPTER).is_file():
+        base = addon("models.adapters", f"the adapter in {name}").find_base(folder, name, safetensors_only)
+    if base is None and not safetensors and not any((folder / file).exists() for file in PICKLES):
         raise Trouble(EXIT_MODEL, f"{name} ({revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
-    if not safetensors and safetensors_only:
+    if base is None and not safetensors and safetensors_only:
         raise Trouble(EXIT_MODEL, refused)
-    return ModelFiles(folder, folder.resolve().name, safetensors)
+    if ADDONS.is_dir():
+        addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
+    return ModelFiles(folder, commit, safetensors, base)
 
 
 def _list_hub_files(name: str, revision: str) -> tuple[set[str], str]:
@@ -1746,19 +2060,6 @@ def _list_hub_files(name: str, revision: str) -> tuple[set[str], str]:
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if is_offline else f"{type(error).__name__}: {str(error)[:120]}"
         return set(), f"{tried}, the Hub ({reason})"
-
-
-def _weights_fingerprint(folder: pathlib.Path) -> str:
-    """A hash of the config and of each weights file's size, head and 16 samples: training again changes all of them."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for i in range(17):
-                file.seek(i * size // 17)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
 
 
 def choose_device(config: Config) -> str:
@@ -1783,6 +2084,14 @@ def choose_dtype(config: Config, device: str) -> str:
 
 # ── Model: families ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+class FolderPlaces(NamedTuple):
+    """The folders that weights, tokenizer and image processor are read from: one and the same, but for adapters."""
+
+    weights: pathlib.Path
+    tokenizer: pathlib.Path
+    images: pathlib.Path
+
+
 class Family:
     """A loaded model with its tokenizer and image processor, and what is particular to its kind.
 
@@ -1792,6 +2101,9 @@ class Family:
 
     kind: ClassVar[str]  # config.json's model_type
     architecture: ClassVar[str]  # its class in transformers
+    attention: ClassVar[str] = "sdpa"  # the implementation of attention that is asked for
+    takes_any_size: ClassVar[bool] = False  # whether images may have another size than its config says, as convolutions allow
+    folders: FolderPlaces | None = None  # where it was read from
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
         self.model = model
@@ -1799,9 +2111,14 @@ class Family:
         self.processor = processor
         self.name = name
         # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
-        self.scale: float = self.model.logit_scale.exp().item()
+        self.scale = self.read_scale()
         self.bias = 0.0
-        self.context_length: int = self.model.config.text_config.max_position_embeddings
+        self.context_length = self.read_context_length()
+        self._whole_words: Any = None
+        self._whole_words = self._find_whole_words()
+        self._frame = self.encode([""])[0]  # the ids that go around every caption
+        space = self.tokenizer.convert_tokens_to_ids("▁")
+        self._says_nothing = {*self._frame, self.tokenizer.unk_token_id, space}
         self.check_tokenizer()
 
     @classmethod
@@ -1815,26 +2132,80 @@ class Family:
         import transformers
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        adapters = addon("models.adapters", f"the adapter in {name}") if files.has_adapter else None
+        one_place = FolderPlaces(files.folder, files.folder, files.folder)
         try:
-            model, loading = getattr(transformers, cls.architecture).from_pretrained(
-                files.folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=files.safetensors,
-                output_loading_info=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
-            # explicit, because the default backend depends on what is installed, and the two differ slightly
-            processor = transformers.AutoImageProcessor.from_pretrained(files.folder, backend="pil", trust_remote_code=False)
+            with adapters.open_places(files) if adapters else contextlib.nullcontext(one_place) as at:
+                model, loading = getattr(transformers, cls.architecture).from_pretrained(
+                    at.weights, dtype=torch.float32, attn_implementation=cls.attention, output_loading_info=True,
+                    use_safetensors=(files.base or files).safetensors, ignore_mismatched_sizes=True)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(at.tokenizer, trust_remote_code=False)
+                # explicit, because the default backend depends on what is installed, and the two differ slightly
+                processor = transformers.AutoImageProcessor.from_pretrained(at.images, backend="pil", trust_remote_code=False)
         except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
             raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
         except Exception as error:  # a broken folder makes transformers raise nearly anything
-            raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {str(error)[:300]}") from error
-        if loading["missing_keys"]:  # transformers fills these with random numbers and goes on
-            raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
-        return cls(model.eval().requires_grad_(False), tokenizer, processor, name)
+            raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {reason_of(error)}") from error
+        check_weights(loading, name)
+        if adapters:
+            model = adapters.merge(model, files, name)
+        family = cls(model.eval().requires_grad_(False), tokenizer, processor, name)
+        family.folders = at
+        family.check_sizes(at.images)
+        return family
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer as it lies in its folder, for who wants one that nobody has touched."""
+        import transformers
+        if self.folders is None:  # a family that is loaded in a way of its own
+            return self.tokenizer
+        return transformers.AutoTokenizer.from_pretrained(self.folders.tokenizer, trust_remote_code=False)
+
+    def control_tokens(self) -> list[str]:
+        """The tokens that mark where a text begins and ends, and the like: in a caption they are text."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        tokens = [getattr(self.tokenizer, name, None) for name in names]
+        return [str(token) for token in tokens if token]
+
+    def _find_whole_words(self, prepare: Callable[[str], str] = str) -> Any:
+        """What keeps words whole that were added to the tokenizer; None where no word, once prepared, would be spelt."""
+        control = self.control_tokens()
+        words = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content not in control]
+        got = self.encode([prepare(word) for word in words]) if words else []
+        if all(own in ids for own, ids in zip(self.tokenizer.convert_tokens_to_ids(words), got, strict=True)):
+            return None
+        keeper = addon("models.words", f"{self.name}, to whose tokenizer words were added,")
+        return keeper.WholeWords(self.tokenizer, words, control)
+
+    def check_sizes(self, folder: pathlib.Path) -> None:
+        """Raise Trouble (exit 6) for an image processor, read from `folder`, that makes other images than the model reads."""
+        file = next((name for name in ("processor_config.json", "preprocessor_config.json") if (folder / name).is_file()), "")
+        settings = ImageSettings.of(self.processor)
+        made = settings.crop or settings.size  # (height, width)
+        side = getattr(getattr(self.model.config, "vision_config", None), "image_size", None)
+        if made is None:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor neither crops nor squeezes, so that images keep their "
+                                      f"shapes, and the model reads {side} x {side} pixels: in its {file} set "
+                                      "do_center_crop to true, or size to a height and a width")
+        reads = (side, side) if isinstance(side, int) and not self.takes_any_size else made
+        if made != reads:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor makes {made[1]} x {made[0]} pixels "
+                                      f"({file}) and its model reads {reads[1]} x {reads[0]} (config.json): one of the two "
+                                      "files belongs to another model")
+
+    def read_scale(self) -> float:
+        """What a cosine is multiplied by to give the model's logit."""
+        return float(self.model.logit_scale.exp().item())
+
+    def read_context_length(self) -> int:
+        """How many tokens of a caption the model reads."""
+        return int(self.model.config.text_config.max_position_embeddings)
 
     def check_tokenizer(self) -> None:
         """Raise Trouble (exit 6) for a tokenizer that does not belong to the model."""
         known = set(self.tokenizer.get_vocab().values())
         embedded = self.model.config.text_config.vocab_size
-        control = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        control = set(self.tokenizer.convert_tokens_to_ids(self.control_tokens()))
         never_given = control - set(self.encode(["Ab"])[0])
         # transformers makes one up where files are missing
         if max(known - never_given) >= embedded or len(known) < embedded / 2:
@@ -1844,8 +2215,10 @@ class Family:
     def encode(self, captions: list[str], **options: Any) -> list[list[int]]:
         """Token ids of each caption, as the tokenizer gives them."""
         # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
-        ids: list[list[int]] = self.tokenizer(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
-                                              **options)["input_ids"]
+        # trained words that were added as special tokens stay whole all the same
+        call = self._whole_words or self.tokenizer
+        ids: list[list[int]] = call(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
+                                    **options)["input_ids"]
         return ids
 
     def prepare(self, caption: str) -> str:
@@ -1862,6 +2235,14 @@ class Family:
             for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
                 truncated[i] = len(whole) > self.context_length
         return ids, truncated
+
+    def judge_caption(self, ids: list[int]) -> tuple[str, bool]:
+        """Of a caption's ids: why the tokenizer knows nothing of it, empty where it does; and whether some is unknown to it."""
+        unknown = self.tokenizer.unk_token_id
+        has_unknown = ids.count(unknown) > self._frame.count(unknown)
+        if not self._says_nothing.issuperset(ids):
+            return "", has_unknown
+        return ("the tokenizer knows nothing of it" if has_unknown else "the tokenizer leaves nothing of it"), has_unknown
 
     def padded_length(self, ids: list[int]) -> int:
         """The length that a caption must be padded to whatever its neighbours; 0 where the longest of its batch will do."""
@@ -1915,10 +2296,14 @@ class Siglip(Family):
         self.bias = self.model.logit_bias.item()
         # SigLIP 2's published tokenizer leaves the lower case to its user
         self._keeps_capitals = self.encode(["Ab"]) != self.encode(["ab"])
+        if self._keeps_capitals and not self._whole_words:
+            self._whole_words = self._find_whole_words(str.lower)
 
     def prepare(self, caption: str) -> str:
-        """Lower case, where the tokenizer does not see to it."""
-        return caption.lower() if self._keeps_capitals else caption
+        """Lower case, where the tokenizer does not see to it; words that were added to the tokenizer keep theirs."""
+        if not self._keeps_capitals:
+            return caption
+        return str(self._whole_words.lower(caption)) if self._whole_words else caption.lower()
 
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
         """sigmoid(scale * cosine + bias), Zhai et al. 2023, algorithm 1."""
@@ -1931,9 +2316,37 @@ class Siglip(Family):
 FAMILIES: dict[str, type[Family]] = {"clip": Clip, "siglip": Siglip}
 
 
+UNWELCOME_ADVICE = ("trust_remote_code", "ignore_mismatched_sizes", "weights_only", "pip install", "upgrade", "report",
+                    "force_download", "from_tf", "from_flax", "huggingface.co", "https://", "issue")
+
+
+def reason_of(error: Exception) -> str:
+    """The text of a library's error, without the sentences that recommend what this program never does, or has silenced."""
+    if "trust_remote_code" in str(error):
+        return "it asks for code of its own, which is never run"
+    sentences = re.split(r"(?<=[.!?:])\s+|\n+", str(error))
+    unwelcome = re.compile("|".join(map(re.escape, UNWELCOME_ADVICE)), re.I)
+    return " ".join(sentence for sentence in sentences if not unwelcome.search(sentence))[:300]
+
+
+def check_weights(loading: dict[str, Any], name: str) -> None:
+    """Raise Trouble (exit 6) where weights are missing or have another shape, which transformers fills with random numbers."""
+    unused = sorted(loading["unexpected_keys"])
+    if loading["missing_keys"]:
+        others = f"; it has others, such as {unused[0]}" if unused else ""
+        raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...{others}")
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        raise Trouble(EXIT_MODEL, f"{name}: its weights and its config.json do not belong together: {key} has the shape "
+                                  f"{tuple(found)}, and the config asks for {tuple(expected)}")
+    if unused:
+        say(f"warning: {name} has {len(unused)} weights that its config.json has no place for, such as {unused[0]}: not used")
+
+
 def find_family(files: ModelFiles, name: str) -> type[Family]:
     """The family that the model's config.json names: one of FAMILIES, or a file of addons/models; Trouble (exit 6) if none."""
-    kind = (read_json(files.folder / "config.json") or {}).get("model_type", "clip")
+    kind = (read_json((files.base or files).folder / "config.json") or {}).get("model_type")
+    if kind is None:
+        raise Trouble(EXIT_MODEL, f"{name}: its config.json names no model_type, so it is no model of transformers")
     if kind in FAMILIES:
         return FAMILIES[kind]
     file = str(kind).replace("-", "_")
@@ -1996,7 +2409,8 @@ class Scorer:
         self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
-        self.lanes = 0 if PROFILED else usable_cores() if self.device == "cpu" else 1
+        cores = usable_cores() if self.device == "cpu" else 1
+        self.lanes = 0 if PROFILED else cores
 
     @functools.cached_property
     def _lane_pool(self) -> ThreadPoolExecutor:
@@ -2026,9 +2440,11 @@ class Scorer:
 
     def identity(self) -> dict[str, Any]:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
-        return {"model_type": self.family.kind, "weights": self.files.identity, "safetensors": self.files.safetensors,
+        return {"model_type": self.family.kind, "weights": self.files.identity, "files": self.files.digests,
+                "adapter": self.files.has_adapter, "safetensors": (self.files.base or self.files).safetensors,
                 "device": self.device, "dtype": self.dtype, "quantization": self.quantization,
-                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size}
+                "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size,
+                "libraries": find_versions((*DECISIVE_LIBRARIES, *["peft"] * self.files.has_adapter))}
 
     def _normalised_levels(self) -> "np.ndarray":
         """(3, 256) float32: what the model's own processor makes of each byte value in each channel."""
@@ -2159,7 +2575,7 @@ class Scorer:
     def similarity(self, images: "Iterable[Image.Image | str | os.PathLike[str]]", captions: Iterable[str]) -> "np.ndarray":
         """Cosines (n,) float32 of n PIL images or paths with n captions. Raises RowFailure for an image it cannot read."""
         import numpy as np
-        texts = [self.config.caption_template.replace("{}", caption) for caption in captions]
+        texts = [self.config.caption_template.replace("{}", clean_caption(caption, self.config)) for caption in captions]
         given = list(images)
         if len(given) != len(texts):
             raise ValueError(f"{len(given)} images but {len(texts)} captions")
@@ -2252,6 +2668,7 @@ class PartitionRun:
     rows: "pd.DataFrame"
     sources: list[str]  # a URL, a path, or a place in a tar
     captions: list[str]  # with the template around them
+    texts: list[str]  # without it
     has_caption: list[bool]
     finish: "Callable[[pa.Table], pa.Table]"
     replaced: "Part | None" = None
@@ -2265,7 +2682,11 @@ class PartitionRun:
     def open(cls, plan: Plan, partition: Partition, retry: bool) -> "PartitionRun":
         """Read the partition's rows; with `retry` those alone that failed for a passing reason."""
         config = plan.config
-        rows = plan.table.read(partition.start, partition.stop)
+        try:
+            rows = plan.table.read(partition.start, partition.stop)
+        except Trouble:
+            plan.check_still_there()  # the table may be another run's by now, which is the better reason
+            raise
         finish: Callable[[pa.Table], pa.Table] = lambda table: table  # noqa: E731
         part = _part_to_retry(plan, partition) if retry else None
         if part:
@@ -2275,22 +2696,27 @@ class PartitionRun:
             sources = [all_sources[place] for place in rows.index]
         else:
             sources = rows[column_name(config.url_column)].tolist()
-        texts = rows[column_name(config.caption_column)].tolist()
+        texts = [clean_caption(text, config) for text in rows[column_name(config.caption_column)]]
         captions = [config.caption_template.replace("{}", text) for text in texts]
-        return cls(partition, rows, sources, captions, [bool(text.strip()) for text in texts], finish, part)
+        return cls(partition, rows, sources, captions, texts, [bool(text.strip()) for text in texts], finish, part)
 
     def wanted(self) -> list[str]:
         """The distinct sources to load, in order of first use; rows without a caption need none."""
         return list(dict.fromkeys(itertools.compress(self.sources, self.has_caption)))
 
 
+def clean_caption(caption: str, config: Config) -> str:
+    """The caption as `caption_clean` has it: `unescape` undoes HTML's entities, twice, as the tokenizers of OpenAI do."""
+    return caption if config.caption_clean == "none" else html.unescape(html.unescape(caption))
+
+
 def _part_to_retry(plan: Plan, partition: Partition) -> "Part | None":
     """The part whose failed rows are tried again; one that is damaged is removed, and the partition is done anew."""
     try:
-        return read_part(plan, partition) if part_is_done(plan, partition) else None
+        return read_part(plan, partition, thorough=True)
     except FlawedPart as flaw:
         say(str(flaw))
-        remove_part(partition)
+        remove_flawed_part(plan, partition, thorough=True)
         return None
 
 
@@ -2302,8 +2728,10 @@ class Scored:
     truncated: list[bool]
     status: list[str]
     detail: list[str]
+    partly_unknown: list[bool]  # a token or more of the caption is unknown to the tokenizer
     image_of_row: "np.ndarray"  # (n,) int32, the row of image_embeddings; -1 for none
     text_of_row: "np.ndarray"  # (n,) int32, the row of text_embeddings; -1 for none
+    turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
 
@@ -2312,7 +2740,8 @@ class Scored:
         """`count` rows of one status and without a score."""
         import numpy as np
         nowhere = np.full(count, -1, np.int32)
-        return cls(np.full(count, np.nan, np.float32), [False] * count, [status] * count, [""] * count, nowhere, nowhere.copy())
+        return cls(np.full(count, np.nan, np.float32), [False] * count, [status] * count, [""] * count, [False] * count,
+                   nowhere, nowhere.copy())
 
 
 @dataclasses.dataclass
@@ -2321,6 +2750,7 @@ class EmbeddedImages:
 
     place_of: dict[str, int] = dataclasses.field(default_factory=dict)
     failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
+    remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
     embeddings: "torch.Tensor | None" = None
 
 
@@ -2414,6 +2844,7 @@ class ImagePool(LoaderPool[Loaded]):
 def score_partition(scorer: Scorer | None, run: PartitionRun, images: EmbeddedImages, clock: Clock) -> Scored:
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
     result = Scored.nothing(len(run.rows), "ok")
+    result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
     for i, source in enumerate(run.sources):
         failure = images.failure_of.get(source) if run.has_caption[i] else RowFailure("empty_caption", "")
@@ -2421,6 +2852,7 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, images: EmbeddedIm
             result.status[i] = failure.status
             result.detail[i] = failure.detail
         else:
+            result.detail[i] = images.remark_of.get(source, NO_REMARK).detail
             scored.append(i)
     if scorer and scored:
         _score_rows(scorer, run, images, scored, result, clock)
@@ -2431,9 +2863,15 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
                 clock: Clock) -> None:
     """Encode the captions of the rows at the places `scored`, and fill in their cosines."""
     import numpy as np
-    texts = list(dict.fromkeys(run.captions[i] for i in scored))
     with clock.stage("tokenize"):
-        ids, cut = scorer.tokenize(texts)
+        texts = list(dict.fromkeys(run.captions[i] for i in scored))
+        tokens = dict(zip(texts, zip(*scorer.tokenize(texts), strict=True), strict=True))  # caption -> its ids, whether cut
+        scored = _without_unknown(scorer, run, scored, result, tokens)
+        texts = list(dict.fromkeys(run.captions[i] for i in scored))
+        ids = [tokens[text][0] for text in texts]
+        cut = [tokens[text][1] for text in texts]
+    if not scored:
+        return
     result.image_embeddings = images.embeddings
     result.text_embeddings = scorer.encode_texts(ids, clock)
     with clock.stage("score"):
@@ -2451,6 +2889,28 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
         is_finite = np.isfinite(cosines)
         result.image_of_row[scored] = np.where(is_finite, image_places, -1)
         result.text_of_row[scored] = np.where(is_finite, text_places, -1)
+
+
+def _without_unknown(scorer: Scorer, run: PartitionRun, scored: list[int], result: Scored,
+                     tokens: dict[str, tuple[list[int], bool]]) -> list[int]:
+    """The places of `scored` whose caption the tokenizer knows; the others become `empty_caption`.
+
+    A caption is judged without the template around it, which the tokenizer knows. `tokens` has the ids of those with it.
+    """
+    bare = list(dict.fromkeys(run.texts[i] for i in scored))
+    ids_of = {text: tokens[text][0] for text in bare if text in tokens}
+    others = [text for text in bare if text not in tokens]
+    ids_of |= dict(zip(others, scorer.tokenize(others)[0] if others else [], strict=True))
+    known: list[int] = []
+    judged = {text: scorer.family.judge_caption(ids) for text, ids in ids_of.items()}
+    for i in scored:
+        why_nothing, result.partly_unknown[i] = judged[run.texts[i]]
+        if why_nothing:
+            result.status[i] = "empty_caption"
+            result.detail[i] = why_nothing
+        else:
+            known.append(i)
+    return known
 
 
 def result_table(plan: Plan, rows: "pd.DataFrame", scored: Scored, scorer: Scorer | None = None,
@@ -2541,9 +3001,35 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """The object in `path`, or None where there is none that can be read."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def write_sealed(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write `content` as `write_json` does, with the sha256 by which `read_sealed` tells that nothing in it has changed."""
+    write_json(path, seal(content))
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` and, as its last key, the sha256 of what it holds besides."""
+    bare = {key: value for key, value in content.items() if key != "sha256"}
+    return bare | {"sha256": hashlib.sha256(json.dumps(bare).encode()).hexdigest()}
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in `path` without its seal, or None where there is none that is as it was written."""
+    content = read_json(path)
+    if content is None or seal(content) != content:
+        return None
+    del content["sha256"]
+    return content
+
+
+def times_of(path: pathlib.Path) -> list[int]:
+    """When the content and when anything of a file has changed last, in ns: a write that keeps the one moves the other."""
+    info = path.stat()
+    return [info.st_mtime_ns, info.st_ctime_ns]
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -2552,13 +3038,23 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LEFTOVER_AGE_S = 7 * 86_400  # a file that nobody has written to for so long is nobody's, whatever its name says
+
+
 def remove_leftovers(output: pathlib.Path) -> None:
-    """Remove what killed processes left half-written; those whose number cannot be looked up here may still be at work."""
+    """Remove what killed processes left half-written.
+
+    Of those whose number cannot be looked up here nobody knows whether they are at work: theirs stay until they are old. An
+    empty one may be a mark that somebody waits for.
+    """
     import psutil
     for leftover in itertools.chain((output / "parts").glob(".part-*.tmp"), output.glob(".*.tmp")):
         *_, host, pid, _ = leftover.name.rsplit(".", 3)
         with contextlib.suppress(OSError, ValueError):
-            if host == _HOST and not psutil.pid_exists(int(pid)):
+            info = leftover.stat()
+            is_dead = host == _HOST and not psutil.pid_exists(int(pid))
+            is_old = info.st_size > 0 and time.time() - info.st_mtime > LEFTOVER_AGE_S
+            if is_dead or is_old:
                 leftover.unlink()
 
 
@@ -2583,17 +3079,24 @@ def locked(output: pathlib.Path, name: str = ".lock") -> Iterator[None]:
 
 
 # ── Parts: exactly once ───────────────────────────────────────────────────────────────────────────────────────────────
-# A part is one Parquet file that appears whole. Its footer holds JSON that binds it to its run and says what is in it. The
-# last key is the sha256 of the whole file with those 64 characters as zeros, so that a flip anywhere in the file is found.
+# A part is one Parquet file that appears whole. Its footer holds JSON that binds it to its run and says what is in it. The last
+# two keys are the sha256 of the whole file, with both digests as zeros, and the sha256 of the JSON itself: so a flip anywhere
+# in the file is found, and what the footer alone says can be relied on.
 
 METADATA_KEY = "image_text_sim_clip"
 _METADATA_START = b'{"run": "'
-_DIGEST_START = b'"sha256": "'
-_NO_DIGEST = b"0" * 64
+_DIGESTS = '"file_sha256": "%s", "sha256": "%s"}'
+_DIGESTS_START = b'"file_sha256": "'
+_NO_DIGESTS = (_DIGESTS % ("0" * 64, "0" * 64)).encode()
 
 
 class FlawedPart(Trouble):
-    """A part that is not what had been written (exit 7)."""
+    """A part, or a file next to it, that is not what had been written (exit 7)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(EXIT_VERIFY, f"{name} was not what had been written; it is removed, and the same command does it "
+                                      "again")
+        self.name = name
 
 
 class Part(NamedTuple):
@@ -2610,8 +3113,9 @@ class PartSummary(NamedTuple):
     statuses: dict[str, int]
 
 
-def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The metadata of a part, all of it deterministic: what it belongs to, counts, and what each measure has `kept`."""
+def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
+                  files: Mapping[pathlib.Path, bytes]) -> dict[str, Any]:
+    """The metadata of a part, all of it deterministic: what it belongs to, counts, what each measure has `kept`, its files."""
     import pyarrow as pa
     import pyarrow.compute as pc
     counts = {entry["values"]: entry["counts"] for entry in table["status"].value_counts().to_pylist()}
@@ -2621,6 +3125,7 @@ def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dic
         "similarity_count": table.num_rows - table["similarity"].null_count,
         "truncated": pc.sum(table["truncated"].cast(pa.int64())).as_py() or 0,
         "measures": kept,
+        "files": {path.name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for path, data in files.items()},
     }
 
 
@@ -2628,60 +3133,77 @@ def encode_part(table: "pa.Table", metadata: dict[str, Any]) -> bytes:
     """The bytes of a part; the same for the same table and metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    text = json.dumps(metadata | {"sha256": _NO_DIGEST.decode()})
+    text = json.dumps(metadata)[:-1] + ", " + _NO_DIGESTS.decode()
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({METADATA_KEY: text})
     data: bytes = buffer.getvalue().to_pybytes()
-    place = _digest_place(data)
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data[:place] + digest + data[place + len(digest):]
+    place = data.rfind(_DIGESTS_START)
+    before = data[data.rfind(_METADATA_START):place]
+    return data[:place] + _digests(before, _file_sha256_of(data)) + data[place + len(_NO_DIGESTS):]
 
 
-def _digest_place(data: bytes) -> int:
-    """Where the digest stands: behind the last such key, because captions, which come before, may look like one."""
-    return data.rfind(_DIGEST_START) + len(_DIGEST_START)
+def _digests(metadata_text: bytes, file_sha256: str) -> bytes:
+    """The end of the JSON in a footer, whose text before the digests is `metadata_text`."""
+    own = hashlib.sha256(metadata_text + file_sha256.encode()).hexdigest()
+    return (_DIGESTS % (file_sha256, own)).encode()
 
 
-def _is_as_written(data: bytes) -> bool:
-    """Whether the bytes of a part give the digest that stands in them."""
-    place = _digest_place(data)
-    stored = data[place:place + len(_NO_DIGEST)]
-    blank = data[:place] + _NO_DIGEST + data[place + len(_NO_DIGEST):]
-    return hashlib.sha256(blank).hexdigest().encode() == stored
+def _file_sha256_of(data: bytes) -> str:
+    """The sha256 of a part's bytes with zeros for both digests. They come last, since captions may look like them."""
+    place = data.rfind(_DIGESTS_START)
+    blank = hashlib.sha256(data[:place])
+    blank.update(_NO_DIGESTS)
+    blank.update(data[place + len(_NO_DIGESTS):])
+    return blank.hexdigest()
 
 
 def _metadata_in(footer: bytes) -> dict[str, Any] | None:
-    """The JSON in a Parquet footer, found by its beginning: opening 10,000 files with pyarrow would take many seconds."""
-    place = footer.rfind(_METADATA_START)
-    if place < 0:
+    """The JSON in a footer, if it is as it was written. Opening 10,000 files with pyarrow instead would take many seconds."""
+    start = footer.rfind(_METADATA_START)
+    place = footer.rfind(_DIGESTS_START)
+    end = place + len(_NO_DIGESTS)
+    if not 0 <= start < place:
         return None
-    try:
-        metadata, _ = json.JSONDecoder().raw_decode(footer[place:].decode("ascii", "replace"))
-    except ValueError:
+    at = place + len(_DIGESTS_START)
+    file_sha256 = footer[at:at + 64].decode("ascii", "replace")
+    if footer[place:end] != _digests(footer[start:place], file_sha256):
         return None
-    return metadata if isinstance(metadata, dict) else None
+    metadata: dict[str, Any] = json.loads(footer[start:end])
+    return metadata
 
 
 def _read_footer(path: pathlib.Path) -> bytes | None:
     """The footer of a Parquet file that is whole in length; None for any other file, and where there is none."""
+    with _reading(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != b"PAR1" or length + 12 > size:
+            return None
+        file.seek(size - 8 - length)
+        return file.read(length)
+    return None
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Leave the block where there is no file that could ever be read; Trouble (exit 5) for an error that may pass.
+
+    A disk that cannot be reached, a folder that may not be entered, too many open files: none of them says that a part is
+    not there, and what is taken for missing is done anew.
+    """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 8))
-            tail = file.read(8)
-            length = int.from_bytes(tail[:4], "little")
-            if tail[4:] != b"PAR1" or length + 12 > size:
-                return None
-            file.seek(size - 8 - length)
-            return file.read(length)
-    except OSError:
-        return None
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+            raise Trouble(EXIT_DISK, f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_part_metadata(plan: Plan, partition: Partition) -> dict[str, Any] | None:
-    """What the footer of this run's part says, not checked by its digest; None where there is no part of this run."""
+    """What the footer of this run's part says; None where there is no part of this run, or its footer has changed."""
     footer = _read_footer(partition.parquet)
     metadata = _metadata_in(footer) if footer else None
     return metadata if metadata and _belongs(metadata, plan, partition) else None
@@ -2689,69 +3211,122 @@ def read_part_metadata(plan: Plan, partition: Partition) -> dict[str, Any] | Non
 
 def _belongs(metadata: dict[str, Any], plan: Plan, partition: Partition) -> bool:
     """Whether a part with this metadata is this run's, and this partition's."""
-    return metadata.get("run") == plan.fingerprint and metadata.get("partition") == partition.index
+    return metadata["run"] == plan.fingerprint and metadata["partition"] == partition.index
 
 
 def part_is_done(plan: Plan, partition: Partition) -> bool:
-    """Whether this run's part is there, whole in length, and its embeddings with it (`read_part` checks every byte)."""
+    """Whether this run's part is there, and its files with it, all whole in length (`read_part` checks every byte)."""
     metadata = read_part_metadata(plan, partition)
-    if metadata is None:
-        return False
-    measures = {measure.name: measure for measure in find_measures(plan.config)}
-    return all(measures[name].is_whole(partition, kept) for name, kept in metadata["measures"].items() if name in measures)
+    return metadata is not None and _find_flawed_file(partition, metadata) is None
 
 
-def read_part(plan: Plan, partition: Partition) -> Part | None:
-    """This run's part, every byte checked; None where there is none; raises FlawedPart (exit 7) for a damaged one."""
+def _find_flawed_file(partition: Partition, metadata: dict[str, Any], thorough: bool = False) -> str | None:
+    """The name of a file next to the part that is missing or has another length or, when `thorough`, another sha256."""
+    for name, written in metadata["files"].items():
+        path = partition.folder / name
+        is_whole = False
+        with _reading(path):
+            is_whole = path.stat().st_size == written["bytes"]
+            if is_whole and thorough:
+                is_whole = file_sha256(path) == written["sha256"]
+        if not is_whole:
+            return str(name)
+    return None
+
+
+def read_part(plan: Plan, partition: Partition, thorough: bool = False) -> Part | None:
+    """This run's part, every byte checked and, when `thorough`, those of the files next to it.
+
+    None where there is none; raises FlawedPart (exit 7) for a damaged one.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    flaw = FlawedPart(EXIT_VERIFY, f"{partition.parquet.name} was not what had been written; it is removed, and the same "
-                                   "command does it again")
-    try:
+    data = None
+    with _reading(partition.parquet):
         data = partition.parquet.read_bytes()
-    except FileNotFoundError:
+    if data is None:
+        if partition.parquet.exists():
+            raise FlawedPart(partition.parquet.name)
         return None
-    except OSError:
-        raise flaw from None
     metadata = _metadata_in(data)
-    if metadata is None or not _is_as_written(data):
-        raise flaw
+    if metadata is None or _file_sha256_of(data) != metadata["file_sha256"]:
+        raise FlawedPart(partition.parquet.name)
     if not _belongs(metadata, plan, partition):
         return None
-    table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)  # threads may not outlive the program
-    return Part(table, metadata)
+    flawed = _find_flawed_file(partition, metadata, thorough) if thorough else None
+    if flawed:
+        raise FlawedPart(flawed)
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:  # a quarter of what pq.read_table takes
+        table = file.read(use_threads=False)  # threads may not outlive the program
+    return Part(table.replace_schema_metadata(None), metadata)
 
 
-def remove_part(partition: Partition) -> None:
-    """Take a part away, so that the same command does it again."""
-    with output_disk(partition.parquet):
-        remove_path(partition.parquet)
+def remove_flawed_part(plan: Plan, partition: Partition, thorough: bool = False) -> None:
+    """Take a damaged part away, so that the same command does it again; one that has been replaced meanwhile stays."""
+    with locked(plan.output, COMMIT_LOCK), output_disk(partition.parquet):
+        try:
+            read_part(plan, partition, thorough)
+        except FlawedPart:
+            remove_path(partition.parquet)
 
 
 def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
-                replaced: Part | None = None) -> PartSummary:
-    """Write the part, whose existence is the mark of done.
+                replaced: Part | None = None, files: Mapping[pathlib.Path, bytes] = MappingProxyType({})) -> PartSummary:
+    """Write the part, whose existence is the mark of done, and the `files` that belong next to it.
 
     What is there first stays: a part of this run that another process has committed meanwhile is not touched, unless it is
     the one that --retry-failed has `replaced`. Raises Trouble (exit 2) where the run has been planned anew.
     """
-    metadata = describe_part(plan, partition, table, kept)
+    metadata = describe_part(plan, partition, table, kept, files)
     data = encode_part(table, metadata)
     with locked(plan.output, COMMIT_LOCK):
-        refuse_other_run(plan)
+        plan.check_still_there()
         there = read_part_metadata(plan, partition) if part_is_done(plan, partition) else None
-        is_mine_to_write = there is None or (replaced is not None and there["sha256"] == replaced.metadata["sha256"])
-        if is_mine_to_write:
+        if there is None or (replaced is not None and there["sha256"] == replaced.metadata["sha256"]):
+            for path, content in files.items():
+                write_bytes(_name_of_next(path) if there else path, content)
             write_bytes(partition.parquet, data)
+            if there and files:
+                _finish_commit(partition.parquet, metadata)
             there = metadata
-    assert there
     return PartSummary(there["rows"], there["statuses"])
+
+
+# A retry replaces a part and its files, which cannot both be renamed at once. Until the part is, the old files are what it
+# needs; so the new ones wait under another name, from which `finish_commits` takes them where a process died in between.
+
+def _name_of_next(path: pathlib.Path) -> pathlib.Path:
+    """Where a file waits for the part that it belongs to."""
+    return path.with_name(path.name + ".next")
+
+
+def _finish_commit(part: pathlib.Path, metadata: dict[str, Any]) -> None:
+    """Give the files that waited for `part` their names."""
+    for name, written in metadata["files"].items():
+        path = part.with_name(name)
+        with output_disk(path), contextlib.suppress(FileNotFoundError):
+            if file_sha256(_name_of_next(path)) == written["sha256"]:
+                _name_of_next(path).replace(path)
+
+
+def finish_commits(output: pathlib.Path) -> None:
+    """End what processes that died while they replaced a part had begun: its new files get their names, or go."""
+    waiting = list((output / "parts").glob("part-*.next"))
+    if not waiting:
+        return
+    with locked(output, COMMIT_LOCK):
+        for path in waiting:
+            part = path.with_name(path.name.split(".")[0] + ".parquet")
+            footer = _read_footer(part)
+            _finish_commit(part, (_metadata_in(footer) if footer else None) or {"files": {}})
+            with output_disk(path):
+                path.unlink(missing_ok=True)
 
 
 def write_times(partition: Partition, times: dict[str, Any]) -> None:
     """Keep seconds, worker and peaks of a part; a disk that refuses costs these numbers and nothing else."""
     with contextlib.suppress(OSError):
-        partition.times.write_text(json.dumps(times) + "\n", encoding="utf-8")
+        partition.times.write_text(json.dumps(seal(times)) + "\n", encoding="utf-8")
 
 
 NO_TIMES = {"seconds": {}, "wall_s": 0.0, "ended": 0.0, "worker": "", "tried": 0, "peak_rss_mib": 0.0, "peak_gpu_mib": 0.0,
@@ -2759,10 +3334,8 @@ NO_TIMES = {"seconds": {}, "wall_s": 0.0, "ended": 0.0, "worker": "", "tried": 0
 
 
 def read_times(partition: Partition) -> dict[str, Any]:
-    """What `write_times` kept; zeros where that is missing or cannot be read."""
-    times = read_json(partition.times) or {}
-    is_whole = all(isinstance(times.get(key), type(value)) for key, value in NO_TIMES.items())
-    return times if is_whole else dict(NO_TIMES)
+    """What `write_times` kept; zeros where that is missing or has changed."""
+    return read_sealed(partition.times) or dict(NO_TIMES)
 
 
 # ── Engines: where a partition runs ───────────────────────────────────────────────────────────────────────────────────
@@ -2787,8 +3360,8 @@ class Worker:
             self.loader = addon("images.gpu_decode", "decode: gpu").attach(self.scorer, self.loader)
         settle(plan, self.scorer)
         self.measures: list[Measure] = []
-        if self.scorer:
-            for measure in find_measures(config):
+        for measure in find_measures(config):
+            if self.scorer or not measure.needs_model:
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
         self._isolated: Any = None
@@ -2816,7 +3389,8 @@ class Worker:
             self._close()
             if not pool.hangs:  # only what is killed, or hung until it was stopped, leaves its marks
                 for partition in marked:
-                    partition.trying.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a disk that is gone; the run has ended, or has said so itself
+                        partition.trying.unlink(missing_ok=True)
 
     def _begin(self, partition: Partition, retry: bool, marked: list[Partition]) -> Begun:
         """Open the partition and mark it as being tried; one that was marked before is decoded in isolation."""
@@ -2842,27 +3416,30 @@ class Worker:
         clock = self.clock
         values: dict[str, np.ndarray] = {}
         kept: dict[str, dict[str, Any]] = {}
+        files: dict[pathlib.Path, bytes] = {}
         uncounted_s = 0.0
-        refuse_other_run(self.plan)  # before a measure writes a file of its own
         for measure in self.measures:
-            with clock.stage(measure.name):
+            with clock.stage(measure.stage or measure.name):
                 measured = measure.measure(run, scored)
             if not measure.counts_in_rate:
                 uncounted_s += clock.seconds.pop(measure.name)
             values |= measured.values
             kept[measure.name] = measured.kept
+            files |= measured.files
         with clock.stage("write"):
             table = run.finish(result_table(self.plan, run.rows, scored, self.scorer, values))
-            summary = commit_part(self.plan, run.partition, table, kept, run.replaced)
+            summary = commit_part(self.plan, run.partition, table, kept, run.replaced, files)
         times = {
             "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
             "wall_s": round(time.perf_counter() - since - uncounted_s, 6), "ended": round(time.time(), 6),
             "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
-            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings()}
+            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings(),
+            "other_libraries": self.plan.other_libraries}
         if self.report:
             times["fetching"] = self.report(self.plan, run, table)
         write_times(run.partition, times)
-        run.partition.trying.unlink(missing_ok=True)
+        with output_disk(run.partition.trying):
+            remove_path(run.partition.trying)
         return summary
 
     def _take_halvings(self) -> int:
@@ -2917,24 +3494,30 @@ class Job:
     With `once` a run that others have finalised already is not summed up again.
     """
 
-    def __init__(self, config: Config, fresh: bool = False, retry: bool = False) -> None:
+    def __init__(self, config: Config, fresh: bool = False, retry: bool = False, quiet: bool = False) -> None:
         self.config = config
         self.fresh = fresh
         self.retry = retry
+        self.quiet = quiet
         self.once = False
         self.clock = Clock()
         self.plan: Plan
-        self._bar: ProgressBar | None = None
+        self._progress: ProgressBar | ProgressLog | None = None
 
     def make_plan(self, joins: bool = False) -> None:
-        """Plan the run, or read the plan that another process has made; see the function `make_plan`."""
+        """Plan the run, or read the plan that another process has made (see `make_plan`); Trouble (exit 3) for no rows."""
         with self.clock.stage("plan"):
             self.plan = make_plan(self.config, self.fresh and not joins, joins)
         self.clock.take()
+        if not self.plan.row_count:
+            malformed = self.plan.manifest["malformed"]
+            where = f": all {malformed} lines are malformed, see {self.plan.output / 'bad_rows.csv'}" if malformed else ""
+            raise Trouble(EXIT_INPUT, f"csv_path {self.config.csv_path!r} has no rows{where}")
 
     def pending(self) -> list[Partition]:
         """What is left to do."""
         self.plan.refresh()
+        refuse_changed_files(self.plan)
         may_pass = addon("results.retry", "--retry-failed").may_pass_in if self.retry else None
         return [partition for partition in self.plan.partitions
                 if not part_is_done(self.plan, partition) or (may_pass and may_pass(self.plan, partition))]
@@ -2943,11 +3526,17 @@ class Job:
         """Where `output_format` has the results go."""
         return self.plan.output / f"scores.{self.config.output_format}"
 
+    def read_profile(self) -> dict[str, Any]:
+        """What profile.json says; {} where it is missing or has changed."""
+        return read_sealed(self.plan.output / "profile.json") or {}
+
     def is_finished(self) -> bool:
-        """Whether the results are there and complete."""
-        stored = read_json(self.plan.output / "profile.json") or {}
+        """Whether the results are there, complete and as written; bytes that a disk lost in silence are left to --verify."""
+        stored = self.read_profile()
         scores = self.results_path()
-        return bool(stored.get("finished")) and scores.is_file() and scores.stat().st_size == stored.get("scores_bytes")
+        if not stored.get("finished") or not scores.is_file() or scores.stat().st_size != stored["scores_bytes"]:
+            return False
+        return times_of(scores) == stored["scores_times_ns"] or file_sha256(scores) == stored["scores_sha256"]
 
     def work(self, todo: list[Partition], name: str = "local", judge: bool = True) -> None:
         """Score and commit `todo` in this process; with `judge`, Trouble (exit 4) when too many rows fail."""
@@ -2956,29 +3545,29 @@ class Job:
             self.follow(worker.run(todo, self.retry, self.image_loaded), todo, judge)
 
     def follow(self, summaries: Iterator[PartSummary], todo: list[Partition], judge: bool = True) -> None:
-        """Show each finished partition of `todo` on the progress bar, and judge by them (see `work`)."""
+        """Show each finished partition of `todo` as progress, and judge by them (see `work`)."""
         limit = FailureLimit(self.config.max_failure_rate)
         left = sum(partition.stop - partition.start for partition in todo)
-        if ADDONS.is_dir():
+        if ADDONS.is_dir() and not self.quiet:
             done = self.plan.row_count - left
-            self._bar = addon("results.progress", "the progress bar").ProgressBar(self.plan.row_count, done)
+            self._progress = addon("results.progress", "progress").start_progress(self.plan.row_count, done)
         try:
             for summary in summaries:
                 limit.count(summary)
-                if self._bar:
-                    self._bar.partition_done(summary, limit.failures.total())
+                if self._progress:
+                    self._progress.partition_done(summary)
                 if judge:
                     limit.judge()
         finally:
-            if self._bar:
-                self._bar.close()
+            if self._progress:
+                self._progress.close()
             if isinstance(summaries, types.GeneratorType):
                 summaries.close()
 
     def image_loaded(self) -> None:
-        """Move the progress bar by an image."""
-        if self._bar:
-            self._bar.image_loaded()
+        """Move the progress by an image."""
+        if self._progress:
+            self._progress.image_loaded()
 
 
 def run_local(job: Job) -> bool:
@@ -2996,9 +3585,12 @@ def find_engine(config: Config) -> Callable[[Job], bool]:
     """
     name = config.engine
     if name == "auto":
-        is_launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ
-        is_array = "SLURM_ARRAY_TASK_ID" in os.environ
-        name = "accelerate" if is_launched else ("slurm" * is_array or "local")
+        name = "local"
+        is_srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1")  # NTASKS and PROCID: sbatch sets them, too
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            name = "accelerate"
+        elif is_srun or "SLURM_ARRAY_TASK_ID" in os.environ:
+            name = "slurm"
     if name == "local":
         return run_local
     engine: Callable[[Job], bool] = addon(f"engines.{name}", f"engine: {name}").run
@@ -3011,29 +3603,52 @@ class PartsChanged(Exception):
     """A part was replaced (by --retry-failed in another process) while the results were written: they are written again."""
 
 
-def part_metadata(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The metadata of every part that is there."""
-    for partition in plan.partitions:
-        metadata = read_part_metadata(plan, partition)
-        if metadata is not None:
-            yield metadata
+class Snapshot:
+    """The parts of a run as they are when it is made; whatever is read later raises PartsChanged where one is another."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._digests = [self._digest_of(read_part_metadata(plan, partition)) for partition in plan.partitions]
+
+    @staticmethod
+    def _digest_of(metadata: dict[str, Any] | None) -> str:
+        return metadata["sha256"] if metadata else ""
+
+    def metadata(self) -> Iterator[tuple[Partition, dict[str, Any]]]:
+        """The metadata of every part that is there."""
+        for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
+            metadata = read_part_metadata(self.plan, partition) if digest else None
+            if self._digest_of(metadata) != digest:
+                raise PartsChanged
+            if metadata is not None:
+                yield partition, metadata
+
+    def parts(self) -> Iterator[tuple[Partition, Part | None]]:
+        """Every partition and its part, every byte checked; None for one that never ran. Raises FlawedPart (exit 7)."""
+        for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
+            part = read_part(self.plan, partition)
+            if self._digest_of(part.metadata if part else None) != digest:
+                raise PartsChanged
+            yield partition, part
+
+    @functools.cached_property
+    def totals(self) -> "list[tuple[type[Measure], Any]]":
+        """What each measure makes of all parts."""
+        return [(measure, measure.add_up(metadata for _, metadata in self.metadata()))
+                for measure in find_measures(self.plan.config)]
 
 
-def result_tables(plan: Plan) -> Iterator["pa.Table"]:
+def result_tables(snapshot: Snapshot) -> Iterator["pa.Table"]:
     """Each partition's rows with their results, in input order; rows of one that never ran are `not_tried`.
 
     Raises FlawedPart (exit 7) for a damaged part, Trouble (exit 7) where fewer or more rows go out than came in, and
     PartsChanged.
     """
-    digests = [(read_part_metadata(plan, partition) or {}).get("sha256") for partition in plan.partitions]
-    totals = [(measure, measure.add_up(part_metadata(plan))) for measure in find_measures(plan.config)]
+    plan = snapshot.plan
     written = 0
-    for partition, digest in zip(plan.partitions, digests, strict=True):
-        part = read_part(plan, partition)
-        if (part.metadata["sha256"] if part else None) != digest:
-            raise PartsChanged
+    for partition, part in snapshot.parts():
         table = part.table if part else _untried_table(plan, partition)
-        for measure, total in totals:
+        for measure, total in snapshot.totals:
             table = measure.complete(table, total)
         yield table
         written += table.num_rows
@@ -3096,26 +3711,25 @@ class CsvRows:
         self._text.detach()  # flushes first
 
 
-def write_csv(plan: Plan, file: BinaryIO) -> None:
+def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     """Stream all results as CSV."""
+    plan = snapshot.plan
     results = column_names(result_columns(plan.config))
     names = [*output_names(plan.manifest["columns"], results), *results]
     rows = CsvRows(file, names, plan.config.escape_formulas, len(results))
-    for table in result_tables(plan):
+    for table in result_tables(snapshot):
         rows.write(table)
     rows.close()
 
 
-def summarise(plan: Plan) -> dict[str, Any]:
+def summarise(snapshot: Snapshot) -> dict[str, Any]:
     """Counts, scores, times and memory of all parts, and what each measure makes of them: the beginning of profile.json."""
+    plan = snapshot.plan
     statuses = collections.Counter[str]()
     sums = collections.Counter[str]()
     similarity_sums: list[float] = []
     times: list[dict[str, Any]] = []
-    for partition in plan.partitions:
-        metadata = read_part_metadata(plan, partition)
-        if metadata is None:
-            continue
+    for partition, metadata in snapshot.metadata():
         statuses.update(metadata["statuses"])
         similarity_sums.append(metadata["similarity_sum"])
         sums.update({key: metadata[key] for key in ("rows", "similarity_count", "truncated")})
@@ -3129,7 +3743,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
             "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
             **add_up_times(times), **add_up_fetches(times, plan.row_count),
-            **{measure.name: measure.describe(measure.add_up(part_metadata(plan))) for measure in find_measures(plan.config)}}
+            **{measure.name: measure.describe(total) for measure, total in snapshot.totals}}
 
 
 def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
@@ -3145,7 +3759,8 @@ def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
             "stage_seconds": stage_seconds,
             "peak_rss_mib": max((part["peak_rss_mib"] for part in times), default=0.0),
             "peak_gpu_mib": max((part["peak_gpu_mib"] for part in times), default=0.0),
-            "oom_halvings": sum(part["oom_halvings"] for part in times)}
+            "oom_halvings": sum(part["oom_halvings"] for part in times),
+            "other_libraries": sorted(set[str]().union(*(part.get("other_libraries", []) for part in times)))}
 
 
 def add_up_fetches(times: list[dict[str, Any]], row_count: int) -> dict[str, Any]:
@@ -3186,11 +3801,11 @@ def find_bottleneck(seconds: dict[str, float]) -> str:
     return max(candidates, key=lambda stage: seconds[stage])
 
 
-def find_versions() -> dict[str, str]:
-    """The installed versions of what the scores depend on."""
+def find_versions(packages: Iterable[str] = (*DECISIVE_LIBRARIES, "numpy", "pyarrow")) -> dict[str, str]:
+    """The installed versions of `packages`: what the scores depend on."""
     from importlib import metadata
     versions = {}
-    for package in ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow"):
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
@@ -3237,12 +3852,13 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> dict[str, Any] | N
         if job.is_finished():
             if job.once:
                 return None
-            stored = read_json(plan.output / "profile.json") or {}
+            stored = job.read_profile()
         else:
             stored = write_results(job)
             if stored["finished"]:
                 for marker in (plan.output / "parts").glob("*.trying"):
-                    marker.unlink(missing_ok=True)  # of a worker that was killed just after its part was written
+                    with contextlib.suppress(OSError):
+                        remove_path(marker)  # of a worker that was killed just after its part was written
             if curve and (image := curve.png()):
                 write_bytes(plan.output / "memory-time.png", image)
     print_summary(job.config, stored)
@@ -3256,34 +3872,29 @@ def write_results(job: Job) -> dict[str, Any]:
     plan = job.plan
     scores = job.results_path()
     while True:
-        stored = summarise(plan)  # first: a part that another worker adds meanwhile does not make the run finished
+        snapshot = Snapshot(plan)  # a part that another worker adds meanwhile does not make the run finished
         try:
+            stored = summarise(snapshot)
             with output_disk(scores), atomic_file(scores) as file:
                 if config.output_format == "csv":
-                    write_csv(plan, file)
+                    write_csv(snapshot, file)
                 else:
-                    addon(f"results.{config.output_format}", "output_format").write(result_tables(plan), file)
+                    addon(f"results.{config.output_format}", "output_format").write(result_tables(snapshot), file)
             break
         except PartsChanged:
             continue
         except FlawedPart:
-            remove_flawed_parts(plan)
+            for partition in plan.partitions:
+                remove_flawed_part(plan, partition)  # all of them, so that the same command does them at once
             raise
-    stored |= {"scores_bytes": scores.stat().st_size, "scores_sha256": file_sha256(scores)}
+    with output_disk(scores):
+        stored |= {"scores_bytes": scores.stat().st_size, "scores_times_ns": times_of(scores),
+                   "scores_sha256": file_sha256(scores)}
     stored |= {"model": config.pretrained_model, **{key: getattr(config, key) for key in RECORDED_KEYS},
                **plan.manifest.get("resolved", {}), "script": __version__}
     stored |= explain(stored)
-    write_json(plan.output / "profile.json", stored)
+    write_sealed(plan.output / "profile.json", stored)
     return stored
-
-
-def remove_flawed_parts(plan: Plan) -> None:
-    """Take away every part that is damaged, so that the same command does it again."""
-    for partition in plan.partitions:
-        try:
-            read_part(plan, partition)
-        except FlawedPart:
-            remove_part(partition)
 
 
 def start_memory_curve(clock: Clock) -> "MemoryCurve | None":
@@ -3317,6 +3928,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                                                                  "(timeout, connect, dns, 429, 5xx)")
     how.add_argument("--verify", action="store_true", help="check every part of output_path bit by bit; score nothing")
     how.add_argument("--plan", action="store_true", help="score a few hundred rows and tell what the whole input will cost")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
 
@@ -3325,7 +3937,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Config -> plan -> parts -> results. Returns the exit code; the last line on stdout is one JSON object."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.set)
-    job = Job(config, options.fresh, options.retry_failed)
+    job = Job(config, options.fresh, options.retry_failed, options.quiet)
     if options.verify:
         return int(addon("results.verify", "--verify").verify(job))
     if options.plan:
@@ -3363,7 +3975,7 @@ def find_excess(job: Job, result: dict[str, Any]) -> Trouble | None:
                                     "went away meanwhile: the same command does them")
     if config.max_score_drift is None or config.pretrained_model == "none":
         return None
-    stored = read_json(job.plan.output / "profile.json") or {}
+    stored = job.read_profile()
     excess = addon("measures.passport", "max_score_drift").find_excess(stored.get("passport"), config.max_score_drift)
     return Trouble(EXIT_VERIFY, excess) if excess else None
 

@@ -11,12 +11,15 @@ Model, tokenizer, sizes, crop, resize and colours all come from the script, so t
 scorer reads bytes, and a byte has no gradient: here the same steps are done on floats. Used from Python only: the script
 itself never imports this file (which imports it).
 """
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, resize_and_crop
+from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, clean_caption, resize_and_crop
+
+ROUNDING = 1e-4  # by which a clamped value may be off after a conversion; it changes no loss that anybody could see
 
 
 class DissimilarityLoss(torch.nn.Module):
@@ -58,7 +61,8 @@ class DissimilarityLoss(torch.nn.Module):
     def forward(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """The loss of n float images (n, 3, H, W) in [0, 1] with n captions: a scalar, or (n,) with reduction "none".
 
-        Raises ValueError for another shape, for bytes, and for an empty caption (which the scorer does not score either).
+        Raises ValueError for another shape, for bytes, for values outside [0, 1] or NaN, and for an empty caption (which the
+        scorer does not score either).
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be floats (n, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -75,7 +79,11 @@ class DissimilarityLoss(torch.nn.Module):
         return values.mean() if self.reduction == "mean" else values
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit embeddings (n, d) of float images (n, 3, H, W) in [0, 1]; in float32, or float64 if the module is."""
+        """Unit embeddings (n, d) of float images (n, 3, H, W) in [0, 1]; in float32, or float64 if the module is.
+
+        Raises ValueError for values outside that range, or NaN.
+        """
+        refuse_other_ranges(images)
         pixels = resize_and_crop(images.to(self.colour_scale), self.scorer.settings)
         values = pixels * self.colour_scale + self.colour_offset
         features = self.family.image_features(self.model, values.to(self._model_dtype()))
@@ -89,7 +97,8 @@ class DissimilarityLoss(torch.nn.Module):
         distinct = list(dict.fromkeys(captions))
         self.scorer.device = str(self.colour_scale.device)  # wherever this module has been moved since
         template = self.scorer.config.caption_template
-        ids, _ = self.scorer.tokenize([template.replace("{}", caption) for caption in distinct])
+        texts = [clean_caption(caption, self.scorer.config) for caption in distinct]
+        ids, _ = self.scorer.tokenize([template.replace("{}", text) for text in texts])
         unit = self.scorer.encode_texts(ids).clone()  # a clone, because autograd refuses what inference mode has made
         places = {caption: i for i, caption in enumerate(distinct)}
         return unit[[places[caption] for caption in captions]].to(self.colour_scale)
@@ -104,6 +113,30 @@ class DissimilarityLoss(torch.nn.Module):
         equal = caption_numbers[:, None] == caption_numbers
         losses = -torch.nn.functional.logsigmoid(torch.where(own, logits, -logits))
         return losses.masked_fill(equal & ~own, 0.0).sum(1)
+
+
+def refuse_other_ranges(images: torch.Tensor) -> None:
+    """Raise ValueError, which names the range, for images with values outside [0, 1] (beyond rounding) or NaN.
+
+    Diffusion pipelines make images in [-1, 1], and image files hold [0, 255]: such images would get a loss, but another's.
+    """
+    if not images.numel():
+        return
+    values = images.detach()
+    low, high = (value.item() for value in torch.aminmax(values))  # NaN if any value is
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
+        return
+    if math.isnan(low):
+        count = int(torch.isnan(values).sum())
+        known = torch.nan_to_num(values, nan=0.5)
+        raise ValueError(f"images must lie in [0, 1], got {count} NaN of {values.numel()} values; the others lie in "
+                         f"[{known.min().item():g}, {known.max().item():g}]")
+    cure = ""
+    if low >= -1 - ROUNDING and high <= 1 + ROUNDING:
+        cure = "; images in [-1, 1] become so by images / 2 + 0.5"
+    elif low >= 0 and high <= 255:
+        cure = "; images in [0, 255] become so by images / 255"
+    raise ValueError(f"images must lie in [0, 1], got values in [{low:g}, {high:g}]{cure}")
 
 
 def _colour_steps(processor: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,6 +64,7 @@ except ImportError as missing:
     say(f"error: this example needs the package {missing.name} (pip install -r requirements.txt -r examples/requirements.txt)")
     sys.exit(EXIT_CONFIG)
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a UNet may say: the noise, the velocity, or the image itself
 # what may differ between a run and its resumption
 HARMLESS_OPTIONS = {"steps", "output", "evaluate_every", "save_every", "fresh", "gradient_checkpointing"}
 
@@ -127,11 +128,15 @@ def read_imagefolder(folder: pathlib.Path, temperature: float) -> list[Pair]:
     return [Pair(path, text, w / mean) for (path, text, _), w in zip(known, weights, strict=True)]
 
 
-def read_picture(path: pathlib.Path, side: int) -> torch.Tensor:
-    """(3, side, side) in [-1, 1]: the picture's centre square, resized. Raises Trouble (exit 3) naming the file."""
+def read_picture(path: pathlib.Path, side: int, config: Config) -> torch.Tensor:
+    """(3, side, side) in [-1, 1]: the centre square of the image, resized. Raises Trouble (exit 3) naming the file.
+
+    It is decoded as `config`, the scorer's, says (EXIF orientation, colour under transparency, AVIF): what is trained on is
+    what was scored.
+    """
     import numpy as np
     try:
-        picture = decode_image(path.read_bytes(), Config())
+        picture = decode_image(path.read_bytes(), config)
     except (OSError, RowFailure) as error:
         raise Trouble(EXIT_INPUT, f"cannot read the picture {path}: {error}") from None
     edge = min(picture.size)
@@ -153,6 +158,10 @@ def load_pipeline(name: str, revision: str, dtype: torch.dtype) -> Any:
         raise Trouble(EXIT_MODEL, f"cannot load the pipeline {name}: {type(error).__name__}: {str(error)[:300]}") from error
     if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
         raise Trouble(EXIT_MODEL, f"{name} is a {type(pipeline).__name__}; this example trains a StableDiffusionPipeline")
+    prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise Trouble(EXIT_MODEL, f"{name}: its scheduler has the prediction_type {prediction!r}; this example knows "
+                                  f"{', '.join(PREDICTIONS)}")
     # deterministic, so that a picture hangs on its noise alone, and differentiable in every step
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
@@ -247,8 +256,10 @@ class Painter:
             states, _ = self.pipeline.encode_prompt(captions, self.device, 1, False)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(self.device)
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        wanted = scheduler.get_velocity(latents, noise, times) if velocity else noise
+        if scheduler.config.prediction_type == "v_prediction":
+            wanted = scheduler.get_velocity(latents, noise, times)
+        else:
+            wanted = {"epsilon": noise, "sample": latents}[scheduler.config.prediction_type]
         out = self.predict(scheduler.add_noise(latents, noise, times), times, states)
         return (out - wanted).square().mean(dim=(1, 2, 3))
 
@@ -396,7 +407,8 @@ class Trainer:
         """Learn a batch of curated pictures, each counted by its weight."""
         chosen = torch.randint(len(self.pairs), (self.options.batch,), generator=generator)
         pairs = [self.pairs[i] for i in chosen]
-        pictures = torch.stack([read_picture(pair.path, self.painter.side()) for pair in pairs])
+        config = self.loss.scorer.config
+        pictures = torch.stack([read_picture(pair.path, self.painter.side(), config) for pair in pairs])
         errors = self.painter.imitation_errors(pictures, [pair.caption for pair in pairs], generator)
         weights = torch.tensor([pair.weight for pair in pairs], device=errors.device)
         return {"loss": (weights * errors).mean(), "unweighted": errors.mean()}

@@ -1,6 +1,6 @@
-"""Draw the pictures of the README.
+"""Draw the figures of the README.
 
-    python readme_imgs/draw_figures.py             # all of them: `make pictures`
+    python readme_imgs/draw_figures.py             # all of them: `make figures`
     python readme_imgs/draw_figures.py clip2 q3    # the two diagrams only
 
 Each picture is written next to this script; memory, memory-time, scores and review come from real runs on the bundled
@@ -256,7 +256,7 @@ def main() -> None:
     """Draw what the command line names, or everything."""
     figures = {"clip2": draw_clip2, "q3": draw_q3, "memory": draw_memory, "memory-time": draw_memory_time,
                "scores": draw_scores, "review": draw_review}
-    parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
+    parser = argparse.ArgumentParser(description="Draw the figures of the README.")
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(figures)}; nothing means all")
     what = parser.parse_args().what or list(figures)
     if unknown := [name for name in what if name not in figures]:

@@ -27,8 +27,8 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in script.HARMLESS_KEYS}
     manifest = {"version": script.__version__, "format": script.FORMAT, "settings": settings, "kind": "csv",
                 "columns": list(columns), "rows": count, "malformed": 0, "files": [], "partition_rows": partition_rows,
-                "staged": {"bytes": 0, "sha256": ""}, "resolved": {}}
-    script.write_json(output / "manifest.json", manifest)
+                "staged": {}, "resolved": {}}
+    script.write_sealed(output / "manifest.json", manifest)
     plan = script.Plan(config, output, manifest, script.cut_rows(manifest, output), table=None)
     for partition in plan.partitions:
         cut = slice(partition.start, partition.stop)
@@ -47,8 +47,8 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
         script.write_times(partition, script.NO_TIMES | {
             "seconds": {"fetch": 0.1, "image_encoder": 0.5}, "wall_s": 0.7, "ended": 1e9 + partition.index, "worker": "local",
             "tried": table.num_rows, "peak_rss_mib": 300.0})
-    totals = script.summarise(plan)
-    script.write_json(output / "profile.json", totals | script.explain(totals))
+    totals = script.summarise(script.Snapshot(plan))
+    script.write_sealed(output / "profile.json", totals | script.explain(totals))
     return output
 
 

@@ -1,4 +1,5 @@
 """Exports: what other programs load, and what an interruption leaves."""
+import functools
 import hashlib
 import http.server
 import json
@@ -249,3 +250,61 @@ def texts_of(path):
     """The .txt members of a tar, in order."""
     with tarfile.open(path) as tar:
         return [tar.extractfile(member).read() for member in tar if member.name.endswith(".txt")]
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
+def test_export_killed_while_it_removes_another(finished, run_curate_main, monkeypatch, tmp_path, kind):
+    """Whenever a run of rule B dies while it takes A's files away, A again ends with all of A's files, and B with B's."""
+    folder = tmp_path / "out/curated"
+    first = {"export": kind, "shard_rows": 2}
+    second = first | {"keep_fraction": 0.5}
+    run_curate_main(finished, **first)
+    wanted = tree_of(folder)
+    real = {name: getattr(os, name) for name in ("unlink", "rename", "rmdir")}
+    died = 0
+    for number in range(1, 40):
+        calls = []
+
+        def die(name, *arguments, number=number, calls=calls, **options):
+            calls.append(name)
+            if len(calls) == number:
+                raise Killed
+            return real[name](*arguments, **options)
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, functools.partial(die, name))
+            try:
+                run_curate_main(finished, **second)
+            except Killed:
+                died += 1
+        state = json.loads((folder / f"{kind}.json").read_text()) if (folder / f"{kind}.json").exists() else {}
+        assert state.get("complete") is not True or (folder / kind).exists()
+        run_curate_main(finished, **first)
+        assert tree_of(folder) == wanted, number
+        if len(calls) < number:
+            break
+    assert died >= 5
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "one more", "state"])
+def test_export_that_is_not_as_it_was_is_written_anew(finished, run_curate_main, tmp_path, damage):
+    """An export whose files are fewer, other in length or more than when it was complete is not taken for complete."""
+    folder = tmp_path / "out/curated"
+    run_curate_main(finished, export="imagefolder")
+    wanted = tree_of(folder)
+    image = next((folder / "imagefolder").rglob("*.png"))
+    if damage == "gone":
+        image.unlink()
+    elif damage == "cut":
+        image.write_bytes(image.read_bytes()[:-5])
+    elif damage == "one more":
+        image.with_name("another.png").write_bytes(b"not of this export")
+    else:
+        state = folder / "imagefolder.json"
+        state.write_text(state.read_text().replace('"exported": 7', '"exported": 8'))
+    assert run_curate_main(finished, export="imagefolder")["exported"] == 7
+    assert tree_of(folder) == wanted

@@ -100,7 +100,7 @@ def test_an_engine_is_one_file(house, run):
     (house / "addons/engines/backwards.py").write_text(ENGINE, encoding="utf-8")
     run("image_text_sim_clip.py", partition_rows=100, output_path="backwards", engine="backwards")
     assert (house / "backwards/scores.csv").read_bytes() == (house / "out/scores.csv").read_bytes()
-    times = [json.loads(path.read_text()) for path in sorted((house / "backwards/parts").glob("*.times.json"))]
+    times = [json.loads(path.read_text()) for path in sorted((house / "backwards/parts").glob("*.json"))]
     assert {part["worker"] for part in times} == {"backwards"}
     assert [part["ended"] for part in times] == sorted((part["ended"] for part in times), reverse=True)
 

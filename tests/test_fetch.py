@@ -214,7 +214,11 @@ def outcome(url, **keys):
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("path", ["ok", "no_length", "chunked", "hops/1", "hops/5", "to//ok",
-                                  "header/Content-Encoding/identity", "header/X-Robots-Tag/noindex"])
+                                  "header/Content-Encoding/identity", "header/X-Robots-Tag/noindex",
+                                  "header/Content-Encoding/utf-8", "header/Content-Encoding/aws-chunked",
+                                  "header/Content-Encoding/none", "header/Content-Encoding/png",
+                                  "header/Content-Encoding/binary", "header/Content-Type/nonsense",
+                                  "header/Content-Disposition/attachment", "header/Content-Length-Hint/1"])
 def test_image_arrives(server, path):
     """An image arrives whole: with a length, without one, in chunks, or after up to five redirects."""
     assert fetcher()(f"{server.url}/{path}") == IMAGE

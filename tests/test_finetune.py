@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -88,6 +89,64 @@ def test_only_lora_weights_change(arguments):
     assert changed == set(trainer.painter.lora()) and changed
     after = {name: p for part in (trainer.loss, trainer.painter.pipeline.text_encoder) for name, p in part.named_parameters()}
     assert all(torch.equal(frozen[name], after[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_each_prediction_type_has_its_target(arguments, pipeline_folder, tmp_path, kind):
+    """A UNet that says exactly what its prediction type asks for has no error, and one that says the others' has."""
+    trainer = start(arguments(model=with_prediction_type(pipeline_folder, tmp_path / kind, kind)))
+    painter = trainer.painter
+    scheduler = painter.pipeline.scheduler
+    images = torch.rand(2, 3, painter.side(), painter.side(), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        encoded = painter.pipeline.vae.encode(images)
+        clean = getattr(encoded, "latents", None)
+        clean = (encoded.latent_dist.mode() if clean is None else clean) * painter.pipeline.vae.config.scaling_factor
+    errors = {}
+    for said in ("epsilon", "v_prediction", "sample"):
+        def answer(latents, times, states, said=said):
+            alpha = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+            noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+            return {"epsilon": noise, "sample": clean, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean}[said]
+        painter.predict = answer
+        errors[said] = painter.imitation_errors(images, ["a", "b"], torch.Generator().manual_seed(0)).max().item()
+    assert errors.pop(kind) < 1e-3 and min(errors.values()) > 0.01
+
+
+def with_prediction_type(pipeline_folder, target, kind):
+    """A copy of the pipeline whose scheduler has another prediction type."""
+    shutil.copytree(pipeline_folder, target)
+    path = target / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": kind}))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["flow_prediction", "x0", "", None])
+def test_unknown_prediction_type_is_refused(arguments, pipeline_folder, tmp_path, kind):
+    """A prediction type without a known target is exit 6 and one line, before anything is trained towards another's."""
+    with pytest.raises(script.Trouble, match="prediction_type") as caught:
+        start(arguments(model=with_prediction_type(pipeline_folder, tmp_path / "copy", kind)))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize(("keys", "name"), [({"exif_orientation": True}, "turned.jpg"), ({}, "turned.jpg"),
+                                            ({"transparent_over": "#00ff00"}, "clear.png"), ({"avif": True}, "new.avif")])
+def test_what_is_trained_on_is_what_was_scored(tmp_path, noise, keys, name):
+    """Orientation, the colour under transparency and AVIF follow the scorer's config."""
+    image = noise(64, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("RGBA").resize((64, 64)).rotate(30).save(tmp_path / "clear.png")
+    image.save(tmp_path / "new.avif")
+    config = script.Config(pretrained_model="none", **keys)
+    scored = script.decode_image((tmp_path / name).read_bytes(), config)
+    edge = min(scored.size)
+    left = (scored.width - edge) // 2
+    top = (scored.height - edge) // 2
+    wanted = scored.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
+    got = finetune.read_picture(tmp_path / name, 32, config)
+    assert torch.equal(got, torch.from_numpy(np.array(wanted)).permute(2, 0, 1).float() / 127.5 - 1)
 
 
 def test_loss_falls_on_a_fixed_batch(arguments):

@@ -187,7 +187,7 @@ class Story:
 
 def serve(hub, shelf, root):
     """Give the Hub its repositories, all made of the bundled model, and return their commits."""
-    names = ["both", "older", "pickle", "refused", "evil", "flaky"]
+    names = ["both", "older", "pickle", "refused", "evil", "flaky", "tuned-whole"]
     folders = {name: shelf.copy(BUNDLED, root / "repositories" / name) for name in names}
     for name in ("older", "flaky"):
         change_weights(folders[name], lambda weights: weights["text_projection.weight"].neg_())
@@ -198,10 +198,29 @@ def serve(hub, shelf, root):
     as_pickle(folders["refused"])
     (folders["evil"] / "model.safetensors").unlink()
     torch.save({"logit_scale": Evil(root / "evil-was-here")}, folders["evil"] / "pytorch_model.bin")
-    commits = {name: hub.add(f"some-one/{name}", folders[name]) for name in names if name != "older"}
+    write_adapters(folders["tuned-whole"], root / "repositories" / "tuned")
+    folders["open-clip"] = root / "repositories" / "open-clip"
+    folders["open-clip"].mkdir()
+    for file in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (folders["open-clip"] / file).write_text("{}")
+    folders["tuned"] = root / "repositories" / "tuned"
+    commits = {name: hub.add(f"some-one/{name}", folder) for name, folder in folders.items() if name != "older"}
     commits["older"] = hub.add("some-one/both", folders["older"], "v0.9")
     hub.broken.add(f"/cdn/some-one/flaky/{commits['flaky']}/model.safetensors")
     return commits
+
+
+def write_adapters(whole, alone):
+    """Put an adapter next to its base model into `whole`, and the same one into `alone`, where it names some-one/both."""
+    import peft
+    import transformers
+    torch.manual_seed(0)
+    model = transformers.CLIPModel.from_pretrained(BUNDLED, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(alone)
+    change_config(alone, lambda content: content.update(base_model_name_or_path="some-one/both"), "adapter_config.json")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(alone / name, whole)
 
 
 def tell_story(root, shelf):
@@ -213,13 +232,15 @@ def tell_story(root, shelf):
               ("older", "some-one/both", {"revision": "v0.9"}),
               ("by-commit", "some-one/both", {"revision": story.commits["older"]}), ("pickle", "some-one/pickle", {}),
               ("refused", "some-one/refused", {"safetensors_only": "true"}), ("evil", "some-one/evil", {}),
-              ("no-such-revision", "some-one/both", {"revision": "v9"}), ("no-such-model", "some-one/nothing", {}))
+              ("no-such-revision", "some-one/both", {"revision": "v9"}), ("no-such-model", "some-one/nothing", {}),
+              ("tuned", "some-one/tuned", {}), ("tuned-whole", "some-one/tuned-whole", {}),
+              ("open-clip", "some-one/open-clip", {}))
     story.run(hub, "local", ("local", BUNDLED, {}))
     story.run(hub, "offline", ("offline", "some-one/both", {}), ("offline-nothing", "some-one/nothing", {}), HF_HUB_OFFLINE="1")
     hub.stop()
-    story.run(hub, "gone", ("gone-both", "some-one/both", {}), ("gone-older", "some-one/both", {"revision": "v0.9"}),
-              ("gone-pickle", "some-one/pickle", {}), ("gone-flaky", "some-one/flaky", {}),
-              ("gone-refused", "some-one/pickle", {"safetensors_only": "true"}))
+    story.run(hub, "gone", ("gone-both", "some-one/both", {}), ("gone-tuned", "some-one/tuned", {}),
+              ("gone-older", "some-one/both", {"revision": "v0.9"}), ("gone-pickle", "some-one/pickle", {}),
+              ("gone-flaky", "some-one/flaky", {}), ("gone-refused", "some-one/pickle", {"safetensors_only": "true"}))
     return story
 
 
@@ -336,11 +357,34 @@ def test_a_download_that_fails_is_refused(story):
     assert_refused(story.outcomes["flaky"], "some-one/flaky", BUNDLED_COMMAND)
 
 
+@pytest.mark.slow
+def test_an_adapter_on_the_hub_brings_its_weights_along(story, read_table):
+    """An adapter alone is merged into the base that it names, as one next to its base is; both commits are recorded."""
+    for label in ("tuned", "tuned-whole"):
+        assert story.outcomes[label][0] == 0, story.outcomes[label]
+        assert story.resolved(label)["adapter"] is True
+    scores = {label: [float(row["similarity"]) for row in read_table(story.root / label / "scores.csv")]
+              for label in ("tuned", "tuned-whole", "both")}
+    assert scores["tuned"] == scores["tuned-whole"]
+    assert max(abs(a - b) for a, b in zip(scores["tuned"], scores["both"], strict=True)) > 1e-3
+    assert story.resolved("tuned")["weights"] == f"{story.commits['tuned']} on {story.commits['both']}"
+    assert story.resolved("tuned-whole")["weights"] == story.commits["tuned-whole"]
+
+
+@pytest.mark.slow
+def test_another_format_is_told_before_it_is_downloaded(story):
+    """A repository of open_clip's is told by the names of its files, and none of them is fetched."""
+    assert_refused(story.outcomes["open-clip"], "some-one/open-clip", "open_clip's format")
+    asked = [path for path in story.requests["online"] if "some-one/open-clip/" in path]
+    assert asked
+    assert not [path for path in asked if "/resolve/" in path or "/cdn/" in path]
+
+
 # ── The Hub does not answer ───────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("label", "before"), [
-    ("offline", "both"), ("gone-both", "both"), ("gone-older", "older"), ("gone-pickle", "pickle")])
+    ("offline", "both"), ("gone-both", "both"), ("gone-older", "older"), ("gone-pickle", "pickle"), ("gone-tuned", "tuned")])
 def test_without_the_hub_the_cache_is_used(label, before, story, read_table):
     """In offline mode, or with the Hub gone, what was downloaded before scores the same, whatever its revision and format."""
     code, _, stderr = story.outcomes[label]
@@ -529,5 +573,5 @@ def test_a_run_is_not_resumed_with_other_weights(shelf, tmp_path, run_main, shap
     change_weights(folder, lambda weights: [value.mul_(1.001) for value in weights.values() if value.is_floating_point()])
     outcome = run_main("--config", config)
     assert outcome.code == 2
-    assert "weights was" in outcome.stderr
+    assert "model.safetensors has changed" in outcome.stderr
     assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "manifest-before.json").read_bytes()

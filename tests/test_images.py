@@ -66,16 +66,17 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("source", "name"), [
     ("a.png", "a.png"), ("sub/b.png", "sub/b.png"), ("./a.png", "a.png"), ("sub/../a.png", "a.png"),
-    ("elsewhere/a.png", "a.png"),                                   # the last segment, where the path is not there
     ("https://example.org/x/y/a.png", "a.png"), ("http://example.org/a.png?size=3#top", "a.png"),
-    ("s3://bucket/a.png", "a.png"),
+    ("HTTPS://example.org/deep/down/sub/b.png", "sub/b.png"), ("https://example.org/x/../sub/./b.png", "sub/b.png"),
+    ("https://example.org//sub//b.png", "sub/b.png"), ("https://example.org/" + "y" * 300 + "/a.png", "a.png"),
+    ("https://example.org/" + "y/" * 30_000 + "sub/b.png", "sub/b.png"), ("https://example.org/%73ub/b.png", "sub/b.png"),
     ("https://example.org/with%20space.png", "with space.png"), ("https://example.org/%C3%BC.png", "ü.png"),
     ("https://example.org/100%.png", "100%.png"), ("https://example.org/100%25.png", "100%.png"),
     ("with space.png", "with space.png"),
     ("query?.png", "query?.png"), ("c.png#x", "c.png#x"), ("https://example.org/query%3F.png", "query?.png"),
 ])
 def test_file_is_found(folder, source, name):
-    """A row's file is found by its relative path, or by the last segment of its URL, percent-encoded or not."""
+    """A row's file is found by its relative path, or by the longest ending of its URL's path, percent-encoded or not."""
     assert script.read_file(folder, source, 1000) == name.encode()
 
 
@@ -83,6 +84,11 @@ def test_file_is_found(folder, source, name):
     ("none.png", "missing"), ("https://example.org/none.png", "missing"), ("https://example.org/", "missing"),
     ("https://example.org", "missing"), ("sub/", "missing"), ("a.png/", "missing"), ("a.png/b.png", "missing"),
     ("https://example.org/sub/b%2Fb.png", "missing"), ("A.PNG", "missing"), ("\udc80", "missing"),
+    ("elsewhere/a.png", "missing"), ("sub/a.png", "missing"), ("b.png", "missing"), ("s3://bucket/a.png", "missing"),
+    ("s3://bucket/sub/b.png", "missing"), ("file://elsewhere/a.png", "missing"), ("ftp://example.org/a.png", "missing"),
+    ("http", "missing"), ("https://example.org/a.png/", "missing"), ("https://[bad/a.png", "missing"),
+    ("file:///sub/a.png", "forbidden"), ("file:///etc/passwd", "forbidden"), ("FILE:///nowhere/a.png", "forbidden"),
+    ("/nowhere/at/all", "forbidden"),
     ("a\0.png", "missing"), ("https://example.org/a%00.png", "missing"), ("x" * 300, "missing"), ("x/" * 3000 + "a", "missing"),
     ("../secret.png", "forbidden"), ("../../../../../../etc/passwd", "forbidden"), ("/etc/passwd", "forbidden"),
     ("https://example.org/..%2Fsecret.png", "forbidden"), ("https://example.org/%2e%2e", "forbidden"), ("..", "forbidden"),
@@ -91,6 +97,24 @@ def test_file_is_found(folder, source, name):
 def test_file_is_not_found(folder, source, status):
     """What is not there is missing; what lies outside the folder is forbidden, however it is spelt."""
     assert failure_of(script.read_file, folder, source, 1000)[0] == status
+
+
+def test_file_uri_is_that_file(folder):
+    """A file:// URI is read where it says, if that lies in image_path; a namesake elsewhere in it is not taken for it."""
+    for uri in (f"file://{folder}/sub/b.png", f"file://localhost{folder}/sub/b.png", f"FILE://{folder}/sub/%62.png"):
+        assert script.read_file(folder, uri, 1000) == b"sub/b.png"
+    assert failure_of(script.read_file, folder, f"file://{folder}/sub/a.png", 1000)[0] == "missing"
+    assert failure_of(script.read_file, folder, f"file://{folder}/../secret.png", 1000)[0] == "forbidden"
+
+
+def test_longest_ending_of_a_url_comes_first(tmp_path):
+    """Of several files that a URL's path could end at, the one with the longest ending in common is it."""
+    for name in ("1.png", "b/1.png", "a/b/1.png", "c/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    for url, name in (("https://x.org/a/b/1.png", "a/b/1.png"), ("https://x.org/z/b/1.png", "b/1.png"),
+                      ("https://x.org/z/1.png?b/1.png", "1.png"), ("https://x.org/a/c/1.png#a/b/1.png", "c/1.png")):
+        assert script.read_file(tmp_path.resolve(), url, 1000) == name.encode()
 
 
 def test_links(folder, tmp_path):

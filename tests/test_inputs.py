@@ -263,13 +263,17 @@ def test_tar_entries_that_lack_something(tmp_path, score_input, picture):
         ("d/1.x.jpg", picture), ("d/1.txt", b"c1"), ("2.txt", "\ufeffc2".encode()), ("3.PNG", picture),
         ("4.jpg", b"no picture"), ("4.json", b'{"caption": "c4", "url": null}'),
         ("5.jpg", picture), ("5.json", b"{broken"), ("5.txt", b"c\xff5"),
-        ("README", b"x"), ("6.cls", b"1"), ("1.jpg", picture), ("1.txt", b"again"), ("1.jpg", picture[:-40]),
+        ("README", b"x"), ("6.cls", b"1"), ("7.cls", b"1"), ("1.jpg", picture), ("1.txt", b"again"), ("1.jpg", picture[:-40]),
         ("1.txt", b"third")])
-    _, rows, _, _ = score_input("t.tar")
+    outcome, rows, _, manifest = score_input("t.tar")
     assert [(row["url"], row["caption"], row["status"]) for row in rows] == [
-        ("t.tar/d/1", "c1", "missing"), ("t.tar/2", "c2", "missing"), ("t.tar/3.PNG", "", "empty_caption"),
+        ("t.tar/d/1.x.jpg", "", "empty_caption"), ("t.tar/d/1", "c1", "missing"),
+        ("t.tar/2", "c2", "missing"), ("t.tar/3.PNG", "", "empty_caption"),
         ("t.tar/4.jpg", "c4", "not_image"), ("t.tar/5.jpg", "c\ufffd5", "ok"), ("t.tar/1.jpg", "again", "ok"),
         ("t.tar/1.jpg", "third", "corrupt")]
+    assert manifest["left_aside"] == {"files without an ending": {"count": 1, "first": "t.tar/README"},
+                                      "files ending in .cls": {"count": 2, "first": "t.tar/6.cls"}}
+    assert "2 files ending in .cls (such as t.tar/6.cls)" in outcome.stderr
 
 
 def test_parquet_beside_a_tar(tmp_path, score_input, picture):
@@ -332,12 +336,12 @@ def test_cut_between_members_is_noticed(tmp_path):
     write_tar(tmp_path / "t.tar", [("1.txt", b"x" * 512), ("2.txt", b"y" * 512), ("3.txt", b"z" * 512)])
     whole = (tmp_path / "t.tar").read_bytes()
     tar_file = files.InputFile("t.tar", str(tmp_path / "t.tar"))
-    assert tars.index_tar(tar_file)[1] == ""
+    assert tars.index_tar(tar_file).flaw == ""
     for data, count, flaw in ((whole[:2048], 2, "cut off"), (whole[:3072] + bytes(1024) + whole, 3, "no valid header follows"),
                               (whole[:1024] + b"?" * 512 + whole[1536:], 1, "no valid header follows")):
         (tmp_path / "t.tar").write_bytes(data)
-        entries, found = tars.index_tar(tar_file)
-        assert (len(entries), found) == (count, flaw)
+        index = tars.index_tar(tar_file)
+        assert (len(index.entries), index.flaw) == (count, flaw)
 
 
 @pytest.mark.slow

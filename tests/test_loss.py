@@ -39,6 +39,26 @@ def shapes_module():
     sys.path.remove(str(ROOT / "challenge_set"))
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda x: x * 2 - 1, r"\[-1, 1\]; images in \[-1, 1\] become so by images / 2"),
+    (lambda x: x * 255, r"\[0, 255\]; .* / 255"),
+    (lambda x: x - 0.5, r"\[-0\.5, 0\.5\]"), (lambda x: x * 1.01, r"got values in \[0, 1\.01\]"),
+    (lambda x: x * 1e6, "1e\\+06"),
+    (lambda x: x.masked_fill(x > 0.9, torch.nan), r"got \d+ NaN of 3072 values; the others lie in \[0, 0\."),
+    (lambda x: x.masked_fill(x > 0.9, torch.inf), "inf"), (lambda x: x * torch.nan, "3072 NaN of 3072"),
+    (lambda x: (x * 2 - 1).half(), r"\[-1, 1\]"), (lambda x: (x * 255).double(), r"\[0, 255\]")])
+def test_other_ranges_are_refused(bundled, noise, change, words):
+    """Values outside [0, 1] and NaN are refused, and the message names the range it got; a clamped image passes."""
+    image = as_tensor([noise(32, 32)])
+    image[..., 0, :2] = torch.tensor([0.0, 1.0])  # the whole range
+    with pytest.raises(ValueError, match=words):
+        bundled(change(image), [CAPTION])
+    with pytest.raises(ValueError, match=words):
+        bundled.encode_images(change(image))
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.isfinite(bundled((image * 1.3 - 0.1).clamp(0, 1).to(kind), [CAPTION]))
+
+
 def test_value_is_the_scorers_on_fifty_images_of_mixed_sizes(bundled, noise):
     images = [noise(*MIXED_SIZES[i % len(MIXED_SIZES)], seed=i) for i in range(50)]
     captions = [f"a large {['red', 'blue', 'green'][i % 3]} circle on a grey background" for i in range(50)]

@@ -50,11 +50,12 @@ def find(**keys):
 
 
 def test_measures_of_the_defaults():
-    """A run with a model has random pairs and a passport; a dry run has neither."""
-    assert [measure.name for measure in find()] == ["passport", "random_pairs"]
-    assert [measure.name for measure in find(save_embeddings="int8")] == ["saved_embeddings", "passport", "random_pairs"]
-    assert [measure.name for measure in find(parity_rows=0)] == ["random_pairs"]
-    assert find(pretrained_model="none", save_embeddings="int8") == []
+    """A run with a model has random pairs and a passport and counts captions; both kinds count what is odd about images."""
+    assert [measure.name for measure in find()] == ["captions", "images", "passport", "random_pairs"]
+    assert [measure.name for measure in find(save_embeddings="int8")] == [
+        "captions", "saved_embeddings", "images", "passport", "random_pairs"]
+    assert [measure.name for measure in find(parity_rows=0)] == ["captions", "images", "random_pairs"]
+    assert [measure.name for measure in find(pretrained_model="none", save_embeddings="int8")] == ["images"]
 
 
 @pytest.mark.usefixtures("three_files")

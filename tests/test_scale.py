@@ -210,7 +210,7 @@ def test_sigterm_leaves_nothing_behind(forks, dry, start_cli, run_main, tmp_path
 # ── Engines ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def workers_of(out):
-    return {json.loads(path.read_text())["worker"] for path in out.glob("parts/part-*.times.json")}
+    return {json.loads(path.read_text())["worker"] for path in out.glob("parts/part-*.json")}
 
 
 @pytest.fixture
@@ -391,6 +391,72 @@ def test_part_that_comes_while_results_are_written(dry, run_main, monkeypatch, t
     assert run_main("--config", dry).code == 0 and outcome_of(tmp_path / "out") == expected
 
 
+def place_of(monkeypatch, environment, **keys):
+    """The (place, tasks) that Slurm's variables give a process, without the word SLURM_ before each; None for engine local."""
+    from addons.engines import slurm
+    with monkeypatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("SLURM")]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name if name == "WORLD_SIZE" else f"SLURM_{name}", str(value))
+        config = script.Config(**keys)
+        engine = script.find_engine(config)
+        if engine is not slurm.run:
+            return engine.__module__.rpartition(".")[2]
+        return tuple(slurm.find_task(config))
+
+
+SRUN = {"NTASKS": 4, "PROCID": 3, "STEP_NUM_TASKS": 4}
+ARRAY = {"ARRAY_TASK_ID": 6, "ARRAY_TASK_MIN": 5, "ARRAY_TASK_MAX": 7, "ARRAY_TASK_COUNT": 3}
+
+
+@pytest.mark.parametrize(("environment", "keys", "place"), [
+    (SRUN, {}, (3, 4)), (SRUN | {"PROCID": 0}, {}, (0, 4)), (SRUN | ARRAY, {}, (7, 12)), (ARRAY, {}, (1, 3)),
+    (ARRAY | {"NTASKS": 4, "PROCID": 0}, {}, (1, 3)),                     # sbatch alone, in an array
+    ({"NTASKS": 4, "PROCID": 0}, {}, "image_text_sim_clip"),              # sbatch alone: one process
+    (SRUN | {"STEP_NUM_TASKS": 1, "PROCID": 0}, {}, "image_text_sim_clip"), (SRUN | {"WORLD_SIZE": 2}, {}, "accelerate"),
+    (SRUN | {"WORLD_SIZE": 1}, {}, (3, 4)), (SRUN | {"STEP_NUM_TASKS": 1, "PROCID": 0}, {"engine": "slurm"}, (0, 1)),
+    (ARRAY, {"slurm_total": 2000}, (6, 2000)), (ARRAY, {"slurm_total": 2000, "slurm_offset": 1000}, (1006, 2000)),
+    (ARRAY | {"ARRAY_TASK_MIN": 6, "ARRAY_TASK_MAX": 6, "ARRAY_TASK_COUNT": 1}, {"slurm_total": 2000}, (6, 2000)),
+    (SRUN | ARRAY, {"slurm_total": 20, "slurm_offset": 10}, (67, 80)), (SRUN, {"engine": "local"}, "image_text_sim_clip"),
+])
+def test_slurm_task_knows_its_place(monkeypatch, environment, keys, place):
+    """srun's tasks count only where SLURM_STEP_NUM_TASKS tells of it, in an array both do, and WORLD_SIZE goes first."""
+    assert place_of(monkeypatch, environment, **keys) == place
+
+
+def test_slurm_tasks_of_all_arrays_share_all(monkeypatch):
+    """The tasks of two arrays, each started three times by srun, have every place once."""
+    places = [place_of(monkeypatch, {"ARRAY_TASK_ID": number, "STEP_NUM_TASKS": 3, "PROCID": process}, slurm_total=9,
+                       slurm_offset=offset)
+              for offset, count in ((0, 5), (5, 4)) for number in range(count) for process in range(3)]
+    assert sorted(places) == [(place, 27) for place in range(27)]
+
+
+@pytest.mark.parametrize(("environment", "keys", "words"), [
+    (ARRAY, {"slurm_offset": 5}, "slurm_total"), (SRUN, {"slurm_total": 5}, "sbatch --array"),
+    (ARRAY, {"slurm_total": 6}, "beyond"), (ARRAY, {"slurm_total": 9, "slurm_offset": 3}, "beyond"),
+    (SRUN | {"PROCID": "x"}, {}, "SLURM_PROCID"), ({}, {"engine": "slurm"}, "srun")])
+def test_slurm_numbers_that_do_not_fit(monkeypatch, environment, keys, words):
+    """Keys and variables from which no task could tell its share are refused."""
+    with pytest.raises(script.Trouble, match=words) as caught:
+        place_of(monkeypatch, environment, **keys)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_srun_tasks_share_and_finish_once(dry, start_cli, run_main, tmp_path):
+    """Three processes that srun starts on one folder score each row once, and together write one result."""
+    assert run_main("--config", dry, "--set", f"output_path={tmp_path / 'local'}").code == 0
+    tasks = [start_cli("--config", dry, env={"SLURM_PROCID": str(n), "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3"})
+             for n in range(3)]
+    ended = [task.communicate(timeout=60) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0], ended
+    assert sum('"rows": 120' in stdout for stdout, _ in ended) == 1
+    assert outcome_of(tmp_path / "out") == outcome_of(tmp_path / "local")
+    assert workers_of(tmp_path / "out") == {"task 0", "task 1", "task 2"}
+
+
 def test_slurm_without_slurm(dry, run_main, monkeypatch):
     """engine: slurm outside a job array is refused in one line."""
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
@@ -432,7 +498,7 @@ run = subprocess.Popen([sys.executable, *arguments, "--set", f"ray_address={clus
 workers = set()
 while run.poll() is None and len(workers) < 2:
     time.sleep(0.05)
-    for path in out.glob("parts/part-*.times.json"):
+    for path in out.glob("parts/part-*.json"):
         try:
             workers.add(json.loads(path.read_text())["worker"])
         except ValueError:
@@ -665,14 +731,14 @@ def test_rate_of_a_run_that_others_finished(dry, run_main, tmp_path):
     """A run that was resumed under other workers' names is not the faster for it, and a retried row counts no row beside it."""
     assert run_main("--config", dry).code == 0
     out = tmp_path / "out"
-    for number, path in enumerate(sorted(out.glob("parts/*.times.json"))):
+    for number, path in enumerate(sorted(out.glob("parts/*.json"))):
         summary = json.loads(path.read_text()) | {"worker": f"actor {number}", "ended": 100.0 + number, "wall_s": 1.0}
-        path.write_text(json.dumps(summary))
+        path.write_text(json.dumps(script.seal(summary)))
     (out / "profile.json").unlink()
     assert run_main("--config", dry).result["pairs_per_s"] == pytest.approx(120 / 40)
     change_statuses(dry, {3: ("timeout", "")})
     assert run_main("--config", dry, "--retry-failed").code == 0
-    assert json.loads((out / "parts/part-00001.times.json").read_text())["tried"] == 1
+    assert json.loads((out / "parts/part-00001.json").read_text())["tried"] == 1
     assert json.loads((out / "profile.json").read_text())["tried"] == 118
 
 
@@ -692,5 +758,5 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, write_config, picture_byte
         out = tmp_path / f"out-{rows}"
         config = write_config(csv_path=str(table), output_path=str(out), partition_rows=1000)
         assert run_cli("--config", config, timeout=120).code == 0
-        peaks.append(max(json.loads(p.read_text())["peak_rss_mib"] for p in out.glob("parts/*.times.json")))
+        peaks.append(max(json.loads(p.read_text())["peak_rss_mib"] for p in out.glob("parts/*.json")))
     assert peaks[1] <= 1.1 * peaks[0], peaks

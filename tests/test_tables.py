@@ -339,13 +339,20 @@ def test_no_header(rows_of, tmp_path, content):
 
 @pytest.mark.parametrize("header", ["url,caption", "url,caption\r\n", "status,url,caption\n"])
 def test_header_only(rows_of, tmp_path, header):
-    """A header without rows is a finished run of 0 rows."""
-    outcome, rows, bad = rows_of(header)
-    assert outcome.code == 0
-    assert outcome.result["rows"] == outcome.result["scored"] == 0 and outcome.result["mean_similarity"] is None
-    assert rows == bad == []
-    names = [n.replace("status", "input_status") for n in header.split()[0].split(",")]
-    assert (tmp_path / "out/scores.csv").read_text() == ",".join([*names, *RESULT_COLUMNS]) + "\n"
+    """A header without rows is no input: exit 3, one line and no results, as often as it is tried."""
+    for _ in range(2):
+        outcome, rows, bad = rows_of(header)
+        assert outcome.code == 3 and "has no rows" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+        assert rows is None and bad == [] and outcome.stdout == ""
+
+
+@pytest.mark.parametrize(("content", "name"), [("url,caption\na\nb,c,d\n", "table.csv"), ("url\tcaption\n\n\n", "t.tsv"),
+                                               ('{"url": "a"}\n{"caption": 3}\n', "t.jsonl")])
+def test_no_rows_but_malformed_ones(rows_of, content, name):
+    """A table of which nothing is a row is exit 3; where lines were set aside, the one line says so."""
+    outcome, rows, _ = rows_of(content, name)
+    assert outcome.code == 3 and rows is None
+    assert ("bad_rows.csv" in outcome.stderr) == ("c,d" in content)
 
 
 def test_missing_file_or_folder(write_config, run_main, tmp_path):

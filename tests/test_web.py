@@ -713,7 +713,7 @@ def test_late_images_hold_up_no_other_partition(serve, write_config, write_table
     scores = read_table(tmp_path / "out/scores.csv")
     assert [row["url"] for row in scores] == [url for url, _ in rows]
     assert [row["status"] for row in scores] == ["timeout" if number == 1 else "ok" for number in range(40)]
-    ended = [json.loads(path.read_text())["ended"] for path in sorted((tmp_path / "out/parts").glob("*.times.json"))]
+    ended = [json.loads(path.read_text())["ended"] for path in sorted((tmp_path / "out/parts").glob("part-*.json"))]
     assert len(ended) == 10 and max(ended) == ended[0] and ended[0] - max(ended[1:]) > 0.5
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 
 from addons.curation import NeighbourRule
+from addons.images.exif import find_orientation
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -37,16 +38,23 @@ class ImageFacts:
     fingerprint: int
 
 
-def measure_image(data: bytes, decode: "Callable[[bytes], Image.Image]", perceptual: bool) -> ImageFacts:
+def measure_image(data: bytes, decode: "Callable[[bytes], Image.Image]", perceptual: bool,
+                  turns: bool = False) -> ImageFacts:
     """Facts of an encoded image. `decode` (bytes -> RGB image, raises for a broken one) is called for `perceptual`.
 
-    Otherwise only the header is read. Raises OSError or ValueError, or what `decode` raises.
+    Otherwise only the header is read, unless it cannot be; `turns` says that `decode` heeds EXIF orientations. Raises OSError
+    or ValueError, or what `decode` raises.
     """
     from PIL import Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if turns and find_orientation(image) in (5, 6, 7, 8):
+                    width, height = height, width
+    except Exception:  # what lies around the pixels makes Pillow raise nearly anything; the scorer may read them all the same
+        width, height = decode(data).size
     if not perceptual:
         return ImageFacts(width, height, hash_bytes(data))
     import imagehash

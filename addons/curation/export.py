@@ -3,7 +3,7 @@
 Images are written as the bytes that were scored, never encoded anew. Each row carries `similarity`, `dissimilarity` and
 the columns of further measures, so that a trainer can weight by them. Every file is written under another name and then
 renamed: one that exists is complete, which is all of resuming, and an export that was interrupted ends with the same
-bytes as one that was not.
+bytes as one that was not. That the whole is complete is written last and taken away first.
 """
 import csv
 import dataclasses
@@ -22,12 +22,15 @@ from addons.curation import Export
 from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
 from addons.curation.rules import KEPT, Curation
-from image_text_sim_clip import RowFailure, atomic_file, file_sha256, read_json, say, write_json
+from image_text_sim_clip import RowFailure, atomic_file, file_sha256, read_sealed, say, write_sealed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "AVIF": "avif"}
+# how the files begin that can be scored, and their usual endings; what lies around the pixels does not matter here
+STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
+          b"II+\0": "tiff", b"MM\0+": "tiff"}
+BOX_STARTS = {b"WEBP": "webp", b"avif": "avif", b"avis": "avif", b"mif1": "avif"}  # at the ninth byte, of RIFF and ISO files
 FOLDER_ROWS = 10_000  # images in one folder of an imagefolder
 
 Cell = float | bool | str | None  # of a further measure's column
@@ -186,27 +189,46 @@ class ImageExport:
 class ExportState:
     """Which rows the export in `folder`/`name`/ is of, and whether it is complete: `name`.json next to it.
 
-    An export of other rows is removed before the new one is written, so that the files of two choices never mix. What
-    another kind of export left is not touched.
+    An export of other rows is removed before the new one is written, so that the files of two choices never mix; so is one
+    that was complete and is not as it was. What another kind of export left is not touched.
     """
 
     def __init__(self, folder: pathlib.Path, name: str, parameters: dict[str, int]) -> None:
         self.target = folder / name
         self._path = folder / f"{name}.json"
+        self._removed = folder / f".{name}.removed"
         self._wanted = {"kept_sha256": file_sha256(folder / "kept.csv"), **parameters}
-        held = read_json(self._path) or {}
+        held = read_sealed(self._path) or {}
         self.exported = held.pop("exported", 0)
-        is_complete = held.pop("complete", False)
+        files = held.pop("files", None)
+        was_complete = held.pop("complete", False)
         is_of_these_rows = held == self._wanted
-        self.is_complete = is_complete and is_of_these_rows and self.target.exists()
-        if not is_of_these_rows:
-            shutil.rmtree(self.target, ignore_errors=True)
-            write_json(self._path, {**self._wanted, "complete": False})
+        self.is_complete = was_complete and is_of_these_rows and files == describe_files(self.target)
+        if self._removed.exists():  # a run was killed while it removed this
+            shutil.rmtree(self._removed)
+        if not is_of_these_rows or (was_complete and not self.is_complete):
+            self._discard(folder / "not_exported.csv")
+
+    def _discard(self, not_exported: pathlib.Path) -> None:
+        """Begin anew: first nothing counts as an export any more, and then the files go, all at once by a rename."""
+        self._path.unlink(missing_ok=True)
+        not_exported.unlink(missing_ok=True)
+        if self.target.exists():
+            self.target.rename(self._removed)
+            shutil.rmtree(self._removed)
+        write_sealed(self._path, {**self._wanted, "complete": False})
 
     def finish(self, exported: Exported) -> None:
         """Record the end; an export that lacks images stays incomplete, and the same command tries those again."""
         self.exported = exported.count
-        write_json(self._path, {**self._wanted, "complete": not exported.missing, "exported": exported.count})
+        write_sealed(self._path, {**self._wanted, "complete": not exported.missing, "exported": exported.count,
+                                  "files": describe_files(self.target)})
+
+
+def describe_files(folder: pathlib.Path) -> dict[str, int]:
+    """How many files lie in the folder and below, and how many bytes they have together."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {"count": len(sizes), "bytes": sum(sizes)}
 
 
 def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]]) -> None:
@@ -223,12 +245,9 @@ def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]]) -> No
 
 def find_extension(data: bytes) -> str | None:
     """The usual ending of an image's file, from its content; None for no image that is known."""
-    from PIL import Image
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
-            return EXTENSIONS[str(image.format)]
-    except (OSError, KeyError, SyntaxError, Image.DecompressionBombError):
-        return None
+    if data[:4] == b"RIFF" or data[4:8] == b"ftyp":
+        return BOX_STARTS.get(data[8:12])
+    return next((ending for start, ending in STARTS.items() if data.startswith(start)), None)
 
 
 def load_records(records: list[Record], images: RunImages, exported: Exported) -> Iterator[tuple[Record, bytes, str]]:
@@ -304,7 +323,7 @@ class WebDataset(ImageExport):
         target.mkdir(parents=True, exist_ok=True)
         for number, records in enumerate(batched(kept.records(images), kept.curation.shard_rows)):
             path = target / f"kept-{number:05d}.tar"
-            if path.exists() and read_keys(path) == [record.key for record in records]:
+            if read_keys(path) == [record.key for record in records]:
                 exported.count += len(records)
                 continue
             with atomic_file(path) as file:
@@ -329,9 +348,12 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def read_keys(path: pathlib.Path) -> list[str]:
-    """The keys of a finished tar, in order."""
-    with tarfile.open(path) as tar:
-        return [name.removesuffix(".txt") for name in tar.getnames() if name.endswith(".txt")]
+    """The keys of a finished tar, in order; none where there is no tar that can be read to its end."""
+    try:
+        with tarfile.open(path) as tar:
+            return [name.removesuffix(".txt") for name in tar.getnames() if name.endswith(".txt")]
+    except (FileNotFoundError, tarfile.TarError, EOFError):
+        return []
 
 
 EXPORTS: dict[str, Export] = {export.name: export for export in (Csv(), Parquet(), ImageFolder(), WebDataset())}

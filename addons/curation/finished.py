@@ -15,8 +15,8 @@ from image_text_sim_clip import (
     Column,
     Config,
     FlawedPart,
-    PartsChanged,
     Plan,
+    Snapshot,
     StagedRows,
     Trouble,
     arrow_type,
@@ -24,9 +24,8 @@ from image_text_sim_clip import (
     column_names,
     cut_rows,
     output_names,
-    part_metadata,
-    read_json,
-    read_part,
+    read_manifest,
+    read_sealed,
     refuse_other_format,
     result_columns,
     result_tables,
@@ -45,6 +44,7 @@ class FinishedRun:
     """What the scoring script left in `output_path`."""
 
     plan: Plan  # with the settings that the rows were scored with
+    snapshot: Snapshot  # its parts; PartsChanged where another process has replaced one since
     parts: list[JsonObject]  # each part's metadata, without what its measures kept
     profile: JsonObject  # profile.json
     random_pairs: random_pairs.PairCounts | None  # histograms of random and matched pairs; None after a dry run
@@ -95,8 +95,8 @@ class FinishedRun:
         import pyarrow as pa
         import pyarrow.parquet as pq
         first_row = 0
-        for partition in self.plan.partitions:
-            with pq.ParquetFile(partition.parquet) as part:
+        for partition, _ in self.snapshot.metadata():
+            with partition.parquet.open("rb") as file, pq.ParquetFile(file) as part:  # by name Arrow would look for a URI
                 for batch in part.iter_batches(CHUNK_ROWS, columns=columns):
                     yield first_row, pa.Table.from_batches([batch])
                     first_row += batch.num_rows
@@ -109,21 +109,13 @@ class FinishedRun:
     def judged_chunks(self, verdicts: np.ndarray) -> Iterator[JudgedChunk]:
         """Yield all rows with their verdicts, uint8 (rows,), up to CHUNK_ROWS at a time."""
         first_row = 0
-        for table in self._tables():
+        if not self.plan.partitions:  # no rows
+            return
+        for table in result_tables(self.snapshot):
             for start in range(0, table.num_rows, CHUNK_ROWS):
                 chunk = table.slice(start, CHUNK_ROWS)
                 yield first_row, chunk, np.asarray(verdicts[first_row:first_row + chunk.num_rows])
                 first_row += chunk.num_rows
-
-    def _tables(self) -> Iterator["pa.Table"]:
-        """Yield each part's rows with the columns of scores.csv. Trouble (exit 7) where a part was replaced meanwhile."""
-        if not self.plan.partitions:  # no rows
-            return
-        try:
-            yield from result_tables(self.plan)
-        except PartsChanged:
-            raise Trouble(EXIT_VERIFY, f"{self.output}: another process has replaced parts meanwhile: run the same command "
-                                       "again") from None
 
     def random_counts(self) -> np.ndarray | None:
         """How many random pairs score in each bin, (BINS,) int64; None where there are no random pairs."""
@@ -152,35 +144,36 @@ def open_run(config: Config) -> FinishedRun:
     Trouble: exit 2 for the results of another version, 3 for none or unfinished ones, 7 for a damaged part.
     """
     output = pathlib.Path(config.output_path)
-    manifest = read_json(output / "manifest.json")
+    manifest = read_manifest(output)
     if manifest:
         refuse_other_format(manifest, output)
-    profile = read_json(output / "profile.json")
+    profile = read_sealed(output / "profile.json")
     if not manifest or not profile:
         raise Trouble(EXIT_INPUT, f"{output} holds no finished scores: run image_text_sim_clip.py with this config first")
     scored_with = dataclasses.replace(config, **manifest["settings"])
     # all rows are in the parts, so the table that they came from is not opened: it may be gone by now
     plan = Plan(scored_with, output, manifest, cut_rows(manifest, output), StagedRows(output / "pairs.parquet"))
-    parts = _verify_parts(plan)
-    totals = random_pairs.RandomPairs.add_up(part_metadata(plan))
+    snapshot = Snapshot(plan)
+    parts = _verify_parts(snapshot)
+    totals = random_pairs.RandomPairs.add_up(metadata for _, metadata in snapshot.metadata())
     names = output_names(manifest["columns"], column_names(result_columns(scored_with)))
     shown_as = dict(zip(manifest["columns"], names, strict=True))
-    return FinishedRun(plan, parts, profile, totals, names, shown_as[column_name(scored_with.url_column)],
+    return FinishedRun(plan, snapshot, parts, profile, totals, names, shown_as[column_name(scored_with.url_column)],
                        shown_as[column_name(scored_with.caption_column)])
 
 
-def _verify_parts(plan: Plan) -> list[JsonObject]:
+def _verify_parts(snapshot: Snapshot) -> list[JsonObject]:
     """Read every part in full, which finds any damage; returns their metadata without what their measures kept."""
     parts = []
-    for partition in plan.partitions:
-        try:
-            part = read_part(plan, partition)
-        except FlawedPart:
-            raise Trouble(EXIT_VERIFY, f"{partition.parquet} is not what had been written: run image_text_sim_clip.py with "
-                                       "this config and --verify, which removes it, and then without") from None
-        if part is None:
-            raise Trouble(EXIT_INPUT, f"{plan.output} is not finished ({partition.parquet.name} is missing): run "
-                                      "image_text_sim_clip.py with this config again")
-        # histograms are some kB a part, and there may be ten thousand parts
-        parts.append({key: value for key, value in part.metadata.items() if key != "measures"})
+    try:
+        for partition, part in snapshot.parts():
+            if part is None:
+                raise Trouble(EXIT_INPUT, f"{snapshot.plan.output} is not finished ({partition.parquet.name} is missing): run "
+                                          "image_text_sim_clip.py with this config again")
+            # histograms are some kB a part, and there may be ten thousand parts
+            parts.append({key: value for key, value in part.metadata.items() if key != "measures"})
+    except FlawedPart as flaw:
+        raise Trouble(EXIT_VERIFY, f"{snapshot.plan.output / 'parts' / flaw.name} is not what had been written: run "
+                                   "image_text_sim_clip.py with this config and --verify, which removes it, and then "
+                                   "without") from None
     return parts

@@ -88,6 +88,6 @@ class RunImages:
     def _measure(self, data: bytes, perceptual: bool) -> ImageFacts | None:
         from PIL import Image
         try:
-            return measure_image(data, self.decode, perceptual)
+            return measure_image(data, self.decode, perceptual, self._config.exif_orientation)
         except (RowFailure, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None

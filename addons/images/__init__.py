@@ -19,6 +19,8 @@ What lives here:
                      attempt, http_client.py HTTP, targets.py what a URL means, names.py names and addresses, hosts.py what
                      each host will bear, cache.py `cache_path`, web_report.py what the summary tells
     isolate.py       decodes in a child process, for a partition at which an earlier run crashed or hung
+    exif.py          which way up an image is, and what is said of one whose EXIF cannot be honoured
+    plain_pixels.py  copies of a file without what lies around its pixels, for one that could not be read with it
     odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
     gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
 

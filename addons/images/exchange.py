@@ -25,6 +25,9 @@ from image_text_sim_clip import Config, RowFailure
 
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 REFUSING_CODES = (429, 503)
+# what servers send as a Content-Encoding although it says nothing of the bytes, as a media type (image/png) does
+NO_CODINGS = {"", "identity", "none", "null", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "binary", "7bit",
+              "8bit", "aws-chunked", "jpeg", "jpg", "png", "webp", "gif"}
 SMALL_BYTES = 128 * 2**10
 MEDIUM_BYTES = 4 * 2**20
 MEDIUM_BUDGET = 96 * 2**20  # of all bodies of up to MEDIUM_BYTES that are held at a time
@@ -312,8 +315,9 @@ class Web:
         attempt.opted_out = bool(re.search(r"\bno(image)?ai\b", head.headers.get("x-robots-tag", "").lower()))
         if attempt.opted_out and self.config.respect_opt_out:
             raise RowFailure("opted_out", "X-Robots-Tag")
-        encodings = (head.headers.get("content-encoding", ""), head.headers.get("transfer-encoding", "").replace("chunked", ""))
-        if any(encoding.strip(" ,").lower() not in ("", "identity") for encoding in encodings):
+        codings = re.split(r"[\s,]+", head.headers.get("content-encoding", "").lower())
+        transfer = head.headers.get("transfer-encoding", "").lower().replace("chunked", "").strip(" ,")
+        if transfer not in ("", "identity") or not all(coding in NO_CODINGS or "/" in coding for coding in codings):
             raise RowFailure("unsupported", "encoded body")
 
     async def _read_body(self, connection: Connection, head: Head, attempt: Attempt) -> bytes:

@@ -13,7 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from image_text_sim_clip import ImageLoader, ImageSettings, RowFailure, Scorer, resize_and_crop, say
+from addons.images.exif import TURNS, find_orientation
+from image_text_sim_clip import (
+    NO_REMARK,
+    ImageLoader,
+    ImageSettings,
+    Remark,
+    RowFailure,
+    Scorer,
+    resize_and_crop,
+    say,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +44,7 @@ class OnGpu:
     height: int
     width: int
     failure: RowFailure | None = None
+    remark: Remark = NO_REMARK
 
 
 def find_decoder(device: str) -> JpegDecoder:
@@ -78,7 +89,8 @@ def offer_to_gpu(data: bytes, digest: bytes, max_pixels: int) -> OnGpu | None:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:  # reads the header alone
             plain = image.mode in ("L", "RGB") and image.info.get("adobe_transform", 1) == 1
             if plain and image.width * image.height <= max_pixels and image.format == "JPEG":
-                return OnGpu(data, image.height, image.width)
+                is_turned = find_orientation(image) in TURNS  # which the config ignores: see `attach`
+                return OnGpu(data, image.height, image.width, remark=Remark(is_turned))
     except Exception:  # Pillow raises nearly anything, and says what is wrong when it decodes the image itself
         return None
     return None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, NamedTuple
 
-from image_text_sim_clip import EXIT_CONFIG, Config, ImageDecoder, ImageSettings, RowFailure, Trouble
+from image_text_sim_clip import EXIT_CONFIG, REMARK, Config, ImageDecoder, ImageSettings, Remark, RowFailure, Trouble
 
 if TYPE_CHECKING:
     import pebble
@@ -57,7 +57,9 @@ class IsolatedDecoder:
                 raise RowFailure("crashed", "decoder ended the process") from None
         if isinstance(answer, Refused):
             raise RowFailure(answer.status, answer.detail)
-        return Image.frombytes("RGB", answer.size, answer.pixels)
+        image = Image.frombytes("RGB", answer.size, answer.pixels)
+        image.info[REMARK] = answer.remark
+        return image
 
     def _start_child(self) -> "pebble.ProcessPool":
         """Start a child and wait until it is ready; raises Trouble (exit 2) where that cannot be done."""
@@ -117,10 +119,11 @@ def _sigint_blocked() -> Iterator[None]:
 # ── What runs in the child ────────────────────────────────────────────────────────────────────────────────────────────
 
 class Decoded(NamedTuple):
-    """An RGB image on its way to the parent: (width, height) and three bytes a pixel."""
+    """An RGB image on its way to the parent: (width, height), three bytes a pixel, and what is to be said of it."""
 
     size: tuple[int, int]
     pixels: bytes
+    remark: Remark
 
 
 class Refused(NamedTuple):
@@ -143,4 +146,4 @@ def decode_here(decoder: ImageDecoder, data: bytes) -> Decoded | Refused:
         image = decoder(data)
     except RowFailure as failure:
         return Refused(failure.status, failure.detail)
-    return Decoded(image.size, image.tobytes())
+    return Decoded(image.size, image.tobytes(), image.info.get(REMARK, Remark()))

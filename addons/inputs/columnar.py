@@ -93,7 +93,11 @@ def check_schema(schema: pa.Schema, needed: list[str], file_name: str) -> None:
     for name in needed:
         if name not in names:
             raise Trouble(EXIT_INPUT, f"{name!r} is not among the columns of {file_name}: {', '.join(names)[:300]}")
-        if not is_textual(schema.field(name).type):
+        kind = schema.field(name).type
+        if pa.types.is_nested(kind):
+            raise Trouble(EXIT_INPUT, f"{name!r} is not text in {file_name} but {kind}: lists and objects are not read yet, so "
+                                      "write a table with one row for each text (pandas: explode)")
+        if not is_textual(kind):
             raise Trouble(EXIT_INPUT, f"{name!r} is not text in {file_name}: {', '.join(names)[:300]}")
 
 

@@ -8,7 +8,7 @@ import csv
 import gzip
 import pathlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from image_text_sim_clip import (
     MAX_RECORD_CHARS,
     Batch,
     Config,
+    LiteralQuotes,
     Malformed,
     TextTable,
     careful_batches,
@@ -50,13 +51,26 @@ def open_table(config: Config, known: list[str]) -> TextTable:
     Raises Trouble (exit 3) for a table that cannot be read, or lacks the columns.
     """
     text = Text(config.csv_path, config.encoding)
-    separator = separator_of(config)
+    grammar = Grammar(separator_of(config), config.quoting == "auto", LiteralQuotes(config))
     has_header = not isinstance(config.url_column, int)
-    columns = name_columns(read_first(text, separator, put_back=not has_header), config)
-    return TextTable(columns, read_batches(text, separator, columns), text.sha256)
+    columns = name_columns(read_first(text, grammar, put_back=not has_header), config)
+    return TextTable(columns, read_batches(text, grammar, columns), text.sha256, lambda: grammar.literal.lines)
 
 
-def read_first(text: Text, separator: str, put_back: bool) -> list[str]:
+class Grammar(NamedTuple):
+    """How a table is to be read: what separates two fields, whether quotes can quote, and where they do not all the same."""
+
+    separator: str
+    has_quotes: bool
+    literal: LiteralQuotes
+
+    @property
+    def quoting(self) -> str:
+        """The config's key."""
+        return "auto" if self.has_quotes else "none"
+
+
+def read_first(text: Text, grammar: Grammar, put_back: bool) -> list[str]:
     """The first record, blank lines before it left out; [] if there is none or it cannot be read. Taken unless `put_back`."""
     csv.field_size_limit(MAX_RECORD_CHARS)
     taken: list[str] = []
@@ -67,7 +81,8 @@ def read_first(text: Text, separator: str, put_back: bool) -> list[str]:
             yield line
     first: list[str] = []
     try:
-        for record in csv.reader(lines(), delimiter=separator, strict=True):
+        for record in csv.reader(lines(), delimiter=grammar.separator, strict=True,
+                                 quoting=csv.QUOTE_MINIMAL if grammar.has_quotes else csv.QUOTE_NONE):
             if record:
                 first = record
                 break
@@ -80,27 +95,34 @@ def read_first(text: Text, separator: str, put_back: bool) -> list[str]:
     return first
 
 
-def read_batches(text: Text, separator: str, columns: list[str]) -> Iterator[Batch]:
+def read_batches(text: Text, grammar: Grammar, columns: list[str]) -> Iterator[Batch]:
     """Batches of rows and malformed records, a block at a time, carefully where it must be."""
     size = BLOCK_BYTES
     while block := text.peek(size):
-        end, quotes = find_clean_end(block, separator, is_last=len(block) < size)
-        if end:
-            clean = block[:end]
+        end, quotes = find_clean_end(block, grammar, is_last=len(block) < size)
+        clean = block[:end]
+        batch = parse_clean(clean, quotes, grammar.separator, columns, text.line, grammar.has_quotes) if end else None
+        if batch and not may_hold_literal_quotes(batch, grammar):
             size = min(2 * size, BLOCK_BYTES)
-            yield parse_clean(clean, quotes, separator, columns, text.line)
+            yield batch
             text.take(end, count_lines(clean))
         elif size > CAREFUL_BYTES:
             size = max(size // 8, CAREFUL_BYTES)
         else:
-            yield from read_stretch(text, separator, columns, size)
+            yield from read_stretch(text, grammar, columns, size)
 
 
-def read_stretch(text: Text, separator: str, columns: list[str], size: int) -> Iterator[Batch]:
+def may_hold_literal_quotes(batch: Batch, grammar: Grammar) -> bool:
+    """Whether a malformed record of the batch may be a row with its quotes as text, which the careful reader would find."""
+    _, malformed = batch
+    return grammar.literal.is_possible and any('"' in raw for *_, raw in malformed)
+
+
+def read_stretch(text: Text, grammar: Grammar, columns: list[str], size: int) -> Iterator[Batch]:
     """Batches read record by record, until `size` bytes have passed and a record ends for sure."""
     end = text.taken_bytes + size
-    records = csv_records(text.lines(), separator, text.line)
-    return careful_batches(records, columns, lambda: text.taken_bytes >= end)
+    records = csv_records(text.lines(), grammar.separator, text.line, grammar.quoting)
+    return careful_batches(grammar.literal.reread(records, len(columns)), columns, lambda: text.taken_bytes >= end)
 
 
 def count_lines(block: bytes) -> int:
@@ -127,13 +149,14 @@ def find_first_bad_byte(path: pathlib.Path, encoding: str) -> int:
 
 # ── Which part of a block is clean ────────────────────────────────────────────────────────────────────────────────────
 
-def find_clean_end(block: bytes, separator: str, is_last: bool) -> tuple[int, Places]:
+def find_clean_end(block: bytes, grammar: Grammar, is_last: bool) -> tuple[int, Places]:
     """Length of the whole records that `block` begins with, 0 unless they are UTF-8 and every parser agrees on them.
 
     Also where their quotes are, (m,), those left out that are text for sure, such as the one of `5" pipe`.
     """
+    separator = grammar.separator
     codes = np.frombuffer(block, np.uint8)
-    quotes = np.flatnonzero(codes == QUOTE)
+    quotes = np.flatnonzero(codes == QUOTE) if grammar.has_quotes else np.zeros(0, np.int64)
     if not separator.isascii() or block.startswith(codecs.BOM_UTF8):  # Arrow knows no such separator, and drops a BOM
         return 0, quotes
     borders = np.isin(np.arange(256), [ord(separator), CARRIAGE_RETURN, LINE_FEED])
@@ -141,9 +164,18 @@ def find_clean_end(block: bytes, separator: str, is_last: bool) -> tuple[int, Pl
     if not end:
         quotes = drop_literal_quotes(codes, quotes, borders)
         end = _find_strict_end(block, quotes, borders, is_last)
-    if not is_utf8(block, end):
+    quotes = quotes[:np.searchsorted(quotes, end)]
+    if not is_utf8(block, end) or (grammar.literal.is_possible and quote_line_ends(codes[:end], quotes)):
         return 0, quotes
-    return end, quotes[:np.searchsorted(quotes, end)]
+    return end, quotes
+
+
+def quote_line_ends(codes: Codes, quotes: Places) -> bool:
+    """Whether a line ends inside a quoted field of the clean records `codes` (n,), whose quotes are at `quotes` (m,)."""
+    if not len(quotes):
+        return False
+    ends = np.flatnonzero((codes == LINE_FEED) | (codes == CARRIAGE_RETURN))
+    return bool((np.searchsorted(quotes, ends) % 2).any())
 
 
 def _find_strict_end(block: bytes, quotes: Places, borders: Flags, is_last: bool) -> int:
@@ -205,7 +237,8 @@ def drop_literal_quotes(codes: Codes, quotes: Places, borders: Flags) -> Places:
 
 # ── Clean records to rows ─────────────────────────────────────────────────────────────────────────────────────────────
 
-def parse_clean(block: bytes, quotes: Places, separator: str, columns: list[str], line: int) -> Batch:
+def parse_clean(block: bytes, quotes: Places, separator: str, columns: list[str], line: int,
+                has_quotes: bool = True) -> Batch:
     """Clean records, their quotes at `quotes`, to rows and malformed records; `line` is the number of the first line."""
     odd: list[arrow_csv.InvalidRow] = []
 
@@ -215,7 +248,8 @@ def parse_clean(block: bytes, quotes: Places, separator: str, columns: list[str]
     names = [str(number) for number in range(len(columns))]  # because `columns` may hold one name twice
     rows = arrow_csv.read_csv(
         pa.BufferReader(block), arrow_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
-        arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=set_aside),
+        arrow_csv.ParseOptions(delimiter=separator, quote_char='"' if has_quotes else False,
+                               newlines_in_values=has_quotes, invalid_row_handler=set_aside),
         arrow_csv.ConvertOptions(check_utf8=False, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False))
     malformed: list[Malformed] = []
     if odd:

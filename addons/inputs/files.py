@@ -3,6 +3,7 @@
 `csv_path` may be one file, a folder, a glob (`shards/*.parquet`), or a pattern with numbers (`shards/{00000..00099}.tar`).
 """
 import bisect
+import glob
 import itertools
 import pathlib
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from addons.inputs import Manifest, Reader, Rows
+from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.stores import FileInfo, find_store
 from image_text_sim_clip import EXIT_INPUT, Config, Trouble
 
@@ -90,6 +92,30 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
         raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more} {_where()}")
     shared = _count_shared_folders(paths)
     return [InputFile("/".join(path.split("/")[shared:]), path) for path in paths]
+
+
+def find_left_aside(csv_path: str, reader: Reader) -> LeftAside:
+    """What lies in the folder `csv_path` besides the files that `reader` reads and those that belong to them.
+
+    Nothing for a path that is no folder: a glob or a pattern names what it means.
+    """
+    left_aside = LeftAside()
+    store = find_store(csv_path)
+    if store.info(csv_path) or not store.is_folder(csv_path):
+        return left_aside
+    there = store.list_files(csv_path)
+    side_suffixes = reader.side_suffixes if isinstance(reader, InPlaceReader) else ()
+    read = {path for path in expand_path(csv_path) if fits(reader, path)}
+    stems = {path.rpartition(".")[0] for path in read}
+    for path in there:
+        belongs = path.lower().endswith(side_suffixes) and path.rpartition(".")[0] in stems
+        if path not in read and not belongs:
+            left_aside.add(kind_by_ending(path), path.rpartition("/")[2])
+    known = set(there)
+    for path in store.glob(f"{glob.escape(csv_path.rstrip('/'))}/*"):
+        if path not in known and store.is_folder(path):
+            left_aside.add("folders", path.rpartition("/")[2] + "/")
+    return left_aside
 
 
 def _count_shared_folders(paths: list[str]) -> int:
@@ -220,6 +246,9 @@ class InPlaceReader:
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader. Files behind the last row that `limit` asks for are left out, so that they may change."""
         described = self.describe_files(list_files(config.csv_path, self), config)
+        left_aside = find_left_aside(config.csv_path, self)
+        left_aside.tell(config.csv_path)
+        described["left_aside"] = {**described.get("left_aside", {}), **left_aside.describe()}
         if config.limit is None or described["rows"] <= config.limit:
             return described
         counts = [file["rows"] for file in described["files"]]

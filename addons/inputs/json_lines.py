@@ -1,8 +1,9 @@
 """JSON Lines as a table of text: one object a line, its keys the columns, in the order in which they first appear.
 
 Cells are text as the file has it: strings without their quotes, numbers in their own digits, true and false as words,
-null and a key that is not there as an empty cell, nested values as JSON. A line that is no object, or that lacks the
-URL's or the caption's key, is malformed. Used for .jsonl and .ndjson, gzipped or not.
+null and a key that is not there as an empty cell, nested values as JSON. A line that is no object, that lacks the URL's or
+the caption's key, or has a list or an object for a caption, is malformed: the JSON of a list is nobody's caption. Used for
+.jsonl and .ndjson, gzipped or not.
 """
 import itertools
 import json
@@ -48,8 +49,7 @@ class JsonLinesReader(TextReader):
         text = Text(config.csv_path, config.encoding)
         columns = known or find_columns(text, needed, limit)
         if not columns:
-            names = f"{config.url_column!r} and {config.caption_column!r}"
-            raise Trouble(EXIT_INPUT, f"{text.path} begins with no JSON object that has {names}")
+            raise refuse_start(text, needed)
         return TextTable(columns, LineParser(text, needed, columns, limit).read_batches(), text.sha256)
 
 
@@ -63,19 +63,25 @@ def parse_line(line: str, needed: list[str]) -> tuple[dict[str, str] | None, str
     if not is_text(line):
         return None, "bytes that are not text"
     try:
-        values = parse_object(line)
+        values = parse_object(line, caption_key=needed[-1])
     except ValueError as error:
         return None, str(error)
     absent = [key for key in needed if key not in values]
     return (None, f"no key {absent[0]!r}") if absent else (values, "")
 
 
-def parse_object(text: str) -> dict[str, str]:
-    """The cells of one JSON object by key; ValueError says why it is none."""
+class NestedCaption(ValueError):
+    """A list or an object where a caption is needed."""
+
+
+def parse_object(text: str, caption_key: str | None = None) -> dict[str, str]:
+    """The cells of one JSON object by key; ValueError says why it is none, NestedCaption that its caption is no text."""
     try:
         values = _DECODER.decode(text)
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
+        if isinstance(caption := values.get(caption_key), list | dict):
+            raise NestedCaption(f"{caption_key!r} is {'a list' if isinstance(caption, list) else 'an object'}, not text")
         cells = {key: value if isinstance(value, str) else _tell_value(key, value, text) for key, value in values.items()}
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}") from None
@@ -103,6 +109,14 @@ def find_columns(text: Text, needed: list[str], limit: int) -> list[str]:
         del lines[-1]  # it may go on
     decoded = (line.decode("utf-8", text.errors) for line in lines)
     return _join_keys(decoded, needed, [], limit)
+
+
+def refuse_start(text: Text, needed: list[str]) -> Trouble:
+    """Trouble (exit 3) for a text whose first lines hold no row: it says what is wrong with the first one that is not blank."""
+    first = next((line for line in text.lines() if line.strip()), "")
+    reason = parse_line(first, needed)[1] if first else "it is empty"
+    return Trouble(EXIT_INPUT, f"{text.path} begins with no JSON object that has {' and '.join(map(repr, needed))} as text "
+                               f"(its first line: {reason})")
 
 
 def _join_keys(lines: Iterator[str], needed: list[str], columns: list[str], limit: int) -> list[str]:

@@ -2,9 +2,12 @@
 
     shards/00000.tar:  000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...
 
-A tar is read by offset, never unpacked. A pair's fields are those of its .json; its caption is the field that
-`caption_column` names, else the .txt; its URL is the field that `url_column` names, else `<tar>/<image>`. Where
-img2dataset's own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed downloads) are rows too.
+A member's key is its path up to the last dot of its name, so that `holiday.v2.png` and `holiday.v2.txt` are a pair. What is
+no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by
+offset, never unpacked. A pair's fields are those of its .json; its caption is the field that `caption_column` names, else the
+.txt (a list of captions is no caption: such a pair is `empty_caption`); its URL is the field that `url_column` names, else
+`<tar>/<image>`. Where img2dataset's own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed
+downloads) are rows too.
 """
 import tarfile
 from collections.abc import Iterator
@@ -15,14 +18,17 @@ import pyarrow as pa
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.columnar import is_textual, reading, to_text
 from addons.inputs.files import FileRows, InPlaceReader, InputFile
-from addons.inputs.json_lines import parse_object
+from addons.inputs.json_lines import NestedCaption, parse_object
+from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
 from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+# those that are not read here become rows all the same, and their status says so
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic",
+          "heif", "jxl", "jp2", "svg", "psd", "ico", "ppm", "pgm", "tga")
 MAX_TEXT_BYTES = 16_000_000  # of a .txt or .json; a longer one is no caption
 REST_BYTES = 1 << 20  # behind the last member, of which a whole tar has nothing but zeros
 
@@ -48,57 +54,83 @@ class Entry(NamedTuple):
         return self.members.get("image")
 
 
+class TarIndex(NamedTuple):
+    """What a tar holds: its entries in order, what is wrong with it ("" if nothing), and what of it is no entry's member."""
+
+    entries: list[Entry]
+    flaw: str
+    left_aside: LeftAside
+
+
 # ── What a tar holds ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-def index_tar(tar_file: InputFile) -> tuple[list[Entry], str]:
-    """The entries of a tar in its order, and what is wrong with it ("" if nothing): a flaw ends the list.
-
-    Raises PermissionError, which is no flaw of the tar.
-    """
+def index_tar(tar_file: InputFile) -> TarIndex:
+    """The entries of a tar; a flaw ends the list. Raises PermissionError, which is no flaw of the tar."""
     entries: list[Entry] = []
+    left_aside = LeftAside()
     places: dict[str, int] = {}  # of the last entry of each key
     try:
         with tar_file.open() as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-                    _add_member(info, entries, places)
+                    kind = kind_of_member(info)
+                    if kind in ("image", "txt", "json"):
+                        _add_member(info, kind, entries, places)
+                    elif kind:
+                        left_aside.add(kind, info.name)
                 end = tar.offset
             file.seek(end)
             rest = file.read(REST_BYTES)
     except PermissionError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        return entries, str(error) or type(error).__name__
+        return TarIndex(entries, str(error) or type(error).__name__, left_aside)
     # tarfile takes a damaged header, and the end of a file that was cut between two members, for the tar's end
     if not rest:
-        return entries, "cut off"
-    return entries, "no valid header follows" if any(rest) else ""
+        return TarIndex(entries, "cut off", left_aside)
+    return TarIndex(entries, "no valid header follows" if any(rest) else "", left_aside)
 
 
-def _add_member(info: tarfile.TarInfo, entries: list[Entry], places: dict[str, int]) -> None:
-    """Add a member that is an image, a .txt or a .json to the entry of its key, or begin one."""
-    folder, _, base = info.name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    kind = "image" if suffix.lower() in IMAGES else suffix.lower()
-    if not info.isreg() or info.issparse() or kind not in ("image", "txt", "json"):
-        return
-    key = f"{folder}/{stem}" if folder else stem
+def kind_of_member(info: tarfile.TarInfo) -> str:
+    """What a member is: "image", "txt" or "json" of an entry, "" for a folder, or the kind under which it is left aside."""
+    if info.isdir():
+        return ""
+    if info.issym() or info.islnk():
+        return "links"
+    if not info.isreg():
+        return "devices and pipes"
+    if info.issparse():
+        return "sparse files"
+    by_name = kind_by_ending(info.name)
+    ending = info.name.rpartition(".")[2].lower()
+    if by_name == "hidden files" and not info.name.rpartition("/")[2].startswith("_"):
+        return by_name
+    if ending in IMAGES:
+        return "image"
+    return ending if ending in ("txt", "json") else by_name
+
+
+def _add_member(info: tarfile.TarInfo, kind: str, entries: list[Entry], places: dict[str, int]) -> None:
+    """Add a member of an entry to the one of its key, or begin one."""
+    path = info.name.rpartition(".")[0]
+    key = "/".join(name for name in path.split("/") if name not in ("", "."))
     if key not in places or kind in entries[places[key]].members:  # a key that comes again is another pair
         places[key] = len(entries)
         entries.append(Entry(key, {}, {}))
     entries[places[key]].members[kind] = Member(info.name, info.offset_data, info.size)
 
 
-def index_shard(tar_file: InputFile) -> tuple[list[Entry], str]:
+def index_shard(tar_file: InputFile) -> TarIndex:
     """`index_tar`, and behind its entries those that only the Parquet next to the tar knows.
 
     Raises Trouble (exit 3) for a Parquet that cannot be read, and PermissionError.
     """
-    entries, flaw = index_tar(tar_file)
+    index = index_tar(tar_file)
+    entries = index.entries
     side_file = tar_file.next_to(".parquet")
     if side_file.info() is None:
-        return entries, flaw
+        return index
     with reading(side_file.name):
         columns = _read_side_file(side_file)
     there = {entry.key for entry in entries} | {entry.key.rpartition("/")[2] for entry in entries}
@@ -106,7 +138,7 @@ def index_shard(tar_file: InputFile) -> tuple[list[Entry], str]:
         if key not in there:
             fields = {name: cells[number] for name, cells in columns.items()}
             entries.append(Entry(key, {}, fields))
-    return entries, flaw
+    return index
 
 
 def _read_side_file(side_file: InputFile) -> dict[str, list[str]]:
@@ -122,8 +154,16 @@ def _read_side_file(side_file: InputFile) -> dict[str, list[str]]:
     return {name: to_text(table[name]).to_pylist() for name in names}
 
 
-def read_members(tar_file: InputFile, entries: list[Entry]) -> Iterator[dict[str, str]]:
-    """Each entry's fields: those of its .json, and its .txt under the key "" (no JSON of img2dataset has it)."""
+class Texts(NamedTuple):
+    """What an entry's texts say: the fields of its .json, its caption, and whether the .json has a list or object for one."""
+
+    fields: dict[str, str]
+    caption: str
+    has_nested_caption: bool
+
+
+def read_members(tar_file: InputFile, entries: list[Entry], caption_column: str) -> Iterator[Texts]:
+    """Each entry's texts; the caption is the field `caption_column`, else the .txt."""
     with tar_file.open() as file:
         def text_of(member: Member | None) -> str:
             if member is None or member.size > MAX_TEXT_BYTES:
@@ -131,11 +171,20 @@ def read_members(tar_file: InputFile, entries: list[Entry]) -> Iterator[dict[str
             file.seek(member.offset)
             return file.read(member.size).decode("utf-8-sig", "replace")
         for entry in entries:
-            try:
-                fields = parse_object(text_of(entry.members.get("json")) or "{}")
-            except ValueError:
-                fields = {}  # a .json that is none: the .txt may still be there
-            yield {**entry.fields, **fields, "": text_of(entry.members.get("txt"))}
+            fields, is_nested = _read_fields(text_of(entry.members.get("json")) or "{}", caption_column)
+            fields = {**entry.fields, **fields}
+            caption = fields.get(caption_column) or text_of(entry.members.get("txt"))
+            yield Texts(fields, caption, is_nested)
+
+
+def _read_fields(text: str, caption_column: str) -> tuple[dict[str, str], bool]:
+    """The fields of a .json, none for one that is no JSON (the .txt may still be there), and whether its caption is nested."""
+    try:
+        return parse_object(text, caption_column), False
+    except NestedCaption:
+        return {**parse_object(text), caption_column: ""}, True
+    except ValueError:
+        return {}, False
 
 
 # ── Reader and rows ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,29 +206,39 @@ class TarReader(InPlaceReader):
     def describe_files(self, found: list[InputFile], config: Config) -> Manifest:
         """What the tars hold: every header and .json is read once, no image. What is wrong with a tar is said."""
         columns = dict.fromkeys(needed_columns(config))
+        nested = 0
         described: list[Manifest] = []
+        left_aside = LeftAside()
         starts = [0]
         for file in found:
             try:
-                entry, names = self._describe_tar(file, is_only=len(found) == 1)
+                entry, names = self._describe_tar(file, config, left_aside, is_only=len(found) == 1)
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys(names))
             described.append(entry)
+            nested += entry["nested_captions"]
             starts.append(starts[-1] + entry["rows"])
             if config.limit and starts[-1] >= config.limit:
                 break
         rows = starts[-1]
+        left_aside.tell("the tars")
+        if nested:
+            say(f"{nested:,} captions in the tars' .json are lists or objects, which are not read yet: those pairs get their "
+                ".txt, or the status empty_caption")
         return {"kind": self.kind, "columns": list(columns), "rows": rows, "malformed": 0, "files": described,
+                "left_aside": left_aside.describe(),
                 "starts": sorted({start for start in starts if start < rows})}
 
-    def _describe_tar(self, file: InputFile, is_only: bool) -> tuple[Manifest, list[str]]:
-        """A tar's entry in manifest.json, and the names of its pairs' fields.
+    def _describe_tar(self, file: InputFile, config: Config, left_aside: LeftAside,
+                      is_only: bool) -> tuple[Manifest, list[str]]:
+        """A tar's entry in manifest.json, and the names of its pairs' fields; what is no pair's is added to `left_aside`.
 
         Raises OSError, and Trouble (exit 3) for an only file that is no tar.
         """
         entry = {"name": file.name, "rows": 0, **self.identify(file)}
-        entries, flaw = index_shard(file)
+        entries, flaw, left = index_shard(file)
+        left_aside.add_all(left, f"{file.name}/")
         if flaw and not entries:
             if is_only:
                 raise Trouble(EXIT_INPUT, f"{file.name} cannot be read as a tar: {flaw}")
@@ -189,10 +248,11 @@ class TarReader(InPlaceReader):
         if flaw:
             entry["flaw"] = flaw
         entry["rows"] = len(entries)
+        entry["nested_captions"] = 0
         names: dict[str, None] = {}
-        for fields in read_members(file, entries):
-            names.update(dict.fromkeys(fields))
-        names.pop("", None)
+        for texts in read_members(file, entries, column_name(config.caption_column)):
+            names.update(dict.fromkeys(texts.fields))
+            entry["nested_captions"] += texts.has_nested_caption
         return entry, list(names)
 
     def open_files(self, manifest: Manifest, found: list[InputFile], config: Config) -> "TarRows":
@@ -220,17 +280,16 @@ class TarRows(FileRows):
         for number, entries in self._slices(start, stop):
             file = self.files[number]
             try:
-                for entry, fields in zip(entries, read_members(file, entries), strict=True):
-                    rows.append(self._make_row(file, entry, fields))
+                for entry, texts in zip(entries, read_members(file, entries, self.caption_column), strict=True):
+                    rows.append(self._make_row(file, entry, texts))
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
-    def _make_row(self, file: InputFile, entry: Entry, fields: dict[str, str]) -> list[str]:
+    def _make_row(self, file: InputFile, entry: Entry, texts: Texts) -> list[str]:
         name = entry.image.name if entry.image else entry.key
-        caption = fields.get(self.caption_column) or fields[""]
-        url = fields.get(self.url_column) or f"{file.name}/{name}"
-        cells = {**fields, self.caption_column: caption, self.url_column: url}
+        url = texts.fields.get(self.url_column) or f"{file.name}/{name}"
+        cells = {**texts.fields, self.caption_column: texts.caption, self.url_column: url}
         return [cells.get(column, "") for column in self.columns]
 
     def sources(self, start: int, stop: int) -> list[str]:
@@ -272,7 +331,7 @@ class TarRows(FileRows):
     def _index(self, number: int) -> list[Entry]:
         file = self.files[number]
         try:
-            entries, _ = index_shard(file)
+            entries = index_shard(file).entries
         except PermissionError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror}") from None
         if len(entries) != self.counts[number]:

@@ -166,7 +166,10 @@ class TextReader(CsvReader):
 
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader."""
-        return super().describe(self._name_file(config), output)
+        described = super().describe(self._name_file(config), output)
+        left_aside = files.find_left_aside(config.csv_path, self)
+        left_aside.tell(config.csv_path)
+        return {**described, "left_aside": left_aside.describe()}
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
         """See Reader."""

@@ -3,9 +3,11 @@
     random_pairs.py   how high captions score that have nothing to do with the image; the columns percentile, random_percentile
     passport.py       a few rows scored again the slow reference way, and by how much the scores differ (`parity_rows`)
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
-    drift.py          what the last two say of a change of scores; no measure itself
+    images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
+    captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
+    drift.py          what passport.py and embeddings.py say of a change of scores; no measure itself
 
-A run with a model computes every measure whose `wanted(config)` is true. The three above are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The five above are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:
@@ -28,10 +30,14 @@ To add one, drop one file into this folder:
 That is all for a column that each row has for itself. Settings are a dataclass: `settings = CaptionLengthSettings` has the keys
 between the braces checked, and `read_settings` gives them. A measure that says something of the whole run puts numbers
 into `Measured.kept`, which are stored in the part; `add_up` makes a total of all parts' numbers, `describe` its entry in
-profile.json, `tell` its line on the screen, and `complete` fills columns that depend on all rows.
+profile.json, `tell` its line on the screen, and `complete` fills columns that depend on all rows. Files of its own go into
+`Measured.files`, named after the part (`partition.folder / "part-00012.npz"`): the part's metadata holds their sha256, and a
+part without its files is not done.
 """
 import difflib
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from image_text_sim_clip import (
@@ -39,7 +45,6 @@ from image_text_sim_clip import (
     Column,
     Config,
     ImageLoader,
-    Partition,
     PartitionRun,
     Plan,
     Scored,
@@ -63,6 +68,7 @@ class Measured(NamedTuple):
 
     values: "dict[str, np.ndarray]"  # for each of its columns a value per row at hand, (n,); NaN or None for no value
     kept: JsonObject  # goes into the part's metadata: JSON, and the same for the same rows on any machine
+    files: Mapping[pathlib.Path, bytes] = MappingProxyType({})  # written next to the part when that is; its metadata binds them
 
 
 class Measure:
@@ -77,6 +83,8 @@ class Measure:
     name: ClassVar[str]  # its key in a part's metadata and in profile.json, and the name of its stage
     columns: ClassVar[tuple[Column, ...]] = ()  # columns of its own in the results
     counts_in_rate: ClassVar[bool] = True  # False: its seconds stay out of the run's pairs/s
+    stage: ClassVar[str] = ""  # of the profile, to which its seconds are added; "" for one of its own name
+    needs_model: ClassVar[bool] = True  # False: a dry run computes it, too; it may then have no columns and ask no scorer
     settings: ClassVar[type | None] = None  # a dataclass of the keys that may stand under measures.<name> in the config
 
     @classmethod
@@ -96,11 +104,14 @@ class Measure:
             return None
         return check_section(cls.settings, values, f"measures.{cls.name}")
 
-    def __init__(self, config: Config, plan: Plan, scorer: Scorer, loader: ImageLoader) -> None:
+    scorer: Scorer  # not there in a dry run
+
+    def __init__(self, config: Config, plan: Plan, scorer: Scorer | None, loader: ImageLoader) -> None:
         """`loader` is the worker's, as the measures before this one have wrapped it."""
         self.config = config
         self.plan = plan
-        self.scorer = scorer
+        if scorer:
+            self.scorer = scorer
 
     def wrap(self, loader: ImageLoader) -> ImageLoader:
         """The loader that the worker is to use: this one, or a copy that does something more on the way."""
@@ -115,14 +126,6 @@ class Measure:
 
     def close(self) -> None:
         """Let go of what was held for the partitions begun; `begin` may follow again."""
-
-    @classmethod
-    def is_whole(cls, partition: Partition, kept: JsonObject, thorough: bool = False) -> bool:
-        """Whether the files that `measure` wrote next to the part, if any, are as `kept` says.
-
-        A quick look at names and sizes decides whether a part is done; `thorough`, for --verify, reads every byte.
-        """
-        return True
 
     @classmethod
     def add_up(cls, parts: Iterable[JsonObject]) -> Total | None:

@@ -6,9 +6,8 @@ One file a partition, `parts/part-00012.npz` (uncompressed; read it with `numpy.
     image_of_row, text_of_row (rows,)    int32: the row of `images` / `texts` of each row of the part, -1 where it has none
     image_scales (m,), text_scales (k,)  only with int8: float32; vector = int8 values * scale
 
-It is written before the part, so that a finished part has its embeddings.
+A part's metadata holds the sha256 of its file, and without it the part is not done.
 """
-import hashlib
 import io
 import pathlib
 from collections.abc import Iterable
@@ -18,19 +17,7 @@ import numpy as np
 
 from addons.measures import JsonObject, Measure, Measured, kept_by
 from addons.measures.drift import compare_pairs, describe_drift
-from image_text_sim_clip import (
-    COMMIT_LOCK,
-    Config,
-    Partition,
-    PartitionRun,
-    Scored,
-    file_sha256,
-    locked,
-    part_is_done,
-    read_part_metadata,
-    refuse_other_run,
-    write_bytes,
-)
+from image_text_sim_clip import Config, PartitionRun, Scored
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -144,42 +131,16 @@ class SavedEmbeddings(Measure):
         return config.pretrained_model != "none" and config.save_embeddings != "none"
 
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
-        """Write the partition's file; with --retry-failed, what is new is added to the file that is there.
-
-        The file of a part that another process has committed meanwhile stays as it is, as the part does.
-        """
+        """The partition's file; with --retry-failed, what is new is added to what the file holds that is there."""
         kind = self.config.save_embeddings
         arrays = _pack_partition(run, scored, kind)
         drift = _sample_drift(scored, arrays)
-        with locked(self.plan.output, COMMIT_LOCK):
-            refuse_other_run(self.plan)
-            is_retry = len(run.rows) < run.partition.stop - run.partition.start
-            if is_retry and run.partition.embeddings.exists():
-                with np.load(run.partition.embeddings) as file:
-                    arrays = _append_arrays(dict(file), arrays)
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays)  # type: ignore[arg-type]
-            data = buffer.getvalue()
-            if not self._was_overtaken(run):
-                write_bytes(run.partition.embeddings, data)
-        return Measured({}, {"kind": kind, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "drift": drift})
-
-    def _was_overtaken(self, run: PartitionRun) -> bool:
-        """Whether the part is done, and is not the one that this run of --retry-failed replaces."""
-        if not part_is_done(self.plan, run.partition):
-            return False
-        metadata = read_part_metadata(self.plan, run.partition) or {}
-        return bool(metadata.get("sha256") != run.earlier.get("sha256"))
-
-    @classmethod
-    def is_whole(cls, partition: Partition, kept: JsonObject, thorough: bool = False) -> bool:
-        """Whether the partition's file has the length it was written with, and when `thorough` its sha256."""
-        try:
-            if partition.embeddings.stat().st_size != kept["bytes"]:
-                return False
-            return not thorough or file_sha256(partition.embeddings) == kept["sha256"]
-        except OSError:
-            return False
+        if run.replaced:
+            with np.load(run.partition.embeddings) as file:
+                arrays = _append_arrays(dict(file), arrays)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        return Measured({}, {"kind": kind, "drift": drift}, {run.partition.embeddings: buffer.getvalue()})
 
     @classmethod
     def add_up(cls, parts: Iterable[JsonObject]) -> list[list[float]] | None:

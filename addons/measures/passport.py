@@ -33,6 +33,7 @@ from image_text_sim_clip import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 MOST_ROWS = 10_000  # each costs a slow scoring, and the summary sorts them in memory
 STAND_INS = 4  # rows of a stretch that may be tried in all
@@ -154,13 +155,15 @@ class KeptImages:
 class Reference:
     """The slow, plain way from an image's bytes and a caption to their cosine.
 
-    The scorer lends its processor and its tokenizer, and its model where that is float32 and unchanged. Otherwise a second
-    model is loaded when the first row comes, on the GPU if it fits there, and given back by `close`.
+    The scorer lends its processor, and its model where that is float32 and unchanged. Otherwise a second model is loaded when
+    the first row comes, on the GPU if it fits there, and given back by `close`. The tokenizer is one of its own, called as
+    transformers has it called, so that a fault in how the scorer takes captions apart shows.
     """
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self._model: torch.nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def score(self, data: bytes, caption: str) -> float:
         """The cosine of one pair; `caption` is what the model reads. Raises RowFailure for bytes that are no image."""
@@ -186,10 +189,27 @@ class Reference:
             return pixels
 
     def _prepare_caption(self, caption: str) -> list[int]:
-        """Token ids, padded to the most that the model reads."""
+        """Token ids, padded to the most that the model reads.
+
+        Raises RowFailure for a caption with both a control token, which is text here, and a trained word, which is none:
+        transformers can only take both as they are, or take both apart.
+        """
         family = self.scorer.family
-        ids = self.scorer.tokenize([caption])[0][0]
-        return ids + [family.tokenizer.pad_token_id] * (family.context_length - len(ids))
+        if self._tokenizer is None:
+            self._tokenizer = family.load_tokenizer()
+        text = family.prepare(caption)
+        has_control = self._names_token(text, family.control_tokens())
+        words = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}.difference(family.control_tokens())
+        if has_control and self._names_token(text, words):
+            raise RowFailure("unsupported", "a control token and an added word in one caption")
+        ids: list[int] = self._tokenizer(text, split_special_tokens=has_control, truncation=True, verbose=False,
+                                         max_length=family.context_length)["input_ids"]
+        return ids + [self._tokenizer.pad_token_id] * (family.context_length - len(ids))
+
+    @staticmethod
+    def _names_token(text: str, tokens: Iterable[str]) -> bool:
+        """Whether one of the tokens stands in the text, in capitals or not."""
+        return any(token.lower() in text.lower() for token in tokens)
 
     def _load_model(self) -> "torch.nn.Module":
         import torch
@@ -201,8 +221,9 @@ class Reference:
             return model.to("cpu")
 
     def close(self) -> None:
-        """Let go of the second model."""
+        """Let go of the second model and of the second tokenizer."""
         self._model = None
+        self._tokenizer = None
 
 
 # ── The measure ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,17 @@ To add one, drop one file into this folder, named after its model_type with `-` 
 
     FAMILY = ToyFamily
 
+The families here:
+
+    chinese_clip.py  altclip.py  align.py    BERT's or XLM-R's text tower, masked (masked_text.py)
+    metaclip_2.py                            CLIP's causal text tower with XLM-R's pieces (xlm_pieces.py)
+
+What only some model folders need, and the script asks for:
+
+    folders.py      what is wrong with a folder, told with its cure before it is loaded
+    adapters.py     adapters of peft, merged into their base model
+    words.py        words that were added to a tokenizer stay whole
+
 The shortcuts, each imported only where its config key asks for it; the first two need a model with CLIP's two towers:
 
     quantize.py     `quantization: int8`: the encoders' linear layers multiply bytes
@@ -40,3 +51,11 @@ def find_towers(model: "torch.nn.Module", key: str) -> "tuple[torch.nn.Module, t
     if image_tower is None or text_tower is None:
         raise Trouble(EXIT_MODEL, f"{key} needs a vision_model and a text_model, which {type(model).__name__} lacks")
     return image_tower, text_tower
+
+
+def find_encoder(tower: "torch.nn.Module") -> "torch.nn.Module":
+    """The part of a tower that holds its layers, without embeddings and pooling; Trouble (exit 6) where there is none."""
+    for name, module in tower.named_modules():
+        if name.rpartition(".")[2] == "encoder":
+            return module
+    raise Trouble(EXIT_MODEL, f"quantization needs a tower with an encoder, which {type(tower).__name__} lacks")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from addons.models import find_towers
+from addons.models import find_encoder, find_towers
 
 LEVELS = 127  # int8 used symmetrically: -127 ... 127
 SMALLEST = 1e-9  # keeps the scale of an all-zero row from being zero
@@ -26,7 +26,7 @@ def quantize_model(model: torch.nn.Module, device: str) -> str:
     with warnings.catch_warnings():  # a later torch will go without that function; until then its kernel is the fastest
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
         for tower in find_towers(model, "quantization"):
-            _replace_linear_layers(tower.get_submodule("encoder"), PackedLinear if packed else TokenwiseLinear)
+            _replace_linear_layers(find_encoder(tower), PackedLinear if packed else TokenwiseLinear)
     return "int8 by item" if packed else "int8 by token"
 
 

@@ -1,15 +1,15 @@
 """Results: what a run can do with its parts besides writing scores.csv, and what it shows on its way there.
 
     parquet.py       `output_format: parquet`: scores.parquet instead of scores.csv
-    progress.py      the progress bar
+    progress.py      the progress bar, or lines in a log
     memory_curve.py  memory-time.png
     cost.py          --plan: what the whole input will cost
     verify.py        --verify: is everything still as it was written?
     retry.py         --retry-failed: which rows to score again
 
-To write another kind of results, put a file with `FORMAT = "<name>"` and a function `write` (see `Writer`) here and set
-`output_format: <name>`; the results go to scores.<name>. The other files are called by their names: each option of the
-command line has one.
+To write another kind of results, put a file <name>.py with `FORMAT = "<name>"` and a function `write` (see `Writer`) here
+and set `output_format: <name>`; the results go to scores.<name>. The other files are called by the script where they are
+needed, --plan, --verify and --retry-failed among them.
 """
 import typing
 from collections.abc import Iterable

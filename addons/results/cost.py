@@ -10,7 +10,21 @@ import tempfile
 import typing
 from typing import Any
 
-from image_text_sim_clip import EXIT_INPUT, Clock, Job, Partition, Plan, Trouble, Worker, explain, say, summarise
+from image_text_sim_clip import (
+    EXIT_INPUT,
+    Clock,
+    Job,
+    Partition,
+    Plan,
+    Snapshot,
+    Trouble,
+    Worker,
+    explain,
+    output_disk,
+    say,
+    summarise,
+    write_sealed,
+)
 
 SPOTS = 6  # places in the input that the sample is taken from; the first one warms up and does not count
 SPOT_BATCHES = 2
@@ -48,7 +62,7 @@ def tell_cost(job: Job) -> int:
     job.make_plan()
     if not job.plan.row_count:
         raise Trouble(EXIT_INPUT, f"{job.config.csv_path} has no rows to plan for")
-    with tempfile.TemporaryDirectory() as folder:
+    with output_disk("a temporary folder"), tempfile.TemporaryDirectory() as folder:
         measured = measure_sample(job, pathlib.Path(folder))
     needs = estimate_needs(job.plan, measured)
     for name, value in describe_needs(needs).items():
@@ -62,7 +76,7 @@ def measure_sample(job: Job, folder: pathlib.Path) -> Measured:
     sample = plan_sample(job, folder)
     score_sample(sample)
     counted = sample.partitions[1:] or sample.partitions
-    totals = summarise(dataclasses.replace(sample, partitions=counted))
+    totals = summarise(Snapshot(dataclasses.replace(sample, partitions=counted)))
     totals["rows"] = count_rows(counted)
     sampled_rows = count_rows(sample.partitions)
     part_bytes = sum(bytes_of_part(partition) for partition in sample.partitions)
@@ -78,6 +92,7 @@ def plan_sample(job: Job, folder: pathlib.Path) -> Plan:
     starts = sorted({spot * last_start // (SPOTS - 1) for spot in range(SPOTS)})
     partitions = [Partition(index, start, min(rows, start + spot_rows), folder / "parts") for index, start in enumerate(starts)]
     (folder / "parts").mkdir()
+    write_sealed(folder / "manifest.json", job.plan.manifest)
     # no score passport, whose rows are few in a run but not in a sample
     config = dataclasses.replace(job.config, parity_rows=0, max_score_drift=None)
     return Plan(config, folder, copy.deepcopy(job.plan.manifest), partitions, job.plan.table)

@@ -32,7 +32,8 @@ def may_pass_in(plan: Plan, partition: Partition) -> bool:
     if read_part_metadata(plan, partition) is None:
         return True
     try:
-        table = pq.read_table(partition.parquet, columns=["status", "detail"], use_threads=False, pre_buffer=False)
+        with partition.parquet.open("rb") as file:  # by name Arrow would look for a URI
+            table = pq.read_table(file, columns=["status", "detail"], use_threads=False, pre_buffer=False)
         return bool(may_pass(table).any())
     except (OSError, ValueError, pa.ArrowException):
         return True

@@ -1,5 +1,4 @@
 """`--verify`: read every part again, and compare it and the results with the sha256 that were recorded when written."""
-import hashlib
 import json
 import pathlib
 
@@ -8,14 +7,12 @@ from image_text_sim_clip import (
     EXIT_VERIFY,
     FlawedPart,
     Job,
-    Part,
     Partition,
     Trouble,
     file_sha256,
     output_disk,
-    read_json,
     read_part,
-    remove_part,
+    remove_flawed_part,
     say,
 )
 
@@ -53,38 +50,22 @@ def verify(job: Job) -> int:
 def check_part(job: Job, partition: Partition, flaws: list[str]) -> int | None:
     """The rows of the partition's part, None where there is none; a flawed one is removed, added to `flaws`, and 0."""
     try:
-        part = read_part(job.plan, partition)
-    except FlawedPart:
-        flaws.append(partition.parquet.name)
-        remove_part(partition)
+        part = read_part(job.plan, partition, thorough=True)
+    except FlawedPart as flaw:
+        flaws.append(flaw.name)
+        remove_flawed_part(job.plan, partition, thorough=True)
         return 0
-    if part is None:
-        return None
-    if not embeddings_are_as_written(partition, part):
-        flaws.append(partition.embeddings.name)
-        remove_part(partition)
-        return 0
-    return part.table.num_rows
-
-
-def embeddings_are_as_written(partition: Partition, part: Part) -> bool:
-    """Whether the embeddings saved with a part, if any, have the sha256 that the part's metadata records."""
-    saved = part.metadata["measures"].get("saved_embeddings")
-    if not saved:
-        return True
-    try:
-        return hashlib.sha256(partition.embeddings.read_bytes()).hexdigest() == saved["sha256"]
-    except FileNotFoundError:
-        return False
+    return part.table.num_rows if part else None
 
 
 def check_results(job: Job, flaws: list[str]) -> None:
     """Remove the results of a finished run, and add them to `flaws`, unless they have the sha256 in profile.json."""
     results = job.results_path()
-    if not job.is_finished():
-        return
-    recorded = (read_json(job.plan.output / "profile.json") or {}).get("scores_sha256")
-    if file_sha256(results) != recorded:
+    profile = job.plan.output / "profile.json"
+    stored = job.read_profile()
+    if not stored and profile.exists():
+        flaws.append(profile.name)
+    if stored.get("finished") and results.is_file() and file_sha256(results) != stored["scores_sha256"]:
         flaws.append(results.name)
         with output_disk(results):
             results.unlink()

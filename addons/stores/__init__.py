@@ -63,7 +63,8 @@ def find_store(path: str) -> Store:
         for module in room("stores"):
             if scheme[1].lower() in module.STORE.schemes:
                 return module.STORE
-        raise Trouble(EXIT_INPUT, f"nothing in addons/stores/ opens {scheme[0]} paths: {path!r}")
+        raise Trouble(EXIT_INPUT, f"{scheme[0]} paths are not read yet (nothing in addons/stores/ opens them), so download "
+                                  f"{path!r} to a local disk first")
     from addons.stores import local
     return local.STORE
 

@@ -1,0 +1,125 @@
+"""Copies of an image file without what lies around its pixels: text, colour profiles, thumbnails, EXIF.
+
+A decoder that stumbles over those has not looked at the pixels yet. So where an image is refused as corrupt, it is tried
+again from such a copy. What decides the pixels stays: sizes, palettes, transparency, the kind of colours, animation.
+"""
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")  # besides those whose name begins with a capital letter
+JPEG_START = b"\xff\xd8\xff"
+JPEG_JFIF = 0xE0
+JPEG_EXIF = 0xE1
+JPEG_ADOBE = 0xEE
+JPEG_COMMENT = 0xFE
+JPEG_SCAN = 0xDA
+JPEG_NO_LENGTH = (0x01, *range(0xD0, 0xD9))
+JPEG_LEAST_BYTES = {JPEG_JFIF: 14, JPEG_ADOBE: 12}  # of what libjpeg heeds in them; shorter ones say nothing
+
+# of texts about document, camera, page, software, date, artist and computer; XMP, copyright, IPTC, Photoshop, EXIF, ICC, GPS
+TIFF_METADATA_TAGS = (269, 270, 271, 272, 285, 305, 306, 315, 316, 700, 33432, 33723, 34377, 34665, 34675, 34853, 37724, 40965)
+
+
+class Copy(NamedTuple):
+    """A file with the same pixels as another, and whether that one's EXIF is not in it."""
+
+    data: bytes
+    lacks_exif: bool
+
+
+def without_metadata(data: bytes) -> Iterator[Copy]:
+    """Copies of a PNG, JPEG or TIFF: one that keeps EXIF alone of what can be taken away, then one without, if there was any.
+
+    Nothing where nothing can be taken away, or for files of other formats.
+    """
+    strip: Callable[[bytes, bool], bytes]
+    if data.startswith(PNG_START):
+        strip = _strip_png
+    elif data.startswith(JPEG_START):
+        strip = _strip_jpeg
+    elif data[:4] in (b"II*\0", b"MM\0*"):
+        strip = _strip_tiff
+    else:
+        return
+    with_exif = strip(data, True)
+    bare = strip(data, False)
+    if len(with_exif) < len(data):
+        yield Copy(with_exif, lacks_exif=False)
+    if bare != with_exif:
+        yield Copy(bare, lacks_exif=strip is not _strip_tiff)  # a TIFF's orientation is none of its EXIF
+
+
+def _strip_png(data: bytes, keep_exif: bool) -> bytes:
+    """The chunks that decide the pixels; what no longer looks like a chunk is left out if the pixels have ended, else kept."""
+    kept = [PNG_START]
+    place = len(PNG_START)
+    has_pixels = False
+    while place + 8 <= len(data):
+        (size,) = struct.unpack_from(">I", data, place)
+        name = data[place + 4:place + 8]
+        end = place + 12 + size
+        is_critical = name[:1].isupper()
+        if not name.isalpha() or (end > len(data) and is_critical):
+            break
+        if is_critical or name in PNG_PIXEL_CHUNKS or (keep_exif and name == b"eXIf"):
+            kept.append(data[place:end])
+        has_pixels = has_pixels or name == b"IDAT"
+        place = end
+        if name == b"IEND":
+            return b"".join(kept)
+    if place < len(data) or not has_pixels:
+        kept.append(data[place:])
+    else:
+        kept.append(struct.pack(">I4sI", 0, b"IEND", 0xAE426082))  # the file is cut within what follows the pixels
+    return b"".join(kept)
+
+
+def _strip_jpeg(data: bytes, keep_exif: bool) -> bytes:
+    """The segments that decide the pixels; from the first scan on everything stays."""
+    kept = [data[:2]]
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill bytes
+            place += 1
+            continue
+        if marker == JPEG_SCAN:
+            break
+        size = 0 if marker in JPEG_NO_LENGTH else struct.unpack_from(">H", data, place + 2)[0]
+        if size == 1 or (size == 0 and marker not in JPEG_NO_LENGTH):
+            break
+        end = place + 2 + size
+        if _decides_jpeg_pixels(marker, size, data[place + 4:place + 10], keep_exif):
+            kept.append(data[place:end])
+        place = end
+    kept.append(data[place:])
+    return b"".join(kept)
+
+
+def _decides_jpeg_pixels(marker: int, size: int, start: bytes, keep_exif: bool) -> bool:
+    """Whether a segment must stay; `size` counts its two bytes of length, `start` are the bytes behind those."""
+    if marker == JPEG_EXIF:
+        return keep_exif and start == b"Exif\0\0"
+    if marker in JPEG_LEAST_BYTES:
+        return size - 2 >= JPEG_LEAST_BYTES[marker]
+    return marker != JPEG_COMMENT and not 0xE0 <= marker <= 0xEF
+
+
+def _strip_tiff(data: bytes, keep_exif: bool) -> bytes:
+    """The file with the tags of metadata taken out of its first directory; the same file where there are none."""
+    order = "<" if data[:2] == b"II" else ">"
+    if len(data) < 8:
+        return data
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    if start + 2 > len(data):
+        return data
+    (count,) = struct.unpack_from(order + "H", data, start)
+    entries = [data[place:place + 12] for place in range(start + 2, start + 2 + 12 * count, 12)]
+    next_directory = data[start + 2 + 12 * count:start + 6 + 12 * count]
+    kept = [entry for entry in entries if entry[:2] not in {struct.pack(order + "H", tag) for tag in TIFF_METADATA_TAGS}]
+    if keep_exif or len(kept) == len(entries):
+        return data
+    directory = struct.pack(order + "H", len(kept)) + b"".join(kept) + next_directory
+    return data[:start] + directory + data[start + len(directory):]

@@ -1,0 +1,145 @@
+"""Model folders as people have them: what is wrong with one is found before it is loaded, and told with its cure in one line.
+
+`check_names` looks at names alone, those in a folder or those that the Hub lists before anything is downloaded; `check_folder`
+also looks into the files. What only the loaded model can tell (weights, sizes, vocabulary) the script checks itself.
+"""
+import json
+import pathlib
+import re
+from collections.abc import Collection
+from typing import Any
+
+from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, Trouble
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Each line a set of files that together are a vocabulary.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",), ("tokenizer.model",),
+                ("sentencepiece.bpe.model",))
+POINTER = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
+LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+
+def check_names(names: Collection[str], name: str) -> None:
+    """Raise Trouble (exit 6) where these files, paths inside the model `name`, are no model that the script reads."""
+    if "config.json" in names and not _is_open_clip_alone(names):
+        return
+    if ADAPTER in names:
+        return
+    raise Trouble(EXIT_MODEL, f"{name} {_describe_other_format(names)}")
+
+
+def _is_open_clip_alone(names: Collection[str]) -> bool:
+    """Whether only open_clip's weights are there; many repositories have them next to those that transformers reads."""
+    own = any(re.fullmatch(r"(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?", file) for file in names)
+    return any(file.startswith("open_clip") for file in names) and not own
+
+
+def _describe_other_format(names: Collection[str]) -> str:
+    """Which format these files are in, and what to do about it."""
+    inner = sorted(path for path in names if path.count("/") == 1 and path.endswith("/config.json"))
+    folders = [path.split("/")[0] for path in inner]
+    if any(file.startswith("open_clip") for file in names):
+        return ("is in open_clip's format (open_clip_config.json), which is not read: take the model's conversion for "
+                "transformers, a repository or folder with config.json and model.safetensors")
+    if "modules.json" in names:
+        clip = next((folder for folder in folders if "CLIP" in folder), folders[0] if folders else "0_CLIPModel")
+        return (f"is a sentence-transformers folder, whose model lies in {clip}: set pretrained_model to a local copy of that "
+                f"folder, .../{clip}")
+    if "model_index.json" in names:
+        return "is a diffusers pipeline, which makes images: set pretrained_model to the CLIP model that is to score them"
+    if any(file.endswith((".gguf", ".onnx", ".ggml", ".mlmodel", ".tflite")) for file in names):
+        return "is a model for another program: take the original, with config.json and model.safetensors"
+    if folders:
+        return f"holds no config.json: not a model folder; there is one in {folders[0]}: set pretrained_model to that folder"
+    if any(file.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors")) for file in names):
+        return ("holds no config.json, only weights: copy config.json, preprocessor_config.json and the tokenizer's files of "
+                "its base model to it")
+    return "holds no config.json: not a model folder"
+
+
+def check_folder(folder: pathlib.Path, name: str) -> None:
+    """Raise Trouble (exit 6) for a folder with a file that is missing, broken or not what its name says."""
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    inner = {f"{path.parent.name}/{path.name}" for path in folder.glob("*/config.json")}
+    check_names(files | inner, name)
+    for file in sorted(files):
+        if file.endswith((".json", ".safetensors", ".model", ".bin")):
+            _refuse_pointer(folder / file, name)
+        if file in ("config.json", "tokenizer.json", "tokenizer_config.json", ADAPTER, *PROCESSOR_FILES):
+            _refuse_own_code(_read_object(folder / file, name), file, name)
+    for file in sorted(_weights_files(folder, files, name)):
+        _check_safetensors(folder / file, name)
+    # an adapter takes what it lacks from its base model, and another kind of model is refused for its kind
+    if ADAPTER not in files and _read_object(folder / "config.json", name).get("model_type") in FAMILIES:
+        _check_is_complete(files, name)
+
+
+def _refuse_pointer(path: pathlib.Path, name: str) -> None:
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise Trouble(EXIT_MODEL, f"{name}: its {path.name} is a pointer of Git LFS, not the file: run git lfs pull there")
+
+
+def _read_object(path: pathlib.Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Trouble(EXIT_MODEL, f"{name}: its {path.name} is not JSON ({error}): copy it again") from None
+    if not isinstance(content, dict):
+        raise Trouble(EXIT_MODEL, f"{name}: its {path.name} holds no JSON object: copy it again")
+    return content
+
+
+def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
+    """Raise Trouble (exit 6) where a file asks for a class by code of its own, for which transformers would take another."""
+    named = [content.get("tokenizer_class"), content.get("image_processor_type"), *(content.get("architectures") or [])]
+    if content.get("auto_map"):
+        import transformers
+        foreign = [str(one) for one in named if one and not hasattr(transformers, str(one))]
+        if foreign:
+            raise Trouble(EXIT_MODEL, f"{name}: its {file} asks for {foreign[0]}, which comes with code of its own, and "
+                                      "that is never run")
+
+
+def _weights_files(folder: pathlib.Path, files: set[str], name: str) -> set[str]:
+    """The names of the safetensors files that are read; Trouble (exit 6) where the index names one that is not there."""
+    wanted = {"adapter_model.safetensors"} & files
+    single, index = SAFETENSORS
+    if single in files:
+        return wanted | {single}
+    if index in files:
+        shards = {str(shard) for shard in _read_object(folder / index, name).get("weight_map", {}).values()}
+        missing = sorted(shards - files)
+        if missing:
+            raise Trouble(EXIT_MODEL, f"{name} holds no {missing[0]}, which its {index} names ({len(missing)} of {len(shards)} "
+                                      "files of weights are missing): copy or download it again")
+        return wanted | shards
+    return wanted
+
+
+def _check_safetensors(path: pathlib.Path, name: str) -> None:
+    """Raise Trouble (exit 6) for a file that is cut short, or no safetensors file at all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            raise Trouble(EXIT_MODEL, f"{name}: its {path.name} ({size} bytes) is cut short or no safetensors file: copy or "
+                                      "download it again")
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise Trouble(EXIT_MODEL, f"{name}: its {path.name} begins with no header: copy or download it again") from None
+    if size != 8 + length + end:
+        raise Trouble(EXIT_MODEL, f"{name}: its {path.name} has {size} bytes and should have {8 + length + end}: copy or "
+                                  "download it again")
+
+
+def _check_is_complete(files: set[str], name: str) -> None:
+    """Raise Trouble (exit 6) for a folder without a vocabulary, or without its image processor's config."""
+    if not any(files.issuperset(vocabulary) for vocabulary in VOCABULARIES):
+        raise Trouble(EXIT_MODEL, f"{name} holds no vocabulary (tokenizer.json, vocab.json with merges.txt, or spiece.model): "
+                                  "copy the files of its base model's tokenizer to it")
+    if files.isdisjoint(PROCESSOR_FILES):
+        raise Trouble(EXIT_MODEL, f"{name} holds no preprocessor_config.json: copy the one of its base model to it")

@@ -1,0 +1,166 @@
+"""A score of a further family is what transformers itself says of that image and that caption.
+
+The reference calls the family's own classes of transformers, one pair at a time, padded and masked as the model cards show.
+"""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from family_models import FAMILIES, FamilyShelf
+from models import CORPUS
+from PIL import Image
+
+import image_text_sim_clip as script
+
+pytestmark = pytest.mark.slow  # the models are built first
+
+CLASSES = {"chinese_clip": (transformers.ChineseCLIPModel, transformers.BertTokenizer, 52),
+           "altclip": (transformers.AltCLIPModel, transformers.XLMRobertaTokenizer, 77),
+           "metaclip_2": (transformers.MetaClip2Model, transformers.XLMRobertaTokenizer, 77),
+           "align": (transformers.AlignModel, transformers.BertTokenizer, 64)}
+WORDS = " ".join(CORPUS).split()
+CAPTIONS = ["cat", "A Photo Of TWO CATS", "a photo of a dog in the snow", "一只狗在雪地里的照片", "猫坐在沙发上",
+            "two cats, on a sofa!", "ДВЕ КОШКИ", "!!!", "naïve 😀 and \t tabs",
+            *(" ".join(WORDS[i % len(WORDS)] for i in range(n)) for n in (15, 50, 76, 300))]
+SIZES = [(301, 170), (121, 200), (64, 64), (5, 7), (90, 64), (12, 200)]
+
+
+@pytest.fixture(scope="module")
+def family_shelf(tmp_path_factory):
+    """Model folders by the name of a family, each built on first use."""
+    return FamilyShelf(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images of several sizes and shapes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(1)
+    for number, (width, height) in enumerate(SIZES):
+        coarse = rng.integers(0, 256, (height // 9 + 1, width // 9 + 1, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+class Reference:
+    """transformers called as the model cards show it, in float32 on the CPU."""
+
+    def __init__(self, name, folder):
+        model, tokenizer, self.length = CLASSES[name]
+        self.model = model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self.tokenizer = tokenizer.from_pretrained(folder)
+        self.images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    def cosine(self, path, caption):
+        pixels = self.images(Image.open(path).convert("RGB"), return_tensors="pt")
+        text = self.tokenizer([caption], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        with torch.inference_mode():
+            image = self.model.get_image_features(**pixels).pooler_output
+            caption = self.model.get_text_features(**text).pooler_output
+            return torch.nn.functional.cosine_similarity(image.double(), caption.double()).item()
+
+
+@pytest.fixture
+def score(run_main, write_config, write_table, images, tmp_path, read_table):
+    """Score all captions with all images in turn and return the rows of scores.csv."""
+    def run(model, **keys):
+        pairs = [(f"{i % len(SIZES)}.png", caption) for i, caption in enumerate(CAPTIONS * 2)]
+        write_table([("url", "caption"), *pairs])
+        keys = {"pretrained_model": str(model), "image_path": str(images), "preprocess": "exact", "dtype": "float32", **keys}
+        outcome = run_main("--config", write_config(**keys), "--fresh")
+        assert outcome.code == 0, outcome.stderr
+        return read_table(tmp_path / "out/scores.csv")
+    return run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_similarity_is_what_transformers_says(name, batch_size, score, family_shelf, images):
+    """In float32 and preprocessed exactly, every similarity equals the reference's within 1e-5, whatever the batches."""
+    reference = Reference(name, family_shelf(name))
+    rows = score(family_shelf(name), batch_size=batch_size)
+    found = [float(row["similarity"]) for row in rows]
+    expected = [reference.cosine(images / row["url"], row["caption"]) for row in rows]
+    assert np.abs(np.array(found) - expected).max() <= 1e-5
+    assert np.std(expected) > 0.01  # a thousand times the difference that is allowed, or a mistake would not show
+    assert [row["truncated"] for row in rows] == [
+        str(len(reference.tokenizer(row["caption"])["input_ids"]) > reference.length).lower() for row in rows]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_control_tokens_in_a_caption_are_text(name, family_shelf, images):
+    """A caption that contains the tokenizer's own control tokens is read to its end."""
+    scorer = script.Scorer(script.Config(pretrained_model=str(family_shelf(name)), use_cuda=False))
+    control = scorer.family.tokenizer.sep_token
+    captions = [f"a photo {control} of two cats", f"a photo {control} of a dog", f"a photo {' '.join(control)} of a dog"]
+    one, other, spaced = scorer.similarity([images / "0.png"] * 3, captions)
+    assert abs(one - other) > 1e-4
+    if name in ("altclip", "metaclip_2"):  # BERT's tokenizer splits them itself, in another way than at each letter
+        assert abs(other - spaced) < 1e-6
+    ids = scorer.tokenize(captions)[0]
+    assert all(row.count(scorer.family.tokenizer.sep_token_id) == 1 for row in ids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shortcuts_stay_near_the_exact_way(name, score, family_shelf):
+    """bfloat16, the fast resize and saved embeddings change a score by what they may."""
+    exact = np.array([float(row["similarity"]) for row in score(family_shelf(name))])
+    fast = np.array([float(row["similarity"]) for row in score(family_shelf(name), preprocess="fast")])
+    half = np.array([float(row["similarity"]) for row in score(family_shelf(name), dtype="bfloat16")])
+    saved = np.array([float(row["similarity"]) for row in score(family_shelf(name), save_embeddings="float16")])
+    assert np.abs(fast - exact).max() < 2e-2 and np.abs(half - exact).max() < 5e-2 and np.array_equal(saved, exact)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "align"])
+def test_int8(name, score, family_shelf):
+    """int8 works for the families with two transformers, within the drift that it has on such small models."""
+    exact = np.array([float(row["similarity"]) for row in score(family_shelf(name))])
+    int8 = np.array([float(row["similarity"]) for row in score(family_shelf(name), quantization="int8")])
+    assert 0 < np.abs(int8 - exact).max() < 5e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_passport_agrees(name, score, family_shelf, tmp_path):
+    """The score passport, which goes its own slow way, finds the same scores."""
+    score(family_shelf(name), parity_rows=10)
+    passport = json.loads((tmp_path / "out/profile.json").read_text())["passport"]
+    assert passport["rows"] == 10 and passport["max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_is_the_dissimilarity_and_has_a_gradient(name, family_shelf, images):
+    """The loss of a family is 1 - its similarity, and reaches the pixels."""
+    from addons.loss import DissimilarityLoss
+    config = script.Config(pretrained_model=str(family_shelf(name)), use_cuda=False)
+    loss = DissimilarityLoss(config, reduction="none")
+    image = Image.open(images / "2.png").convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div(255).requires_grad_()
+    caption = "a photo of a dog in the snow"
+    error = loss(pixels, [caption])
+    expected = 1 - script.Scorer(config).similarity([image], [caption])
+    assert abs(error.item() - expected[0]) < 1e-4
+    error.sum().backward()
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_a_word_about_every_family_that_is_not_read(family_shelf, run_main, shapes, tmp_path):
+    """A model of a type that no file of addons/models knows is one line, exit 6."""
+    folder = family_shelf.copy("altclip", tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "owlvit"}))
+    outcome = run_main("--config", shapes(rows=3, pretrained_model=str(folder)))
+    assert outcome.code == 6 and "owlvit" in outcome.stderr.splitlines()[-1]
+
+
+def test_killed_and_resumed_gives_the_same_scores(score, family_shelf, run_main, tmp_path):
+    """A part that went away is done again to the same bytes."""
+    score(family_shelf("altclip"), partition_rows=7)
+    scores = (tmp_path / "out/scores.csv").read_bytes()
+    next((tmp_path / "out/parts").glob("part-00001.parquet")).unlink()
+    (tmp_path / "out/profile.json").unlink()
+    outcome = run_main("--config", tmp_path / "config.yaml")
+    assert outcome.code == 0 and (tmp_path / "out/scores.csv").read_bytes() == scores
+    assert len(list(csv.DictReader((tmp_path / "out/scores.csv").open()))) == 2 * len(CAPTIONS)

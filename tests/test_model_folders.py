@@ -1,0 +1,311 @@
+"""Model folders as people have them: what does not fit is found when the model is loaded, and told with its cure."""
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+
+import pytest
+import torch
+from models import as_pickle, change_config, change_weights
+from safetensors.torch import load_file, save_file
+
+import image_text_sim_clip as script
+from addons.models import folders
+
+BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "challenge_set/shapes_clip"
+LIBRARY_ADVICE = ("trust_remote_code", "pip install --upgrade", "ignore_mismatched", "above report", "weights_only=False",
+                  "raise an issue")
+
+
+def write(name, content):
+    """A change that writes a file, given as text, bytes or JSON."""
+    def change(folder):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if not isinstance(content, str | bytes):
+            path.write_text(json.dumps(content), encoding="utf-8")
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return change
+
+
+def remove(*patterns):
+    """A change that takes files away."""
+    def change(folder):
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+    return change
+
+
+def in_json(name, change_content):
+    """A change of a JSON file, by a function that alters what is in it."""
+    return lambda folder: change_config(folder, change_content, name)
+
+
+def images(**keys):
+    """A change of the image processor's settings, in whichever file they stand."""
+    def change(folder):
+        if (folder / "processor_config.json").exists():
+            change_config(folder, lambda content: content["image_processor"].update(keys), "processor_config.json")
+        else:
+            change_config(folder, lambda content: content.update(keys), "preprocessor_config.json")
+    return change
+
+
+def rename_weights(old, new):
+    """A change of the names of weights."""
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        renamed = {re.sub(old, new, name): weight for name, weight in weights.items()}
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return change
+
+
+def shard(folder):
+    """Cut the weights into two files with an index, and lose the second."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in halves.items() for name in part}}
+    write("model.safetensors.index.json", index)(folder)
+    (folder / "model.safetensors").unlink()
+
+
+def shard_and_lose(folder):
+    """The same, without the second file."""
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def into_subfolder(name, *more):
+    """A change that moves all files into a subfolder, and does more."""
+    def change(folder):
+        (folder / name).mkdir()
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            shutil.move(path, folder / name / path.name)
+        for step in more:
+            step(folder)
+    return change
+
+
+def all_of(*changes):
+    """Several changes, one after another."""
+    def change(folder):
+        for one in changes:
+            one(folder)
+    return change
+
+
+def cut_short(name, size):
+    """A change that loses the end of a file."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 605143316\n"
+OPEN_CLIP = write("open_clip_config.json", {"model_cfg": {"embed_dim": 64}, "preprocess_cfg": {}})
+# What is done to a folder of an architecture, and what the one line must hold.
+FAULTS = {
+    # sizes
+    "a crop larger than the model reads": ("clip-base-patch32", images(size=336, crop_size=336),
+                                           ["336 x 336", "224 x 224", "preprocessor_config.json", "config.json"]),
+    "a crop smaller than the model reads": ("clip-new-eos", images(crop_size={"height": 64, "width": 64}),
+                                            ["64 x 64", "80 x 80", "processor_config.json"]),
+    "a crop that is no square": ("clip-large-patch14", images(crop_size={"height": 224, "width": 160}), ["160 x 224"]),
+    "a squeeze to another size": ("siglip-base", images(size={"height": 384, "width": 384}), ["384 x 384", "224 x 224"]),
+    "a bare size where nothing is cropped": ("siglip-base", images(size=224), ["size to a height and a width"]),
+    "a bare size of SigLIP 2": ("siglip2-base", images(size=256), ["size to a height and a width", "224 x 224"]),
+    "a model of another size": (
+        "siglip2-base", in_json("config.json", lambda c: c["vision_config"].update(image_size=256)), []),
+    "no centre crop": ("clip-base-patch32", images(do_center_crop=False), ["do_center_crop", "preprocessor_config.json"]),
+    "no centre crop in a new folder": (None, images(do_center_crop=False), ["do_center_crop", "processor_config.json"]),
+    "a shortest edge alone": ("siglip-base", images(size={"shortest_edge": 224}), ["size to a height and a width"]),
+    "a longest edge": ("clip-base-patch32", images(size={"longest_edge": 224}), ["resize"]),
+    "no resize": ("clip-laion-g", images(do_resize=False), ["resize"]),
+    # files
+    "no vocabulary": ("clip-base-patch32", remove("tokenizer*", "vocab.json"), ["vocabulary", "tokenizer.json"]),
+    "merges without a vocabulary": ("clip-large-patch14", remove("tokenizer.json", "vocab.json"), ["vocabulary", "merges.txt"]),
+    "no sentencepiece model": ("siglip-base", remove("spiece.model"), ["vocabulary", "spiece.model"]),
+    "no preprocessor": ("siglip2-base", remove("preprocessor_config.json"), ["preprocessor_config.json", "copy"]),
+    "no preprocessor in a new folder": (None, remove("processor_config.json"), ["preprocessor_config.json"]),
+    "a pointer for weights": ("clip-base-patch32", write("model.safetensors", POINTER), ["model.safetensors", "git lfs pull"]),
+    "a pointer for a vocabulary": ("siglip-base", write("spiece.model", POINTER), ["spiece.model", "git lfs pull"]),
+    "a pointer for a tokenizer": ("siglip2-base", write("tokenizer.json", POINTER), ["tokenizer.json", "git lfs pull"]),
+    "weights cut short": (None, cut_short("model.safetensors", 100_000), ["model.safetensors", "100000 bytes"]),
+    "empty weights": (None, write("model.safetensors", b""), ["model.safetensors", "0 bytes"]),
+    "a page for weights": (None, write("model.safetensors", "<html>not found</html>"), ["model.safetensors"]),
+    "a header that is none": (None, write("model.safetensors", b"\x05" + bytes(7) + b"hello"), ["model.safetensors"]),
+    "a shard that is missing": (None, shard_and_lose, ["model-00002-of-00002.safetensors", "1 of 2"]),
+    "a config that is no JSON": ("clip-base-patch32", write("config.json", "{"), ["config.json is not JSON"]),
+    "a preprocessor that is no JSON": (
+        "siglip-base", write("preprocessor_config.json", "size: 3"), ["preprocessor_config.json"]),
+    "a tokenizer config that is a list": (
+        "clip-base-patch32", write("tokenizer_config.json", []), ["tokenizer_config.json"]),
+    # weights
+    "a projection of another shape": (None, lambda folder: change_weights(
+        folder, lambda weights: weights.update({"text_projection.weight": torch.zeros(32, 128)})),
+        ["text_projection.weight", "(32, 128)", "config.json"]),
+    "more positions than weights": ("clip-base-patch32", in_json("config.json", lambda c: c["text_config"].update(
+        max_position_embeddings=128)), ["position_embedding.weight", "(77, 128)", "(128, 128)"]),
+    "another patch": ("siglip-base", in_json("config.json", lambda c: c["vision_config"].update(patch_size=32)),
+                      ["embedding", "(128, 3, 16, 16)", "(128, 3, 32, 32)"]),
+    "names with a prefix": (None, rename_weights("^", "model."), ["lacks weights", "model."]),
+    "an adapter never merged": (None, rename_weights("q_proj.weight", "q_proj.base_layer.weight"),
+                                         ["lacks weights", "q_proj.weight", "base_layer"]),
+    "more layers than weights": ("siglip-base", in_json("config.json", lambda c: c["text_config"].update(num_hidden_layers=3)),
+                                 ["lacks weights", "layers.2"]),
+    # other formats
+    "open_clip's folder": ("clip-base-patch32", all_of(
+        remove("config.json", "model.safetensors", "preprocessor_config.json"), OPEN_CLIP,
+        write("open_clip_model.safetensors", b"x")), ["open_clip", "config.json and model.safetensors"]),
+    "timm's config next to open_clip's": ("clip-base-patch32", all_of(
+        remove("model.safetensors"), OPEN_CLIP, write("config.json", {"architecture": "vit_base_patch16_siglip_224"}),
+        write("open_clip_pytorch_model.bin", b"x")), ["open_clip"]),
+    "a sentence-transformers folder": ("clip-base-patch32", into_subfolder("0_CLIPModel", write("modules.json", [])),
+                                       ["sentence-transformers", "0_CLIPModel", "pretrained_model"]),
+    "a sentence-transformers folder of text": ("clip-base-patch32", into_subfolder("0_Transformer", write("modules.json", [])),
+                                               ["sentence-transformers", "0_Transformer"]),
+    "a pipeline": (None, into_subfolder("text_encoder", write("model_index.json", {})), ["diffusers"]),
+    "a training run": (None, into_subfolder("checkpoint-500", write("trainer_state.json", {})), ["checkpoint-500"]),
+    "an ONNX export": (None, all_of(remove("*"), write("model.onnx", b"x")), ["another program"]),
+    "a checkpoint alone": (None, all_of(remove("*"), write("epoch_10.pt", b"x")), ["only weights", "config.json"]),
+    "nothing": (None, remove("*"), ["no config.json"]),
+    "only a pickle": (None, as_pickle, ["model.safetensors", "a pickle can run code"]),
+    "no model_type": ("clip-base-patch32", in_json("config.json", lambda c: c.pop("model_type")), ["model_type"]),
+    # code of its own
+    "a model with code": (None, in_json("config.json", lambda c: c.update(
+        model_type="jina_clip", auto_map={"AutoModel": "jinaai/jina--modeling.JinaCLIPModel"})), ["'jina_clip'"]),
+    "a tokenizer with code": (None, in_json("tokenizer_config.json", lambda c: c.update(
+        tokenizer_class="MyTokenizer", auto_map={"AutoTokenizer": ["tok.MyTokenizer", None]})), ["MyTokenizer", "never run"]),
+    "a known kind with code": ("siglip-base", in_json("config.json", lambda c: c.update(
+        architectures=["MySigLIP"], auto_map={"AutoModel": "modeling.MySigLIP"})), ["MySigLIP", "never run"]),
+    "a processor with code": (None, all_of(remove("processor_config.json"), write("preprocessor_config.json", {
+        "image_processor_type": "MyProcessor", "auto_map": {"AutoImageProcessor": "proc.MyProcessor"}})),
+        ["MyProcessor", "never run"]),
+    "a processor nobody knows": (None, all_of(remove("processor_config.json"), write("preprocessor_config.json", {
+        "image_processor_type": "NoSuchProcessor"})), []),
+    "a text tower alone": (
+        None, in_json("config.json", lambda c: c.update(model_type="clip_text_model")), ["'clip_text_model'"]),
+}
+
+
+@pytest.fixture
+def broken(shelf, tmp_path):
+    """A function that makes the folder of a fault: broken("nothing")."""
+    def make(what):
+        name, change, _ = FAULTS[what]
+        folder = shelf.copy(name or str(BUNDLED), tmp_path / "a-model")
+        change(folder)
+        return folder
+    return make
+
+
+def assert_one_line(outcome, *parts):
+    """Exit 6, one line that names the folder and holds `parts`, and no advice of a library."""
+    assert outcome.code == 6, outcome.stderr
+    assert outcome.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.stderr), outcome.stderr
+    for part in parts:
+        assert part in outcome.stderr, outcome.stderr
+    for advice in LIBRARY_ADVICE:
+        assert advice not in outcome.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_is_told_when_the_model_is_loaded(what, broken, run_main, shapes):
+    """Each fault of a model folder is exit 6 and one line that names the file or the weight, before any row is scored."""
+    folder = broken(what)
+    outcome = run_main("--config", shapes(pretrained_model=str(folder), rows=2))
+    assert_one_line(outcome, *FAULTS[what][2])
+    if "resize" not in FAULTS[what][2]:
+        assert "a-model" in outcome.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", sorted(FAULTS.keys() - {"a tokenizer with code", "a known kind with code"}))
+def test_a_script_alone_ends_in_one_line_as_well(what, broken, run_main, shapes, tmp_path, monkeypatch):
+    """Without addons/ the same folders are refused too, if in fewer words: no traceback, no score of a broken model."""
+    monkeypatch.setattr(script, "ADDONS", tmp_path / "nowhere")
+    outcome = run_main("--config", shapes(pretrained_model=str(broken(what)), rows=2))
+    alone, *rest = outcome.stderr.splitlines(keepends=True)
+    assert alone.startswith("the folder addons/ is not next to the script")
+    assert_one_line(dataclasses.replace(outcome, stderr="".join(rest)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "change"), [
+    ("clip-base-patch32", images(size=224, crop_size=224)),
+    ("clip-base-patch32", images(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})),
+    ("clip-base-patch32", images(size={"height": 224, "width": 224}, do_center_crop=False)),
+    ("siglip-base", images(size=[224, 224])), (None, images(size=64, crop_size=64)), (None, shard), (None, OPEN_CLIP),
+    (None, rename_weights("^", "clip.")),
+    (None, all_of(OPEN_CLIP, write("open_clip_model.safetensors", b"x"))),
+    (None, write("1_Pooling/config.json", {})), (None, write("modules.json", []))])
+def test_a_sound_folder_is_scored(name, change, shelf, tmp_path, run_main, shapes):
+    """Sizes as bare numbers or in words, weights in several files, other formats next to this one: all that is well scores."""
+    folder = shelf.copy(name or str(BUNDLED), tmp_path / "a-model")
+    change(folder)
+    outcome = run_main("--config", shapes(pretrained_model=str(folder), rows=2))
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.result["scored"] == 2
+
+
+@pytest.mark.slow
+def test_a_bare_size_of_a_crop_means_what_the_words_mean(shelf, tmp_path, noise):
+    """CLIP's `"size": n, "crop_size": n` scores as the sizes in words do, bit for bit."""
+    plain = script.Scorer(script.Config(pretrained_model=str(BUNDLED), use_cuda=False))
+    folder = shelf.copy(str(BUNDLED), tmp_path / "a-model")
+    images(size=64, crop_size=64)(folder)
+    bare = script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
+    assert bare.similarity([noise(90, 50)], ["a cat"]) == plain.similarity([noise(90, 50)], ["a cat"])
+
+
+def test_weights_without_a_place_are_a_warning(shelf, tmp_path, run_main, shapes):
+    """Weights that config.json has no place for are named in one warning: perhaps the config belongs to a smaller model."""
+    folder = shelf.copy(str(BUNDLED), tmp_path / "a-model")
+    change_config(folder, lambda config: config["text_config"].update(num_hidden_layers=2))
+    outcome = run_main("--config", shapes(pretrained_model=str(folder), rows=2))
+    warnings = [line for line in outcome.stderr.splitlines() if line.startswith("warning")]
+    assert outcome.code == 0
+    assert len(warnings) == 1
+    assert "text_model.encoder.layers.2" in warnings[0]
+
+
+@pytest.mark.parametrize(("names", "parts"), [
+    (["open_clip_config.json", "open_clip_model.safetensors", "README.md"], ["open_clip"]),
+    (["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"], ["0_CLIPModel"]),
+    (["model_index.json", "unet/config.json"], ["diffusers"]),
+    (["ggml-model-q4.gguf"], ["another program"]),
+    (["pytorch_model.bin"], ["only weights"]), ([".gitattributes"], ["no config.json"])])
+def test_a_repository_is_judged_by_its_names(names, parts, monkeypatch):
+    """What the Hub lists is told apart before anything is downloaded."""
+    monkeypatch.setattr(script, "_list_hub_files", lambda name, revision: (set(names), ""))
+    with pytest.raises(script.Trouble) as trouble:
+        script.find_on_hub("some-one/model", "main", False)
+    assert trouble.value.exit_code == 6
+    for part in (*parts, "some-one/model"):
+        assert part in str(trouble.value)
+
+
+@pytest.mark.parametrize("names", [
+    ["config.json", "model.safetensors"], ["config.json", "pytorch_model.bin", "open_clip_pytorch_model.bin"],
+    ["config.json", "model.safetensors.index.json", "open_clip_config.json"],
+    ["adapter_config.json", "adapter_model.safetensors"]])
+def test_a_repository_of_transformers_is_taken(names):
+    """Repositories that also hold another format are taken for what transformers reads in them."""
+    folders.check_names(names, "some-one/model")
+
+
+@pytest.mark.parametrize(("text", "kept"), [
+    ("Bad thing. Please pass the argument `trust_remote_code=True` to allow it.",
+     "it asks for code of its own, which is never run"),
+    ("Wrong shape.\nYou can set `ignore_mismatched_sizes` to True.", "Wrong shape."),
+    ("No such type. Try pip install --upgrade transformers! See https://github.com/huggingface.", "No such type."),
+    ("File is broken", "File is broken"), ("", "")])
+def test_advice_of_libraries_is_left_out(text, kept):
+    """Of a library's text what it recommends against this program's rules is not passed on."""
+    assert script.reason_of(ValueError(text)) == kept

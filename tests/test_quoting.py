@@ -1,0 +1,88 @@
+"""Quotes in tables separated by tabs: where they would swallow rows they are text, and `quoting: none` has them all be text."""
+import pathlib
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_staging import block_sizes, read_fast
+
+import image_text_sim_clip as script
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for many small tables, on a disk that need not be waited for."""
+    with mock.patch("os.fsync", lambda descriptor: None):
+        yield tmp_path_factory.mktemp("quoting")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("table", "rows", "bad", "literal"), [
+    ('a\t"Starry night over\nb\tcalm\nc\tthe Rhone"\nd\t"hello" said\ne\tplain\n',
+     [["a", '"Starry night over'], ["b", "calm"], ["c", 'the Rhone"'], ["d", '"hello" said'], ["e", "plain"]], [], 4),
+    ('"Starry\ta\nover"\tb\nx\tc\n', [['"Starry', "a"], ['over"', "b"], ["x", "c"]], [], 2),  # the fields add up
+    ('a\t"one\r\nb\ttwo"\r\n', [["a", '"one'], ["b", 'two"']], [], 2),
+    ('a\t"one\nb\ttwo\n', [["a", '"one'], ["b", "two"]], [], 1),                             # never closed
+    ('a\t"first line\nsecond line"\nb\tx\n', [["a", "first line\nsecond line"], ["b", "x"]], [], 0),   # a field, rightly
+    ('a\t"first line\n\nb\tlast line"\n', [["a", '"first line'], ["b", 'last line"']], [], 2),
+    ('a\t"say ""hi"" \tthere"\n', [["a", 'say "hi" \tthere']], [], 0),
+    ('a\t"x"\nb\ty\n', [["a", "x"], ["b", "y"]], [], 0),
+    ('a\t"b\nc\td\te"\tf\ng\th\n', [["a", '"b'], ["g", "h"]], ["3"], 1),  # no row as a field, nor the 2nd line
+    ('a\t5" pipe\nb\tthe "best"\n', [["a", '5" pipe'], ["b", 'the "best"']], [], 0),
+])
+def test_quotes_that_would_swallow_rows(folder, table, rows, bad, literal, alone):
+    """In a TSV a quoted field that swallows whole rows is none, and the run says how many lines that concerns."""
+    alone_or_not = mock.patch.object(script, "ADDONS", pathlib.Path("nowhere") if alone else script.ADDONS)
+    with alone_or_not:
+        described, found, malformed = read_fast(folder, b"url\tcaption\n" + table.encode(), "t.tsv")
+    assert found == rows and [line for line, *_ in malformed] == bad
+    assert described["literal_lines"] == literal
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.tsv", "\t"), ("t.csv", ","), ("t.txt", ";")])
+def test_quoting_none(folder, name, separator):
+    """With quoting: none each line is a row, whatever quotes it has, and quotes stay in their cells."""
+    lines = ['"url"|"a"', 'x|"Starry night', 'y|over the Rhone"', '"z|w"', 'v|say ""hi""', 'only one', '"|"']
+    table = "url|caption\n" + "\n".join(lines) + "\n"
+    described, found, malformed = read_fast(folder, table.replace("|", separator).encode(), name, quoting="none",
+                                            separator=separator)
+    assert found == [line.split("|") for line in lines if "|" in line] and [line for line, *_ in malformed] == ["7"]
+    assert described["literal_lines"] == 0
+
+
+def test_csv_keeps_its_quoting(folder):
+    """In a table separated by commas nothing changes: a line of prose often has a comma, and a quoted field may go on."""
+    described, found, _ = read_fast(folder, b'url,caption\na,"one, two\nthree, four"\nb,c\n')
+    assert found == [["a", "one, two\nthree, four"], ["b", "c"]] and described["literal_lines"] == 0
+
+
+def test_the_user_is_told(write_config, write_table, run_main, tmp_path, read_table):
+    """One line tells how many lines were read with their quotes as text, and of the key."""
+    path = write_table('url\tcaption\na\t"one\nb\ttwo"\n', "t.tsv")
+    outcome = run_main("--config", write_config(csv_path=str(path)))
+    assert "2 lines of" in outcome.stderr and "quoting: none" in outcome.stderr and outcome.result["rows"] == 2
+    assert [row["caption"] for row in read_table(tmp_path / "out/scores.csv")] == ['"one', 'two"']
+    outcome = run_main("--config", write_config(csv_path=str(path), quoting="none"), "--fresh")
+    assert "quoting" not in outcome.stderr and outcome.result["rows"] == 2
+    assert run_main("--config", write_config(csv_path=str(path))).code == 2  # it decides rows, so it is part of the run
+
+
+PIECES = st.sampled_from([b"a\tb", b'"', b"\t", b"\n", b"\r\n", b"\r", b'a\t"b', b'"\t"', b'""', b'x"', b"word", b"\n\n",
+                          b"\xff", b'q\t"r\ns\tt"\n', b'"u\tv\nw"\tx\n', "é".encode(), b"a\tb\n", b"a\tb\tc\n"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=30), rows=st.integers(1, 9), quoting=st.sampled_from(["auto", "none"]),
+       block=st.sampled_from([(1, 1), (20, 5), (1_000_000, 128_000)]))
+def test_blocks_and_records_agree(folder, pieces, rows, quoting, block):
+    """Whether a TSV is read in blocks of any size or record by record, its rows, bad rows and count of literal lines agree."""
+    data = b"url\tcaption\n" + b"".join(pieces)
+    with block_sizes(*block, rows):
+        described, *fast = read_fast(folder, data, "t.tsv", quoting=quoting)
+    with mock.patch.object(script, "ADDONS", pathlib.Path("nowhere")), block_sizes(1, 1, rows):
+        alone, *careful = read_fast(folder, data, "t.tsv", quoting=quoting)
+    assert fast == careful and described["literal_lines"] == alone["literal_lines"]
+    if quoting == "none":
+        lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[1:]
+        assert len(fast[0]) + len(fast[1]) == sum(bool(line) for line in lines)
