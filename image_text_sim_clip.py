@@ -263,11 +263,13 @@ class Config:
     max_image_bytes: int = setting(50_000_000, 1)
     max_image_pixels: int = setting(50_000_000, 1)
     # fetching (image_path: url)
-    fetch_timeout_s: float = setting(30.0, 0.01, 3600)
+    fetch_timeout_s: float = setting(10.0, 0.01, 3600)
     fetch_retries: int = setting(2, 0, 100)
+    fetch_concurrency: int | Literal["auto"] = setting("auto", 1, 65536)
     user_agent: str = "image_text_sim_clip/0.2 (image-caption similarity; respects X-Robots-Tag: noai)"
     respect_opt_out: bool = True
     max_per_host: int = setting(16, 1, 1024)
+    host_patience_s: float = setting(120.0, 0.0, 86400)
     cache_path: str | None = None
     use_environment_proxies: bool = False
     allow_private_hosts: bool = False
@@ -322,12 +324,14 @@ class Config:
                                        f"{self.transparent_over!r}") from None
 
 
-# Keys that may differ between a run and its resumption, because no score and no status depends on them. `use_cuda` is here
-# because the device that was really used is recorded, and compared, in the manifest's `resolved`.
+# Keys that may differ between a run and its resumption, because no score depends on them, and no status but those of servers
+# that are late at one time and not at another. `use_cuda` is here because the device that was really used is recorded, and
+# compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
                  "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
                  "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
-                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
+                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift", "fetch_timeout_s", "fetch_retries",
+                 "fetch_concurrency", "host_patience_s"}
 
 
 PATH_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path")
@@ -1774,7 +1778,7 @@ class ImageLoader:
             else:
                 loaded.pixels, loaded.remark = self._make_pixels(data, clock)
         except RowFailure as failure:
-            loaded.failure = failure.with_traceback(None)
+            loaded.failure = RowFailure(failure.status, failure.detail)  # the one raised holds the bytes, by its traceback
         return loaded
 
     def _make_pixels(self, data: bytes, clock: "Clock") -> "tuple[np.ndarray, Remark]":
@@ -1841,18 +1845,19 @@ class LoaderPool(typing.Generic[Item]):
         return future.result()
 
     def close(self) -> None:
-        """Drop what is queued; a fetch under way ends by its own deadline."""
+        """Drop what is queued; what is being read is not waited for."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def loader_threads(config: Config) -> int:
-    """How many loader threads `auto` means: the cores for files, many waiting ones for URLs, none under a line profiler."""
+    """How many loader threads `auto` means: as many as there are cores, more for URLs, none under a line profiler."""
     if PROFILED:
         return 0
     if config.loader_threads != "auto":
         return config.loader_threads
-    return max(32, 4 * usable_cores()) if config.image_path == "url" else min(32, usable_cores())
+    spare = 4 if config.image_path == "url" else 1  # fetching needs the interpreter, for which some wait while others decode
+    return min(32, spare * usable_cores())
 
 
 def usable_cores() -> int:
@@ -2598,17 +2603,32 @@ class ImageEncoder:
         self._flying: collections.deque[Future[Encoded]] = collections.deque()
         self._parts: list[torch.Tensor] = []
 
-    def add(self, pixels: Any) -> None:
-        """Add a loader's (3, H, W) array; a full batch is given to the model."""
+    @property
+    def held_images(self) -> int:
+        """How many images wait until their batch is full."""
+        return len(self._batch)
+
+    def add(self, pixels: Any) -> bool:
+        """Add a loader's (3, H, W) array; a full batch is given to the model, and True returned."""
         self._batch.append(pixels)
-        if len(self._batch) == self._scorer.batch_size:
-            self._encode_batch()
+        is_full = len(self._batch) == self._scorer.batch_size
+        if is_full:
+            self.flush()
             self._collect(self._scorer.lanes)
+        return is_full
+
+    def flush(self) -> None:
+        """Give the model what there is of a batch."""
+        if self._batch:
+            self._encode_batch()
+
+    def collect_batch(self) -> None:
+        """Wait for the oldest batch under way, if there is one."""
+        self._collect(max(0, len(self._flying) - 1))
 
     def finish(self) -> "torch.Tensor | None":
         """The embeddings (m, d) of all images that were added; None without any."""
-        if self._batch:
-            self._encode_batch()
+        self.flush()
         self._collect(0)
         if not self._parts:
             return None
@@ -2734,43 +2754,95 @@ class EmbeddedImages:
     embeddings: "torch.Tensor | None" = None
 
 
-def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[Loaded]", clock: Clock,
-                  on_loaded: Callable[[], None]) -> EmbeddedImages:
-    """Load and encode each source once; files with equal bytes are encoded once. No scorer: a dry run, which only loads."""
-    images = EmbeddedImages()
-    known: dict[bytes, int] = {}  # digest -> place
-    on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
-    encoder = ImageEncoder(scorer, clock) if scorer else None
-    for source in sources:
-        with clock.stage("wait_for_images"):
-            loaded = pool.take()
-        clock.add(loaded.seconds)
+class ImageGatherer:
+    """Takes the loaded images of one partition, in any order, and has each encoded once; files with equal bytes are one image.
+
+    No scorer: a dry run, which only loads.
+    """
+
+    def __init__(self, scorer: Scorer | None, clock: Clock) -> None:
+        self._images = EmbeddedImages()
+        self._known: dict[bytes, int] = {}  # digest -> place
+        self._on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
+        self._encoder = ImageEncoder(scorer, clock) if scorer else None
+
+    @property
+    def held_images(self) -> int:
+        """How many images wait until their batch is full."""
+        return self._encoder.held_images if self._encoder else 0
+
+    def add(self, source: str, loaded: Loaded) -> bool:
+        """Add what was loaded of `source`; True when a batch has been given to the model."""
         if loaded.failure:
-            images.failure_of[source] = loaded.failure
-        else:
-            is_new = loaded.digest not in known
-            place = known.setdefault(loaded.digest, len(known))
-            images.place_of[source] = place
-            if loaded.remark != NO_REMARK:
-                images.remark_of[source] = loaded.remark
-            if encoder and is_new:
-                if loaded.is_on_gpu:
-                    on_gpu[place] = loaded.pixels
-                encoder.add(loaded.pixels)
-        on_loaded()
-        INTERRUPTION.check()
-    if encoder:
-        images.embeddings = encoder.finish()
-    for source, place in images.place_of.items():
-        if place in on_gpu and on_gpu[place].failure:
-            images.failure_of[source] = on_gpu[place].failure
-    return images
+            self._images.failure_of[source] = loaded.failure
+            return False
+        is_new = loaded.digest not in self._known
+        place = self._known.setdefault(loaded.digest, len(self._known))
+        self._images.place_of[source] = place
+        if not (self._encoder and is_new):
+            return False
+        if loaded.is_on_gpu:
+            self._on_gpu[place] = loaded.pixels
+        return self._encoder.add(loaded.pixels)
+
+    def flush(self) -> None:
+        """Give the model what there is of a batch."""
+        if self._encoder:
+            self._encoder.flush()
+
+    def collect_batch(self) -> None:
+        """Wait for the oldest batch under way, if there is one."""
+        if self._encoder:
+            self._encoder.collect_batch()
+
+    def finish(self) -> EmbeddedImages:
+        """All images, when the last has been added."""
+        images = self._images
+        if self._encoder:
+            images.embeddings = self._encoder.finish()
+        for source, place in images.place_of.items():
+            if place in self._on_gpu and self._on_gpu[place].failure:
+                images.failure_of[source] = self._on_gpu[place].failure
+        return images
 
 
-def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[Loaded]", clock: Clock,
-                    on_loaded: Callable[[], None]) -> Scored:
+class Begun(NamedTuple):
+    """A partition that is to be loaded, and what loads its images."""
+
+    run: PartitionRun
+    load: ImageLoader
+
+
+class ImagePool(LoaderPool[Loaded]):
+    """Loads the images of a run in order, one partition ahead. What may come late has a pool of its own (addons/images)."""
+
+    def embed_partitions(self, begun: Iterator[Begun], scorer: Scorer | None, clock: Clock,
+                         on_loaded: Callable[[], None]) -> Iterator[tuple[PartitionRun, EmbeddedImages]]:
+        """Load and encode the images of each partition; the next one is begun before, so that the loaders never wait."""
+        ahead: PartitionRun | None = None
+        for run, load in begun:
+            self.add(load, run.wanted())
+            if ahead:
+                yield ahead, self._embed_next(ahead, scorer, clock, on_loaded)
+            ahead = run
+        if ahead:
+            yield ahead, self._embed_next(ahead, scorer, clock, on_loaded)
+
+    def _embed_next(self, run: PartitionRun, scorer: Scorer | None, clock: Clock,
+                    on_loaded: Callable[[], None]) -> EmbeddedImages:
+        gatherer = ImageGatherer(scorer, clock)
+        for source in run.wanted():
+            with clock.stage("wait_for_images"):
+                loaded = self.take()
+            clock.add(loaded.seconds)
+            gatherer.add(source, loaded)
+            on_loaded()
+            INTERRUPTION.check()
+        return gatherer.finish()
+
+
+def score_partition(scorer: Scorer | None, run: PartitionRun, images: EmbeddedImages, clock: Clock) -> Scored:
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
-    images = embed_sources(scorer, run.wanted(), pool, clock, on_loaded)
     result = Scored.nothing(len(run.rows), "ok")
     result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
@@ -3293,17 +3365,20 @@ class Worker:
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
         self._isolated: Any = None
+        self.open_pool: Callable[[int], ImagePool] = getattr(read, "open_pool", ImagePool)
+        self.report: Callable[[Plan, PartitionRun, pa.Table], Any] | None = getattr(read, "report_partition", None)
 
     def run(self, todo: list[Partition], retry: bool = False,
             on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:
         """Score and commit each partition, loading images ahead across their edges; yields what became of each."""
-        pool = LoaderPool[Loaded](self.threads)
+        pool = self.open_pool(self.threads)
         marked: list[Partition] = []
         INTERRUPTION.deferred = True
         try:
             since = time.perf_counter()
-            for run in self._open_ahead(todo, retry, pool, marked):
-                scored = score_partition(self.scorer, run, pool, self.clock, on_loaded)
+            begun = (self._begin(partition, retry, marked) for partition in todo)
+            for run, images in pool.embed_partitions(begun, self.scorer, self.clock, on_loaded):
+                scored = score_partition(self.scorer, run, images, self.clock)
                 summary = self._finish(run, scored, since)
                 since = time.perf_counter()
                 yield summary
@@ -3317,32 +3392,17 @@ class Worker:
                     with contextlib.suppress(OSError):  # a disk that is gone; the run has ended, or has said so itself
                         partition.trying.unlink(missing_ok=True)
 
-    def _open_ahead(self, todo: list[Partition], retry: bool, pool: "LoaderPool[Loaded]",
-                    marked: list[Partition]) -> Iterator[PartitionRun]:
-        """Open each partition while the one before it is scored, so that the loaders never wait at an edge."""
-        ahead: PartitionRun | None = None
-        for partition in todo:
-            run = ahead
-            ahead = self._begin(partition, retry, pool, marked)
-            if run:
-                yield run
-        if ahead:
-            yield ahead
-
-    def _begin(self, partition: Partition, retry: bool, pool: "LoaderPool[Loaded]", marked: list[Partition]) -> PartitionRun:
-        """Open the partition, mark it as being tried and queue its images; one marked before is decoded in isolation."""
+    def _begin(self, partition: Partition, retry: bool, marked: list[Partition]) -> Begun:
+        """Open the partition and mark it as being tried; one that was marked before is decoded in isolation."""
         run = PartitionRun.open(self.plan, partition, retry)
         for measure in self.measures:
             measure.begin(run)
-        load = self.loader
         if partition.trying.exists():
-            load = self._isolated_loader()
-        else:
-            with output_disk(partition.trying):
-                partition.trying.touch()  # before the first image is decoded, which may be the one that kills
-            marked.append(partition)
-        pool.add(load, run.wanted())
-        return run
+            return Begun(run, self._isolated_loader())
+        with output_disk(partition.trying):
+            partition.trying.touch()  # before the first image is decoded, which may be the one that kills
+        marked.append(partition)
+        return Begun(run, self.loader)
 
     def _isolated_loader(self) -> ImageLoader:
         """A loader that decodes in a child process, for a partition at which an earlier run died or hung."""
@@ -3375,6 +3435,8 @@ class Worker:
             "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
             "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings(),
             "other_libraries": self.plan.other_libraries}
+        if self.report:
+            times["fetching"] = self.report(self.plan, run, table)
         write_times(run.partition, times)
         with output_disk(run.partition.trying):
             remove_path(run.partition.trying)
@@ -3680,7 +3742,7 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
     return {"rows": plan.row_count, "scored": scored, "failed": dict(sorted(statuses.items())),
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
             "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
-            **add_up_times(times),
+            **add_up_times(times), **add_up_fetches(times, plan.row_count),
             **{measure.name: measure.describe(total) for measure, total in snapshot.totals}}
 
 
@@ -3699,6 +3761,12 @@ def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
             "peak_gpu_mib": max((part["peak_gpu_mib"] for part in times), default=0.0),
             "oom_halvings": sum(part["oom_halvings"] for part in times),
             "other_libraries": sorted(set[str]().union(*(part.get("other_libraries", []) for part in times)))}
+
+
+def add_up_fetches(times: list[dict[str, Any]], row_count: int) -> dict[str, Any]:
+    """How long fetches took and which hosts failed; nothing for a run that fetched nothing."""
+    reports = [part["fetching"] for part in times if "fetching" in part]
+    return {"fetching": addon("images.web_report", "image_path: url").add_up(reports, row_count)} if reports else {}
 
 
 def busy_time(times: list[dict[str, Any]]) -> float:
@@ -3762,6 +3830,8 @@ def print_summary(config: Config, profile: dict[str, Any]) -> None:
         lines.append(("rate", f"{profile['pairs_per_s']:,.1f} pairs/s{workers}; 100 million pairs would take "
                               f"{profile['days_for_100_million_pairs']:,.2f} days"))
         lines.append(("limited by", profile["bottleneck"]))
+    if profile.get("fetching"):
+        lines += addon("images.web_report", "image_path: url").tell(profile["fetching"], config)
     if profile["mean_similarity"] is not None:
         lines.append(("mean similarity", f"{profile['mean_similarity']:.4f}"))
     lines += [(measure.name.replace("_", " "), measure.tell(profile[measure.name]))
