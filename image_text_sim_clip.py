@@ -50,6 +50,7 @@ Heavy libraries are imported where they are used, so that a mistake in the confi
 runs need lies in addons/, one folder for each role; add-ons import their names from here.
 """
 import argparse
+import bisect
 import builtins
 import codecs
 import collections
@@ -59,6 +60,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from addons.images.guard import Guard
     from addons.inputs import Reader, Rows
     from addons.measures import Measure
     from addons.results.memory_curve import MemoryCurve
@@ -257,6 +260,8 @@ class Config:
     avif: bool = False
     max_image_bytes: int = setting(50_000_000, 1)
     max_image_pixels: int = setting(50_000_000, 1)
+    memory_budget_mib: int | Literal["auto"] = setting("auto", 16, 2**30)
+    decode_timeout_s: float = setting(20.0, 0.1, 3600)
     # fetching (image_path: url)
     fetch_timeout_s: float = setting(30.0, 0.01, 3600)
     fetch_retries: int = setting(2, 0, 100)
@@ -317,7 +322,8 @@ class Config:
 # because the device that was really used is recorded, and compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
                  "ray_workers", "ray_gpus", "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
-                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
+                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift", "memory_budget_mib",
+                 "decode_timeout_s"}
 
 
 def check_path(key: str, value: str) -> None:
@@ -1198,8 +1204,123 @@ def remove_path(path: pathlib.Path) -> None:
 # ── Images: find and decode ───────────────────────────────────────────────────────────────────────────────────────────
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-LARGE_PIXELS = 16_000_000  # images above this are decoded one at a time: 50 megapixels are 150 MB as RGB
+LARGE_BYTES = 160_000_000  # what an image takes while it is decoded; after a larger one the memory is given back at once
 MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out; so that is cut first
+MAX_LONG_EDGE = 32_768  # and where the model squeezes the whole strip, it is first shrunk to at most this, in whole steps
+
+
+class ByteBudget:
+    """The bytes that all threads together may hold between reading an image and the end of its resizing.
+
+    Each image has an Account, from which it reserves. Who does not fit waits: first come, first served, and those who will
+    ask for no more go before those who will. Where everyone who holds something waits, the next one goes on all the same;
+    so no two can wait for each other, and an image that needs more than the whole budget is worked on alone.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.held = 0
+        self._working = 0  # accounts that hold something and do not wait
+        self._turns: list[tuple[bool, int]] = []  # of those who wait, in order
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+
+    def reserve(self, account: "Account", count: int, is_last: bool) -> None:
+        """Have the account hold `count` bytes more, once they fit."""
+        with self._changed:
+            turn = (not is_last, next(self._numbers))
+            bisect.insort(self._turns, turn)
+            self._working -= account.held > 0
+            account.waits += 1
+            self._changed.wait_for(lambda: self._turns[0] == turn and self._has_room(count))
+            account.waits -= 1
+            self._turns.remove(turn)
+            self._working += 1
+            account.held += count
+            self.held += count
+            self._changed.notify_all()  # the next one may fit as well
+
+    def _has_room(self, count: int) -> bool:
+        return self.held + count <= self.total or not self._working
+
+    def release(self, account: "Account") -> None:
+        """Give back all that the account holds."""
+        with self._changed:
+            self._working -= account.held > 0
+            self.held -= account.held
+            account.held = 0
+            self._changed.notify_all()
+
+
+class Account:
+    """What one image holds of a ByteBudget until it is resized; a context manager that gives it back."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self.held = 0
+        self.waits = 0  # above 0: it waits for its turn, which is not the image's own time
+        self._budget = budget
+
+    def reserve(self, count: int, is_last: bool = False) -> None:
+        """Hold `count` bytes more, and wait until they fit; with `is_last` the account will ask for no more."""
+        if count > 0:
+            self._budget.reserve(self, count, is_last)
+
+    def release(self) -> None:
+        """Give back all that is held."""
+        if self.held > LARGE_BYTES:
+            trim_memory()
+        if self.held:
+            self._budget.release(self)
+
+    def __enter__(self) -> "Account":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class _Here(threading.local):
+    """What the calling thread is at."""
+
+    account: Account | None = None
+
+
+_HERE = _Here()
+
+
+def reserve_for_image(count: int) -> None:
+    """Before a source reads so many bytes of an image: wait until they fit into the budget of the run's images.
+
+    For the image that the calling thread is at, until it is resized; outside a loader nothing waits.
+    """
+    if _HERE.account:
+        _HERE.account.reserve(count)
+
+
+def machine_memory() -> int:
+    """The bytes of memory that this process may use: the machine's, or less where its container (cgroup) has a limit."""
+    import psutil
+    limits = [psutil.virtual_memory().total]
+    groups = pathlib.Path("/sys/fs/cgroup")
+    places = [groups, groups / "memory"]
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            controllers, _, path = line.partition(":")[2].partition(":")  # "" and a path with cgroup v2, "memory" with v1
+            places.append(pathlib.Path(f"{groups}/{controllers}{path}"))
+    for place, name in itertools.product(places, ("memory.max", "memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # not there; "max"
+            limits.append(int((place / name).read_text(encoding="ascii")))
+    return min(limits)
+
+
+@functools.cache
+def image_memory(memory_budget_mib: int | str) -> ByteBudget:
+    """The budget of this process's images. `auto`: 1 GiB, or 64 MiB a core where that is more; never above a quarter of what
+    there is, which processes that a launcher started here share."""
+    if memory_budget_mib != "auto":
+        return ByteBudget(int(memory_budget_mib) * 2**20)
+    share = machine_memory() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return ByteBudget(min(share, max(2**30, usable_cores() * 2**26)))
 
 
 def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
@@ -1239,19 +1360,93 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
     raise RowFailure("missing", "no such file in image_path")
 
 
+MAX_LINKS = 40  # followed on the way to one file, as Linux does
+_FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+
+
 def _open_inside(folder: pathlib.Path, name: str) -> int | None:
-    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read."""
+    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read.
+
+    The path is walked step by step on descriptors, and links are read, not followed by the system: what is swapped on the
+    way cannot lead out between a check and the opening. Links that stay inside, absolute ones as well, are followed.
+    """
+    here = -1
     try:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
+        here = os.open(folder, _FOLDER_FLAGS)
+        root = os.fstat(here)
+        steps = collections.deque(_steps_of(name))
+        links = 0
+        while steps:
+            step = steps.popleft()
+            if not steps and step not in ("..", "/") and not _is_inside(here, root):
+                raise RowFailure("forbidden", "outside image_path")
+            found = _take_step(here, step, is_last=not steps)
+            if isinstance(found, str):
+                links += 1
+                if links > MAX_LINKS:
+                    raise RowFailure("missing", "no usable file name")
+                steps.extendleft(reversed(_steps_of(found)))
+                continue
+            os.close(here)
+            here = found
+        if stat.S_ISDIR(os.fstat(here).st_mode) and not _is_inside(here, root):
             raise RowFailure("forbidden", "outside image_path")
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block the open
+        opened = here
+        here = -1
+        return opened
     except (FileNotFoundError, NotADirectoryError):
+        if here >= 0 and not _is_inside(here, root):
+            raise RowFailure("forbidden", "outside image_path") from None
         return None
     except PermissionError:
         raise RowFailure("forbidden", "no permission to read the file") from None
-    except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+            raise RowFailure("corrupt", "the disk cannot read the file") from None
         raise RowFailure("missing", "no usable file name") from None
+    finally:
+        if here >= 0:
+            os.close(here)
+
+
+def _steps_of(path: str) -> list[str]:
+    """The names that a path goes through; "/" first where it is absolute."""
+    steps = [step for step in path.split("/") if step not in ("", ".")]
+    return ["/", *steps] if path.startswith("/") else steps
+
+
+def _take_step(here: int, step: str, is_last: bool) -> int | str:
+    """A descriptor of the folder or, at the end, of the file called `step` in the folder `here`; the text of a link."""
+    if step in ("..", "/"):
+        return os.open(step, _FOLDER_FLAGS, dir_fd=here)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if is_last else _FOLDER_FLAGS  # a FIFO must not block
+    try:
+        return os.open(step, flags, dir_fd=here)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):  # what systems say of a link that is not followed
+            raise
+        try:
+            return os.readlink(step, dir_fd=here)
+        except OSError:  # no link either, or no more
+            raise NotADirectoryError from None
+
+
+def _is_inside(here: int, root: os.stat_result) -> bool:
+    """Whether the folder `here` is `root` or lies below it, by going up from it."""
+    info = os.fstat(here)
+    climber = os.dup(here)
+    try:
+        while (info.st_dev, info.st_ino) != (root.st_dev, root.st_ino):
+            above = os.open("..", _FOLDER_FLAGS, dir_fd=climber)
+            os.close(climber)
+            climber = above
+            last = info
+            info = os.fstat(climber)
+            if (info.st_dev, info.st_ino) == (last.st_dev, last.st_ino):  # the top
+                return False
+        return True
+    finally:
+        os.close(climber)
 
 
 def _read_regular(handle: int, max_bytes: int) -> bytes:
@@ -1260,46 +1455,75 @@ def _read_regular(handle: int, max_bytes: int) -> bytes:
         raise RowFailure("forbidden", "not a regular file")
     if info.st_size > max_bytes:
         raise RowFailure("too_large", f"{info.st_size} bytes")
+    reserve_for_image(info.st_size)
     with open(handle, "rb", closefd=False) as file:
         return file.read(max_bytes + 1)
 
 
 def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
-                 holding: contextlib.ExitStack | None = None) -> "Image.Image":
+                 account: Account | None = None) -> "Image.Image":
     """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
 
-    A caller that goes on to work with the image gives `holding`, in which the turn of a large one is kept.
+    The memory that this takes is reserved first. A caller that goes on to work with the image gives the `account`.
     """
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
     formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
+    mine = Account(image_memory(config.memory_budget_mib))
     try:
-        with contextlib.ExitStack() as mine, Image.open(io.BytesIO(data), formats=formats) as image:
+        with mine, failing_its_row("decode"), Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
-            if pixels > LARGE_PIXELS:
-                turn = holding or mine
-                turn.enter_context(_LARGE_IMAGE)
-                turn.callback(trim_memory)
+            (account or mine).reserve(decoding_bytes(image, pixels), is_last=True)
             image.load()
             return to_rgb(image, config)
-    except RowFailure:
-        raise
     except UnidentifiedImageError:
         raise RowFailure(*_odd_images().why_unidentified(data)) from None
+
+
+@contextlib.contextmanager
+def failing_its_row(doing: str) -> Iterator[None]:
+    """Turn what Pillow and torch raise for an image's sake into a RowFailure; `doing` is what could lack memory."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        yield
+    except (RowFailure, UnidentifiedImageError):
+        raise
     except Image.DecompressionBombError:
         raise RowFailure("bomb", "too many pixels") from None
     except MemoryError:
-        raise RowFailure("bomb", "not enough memory to decode") from None
+        raise RowFailure("bomb", f"not enough memory to {doing}") from None
     except (OSError, ValueError, TypeError, SyntaxError, NotImplementedError, IndexError, KeyError, AttributeError,
             EOFError, OverflowError, ZeroDivisionError, AssertionError, RuntimeError, struct.error) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):  # how torch says it
+            raise RowFailure("bomb", f"not enough memory to {doing}") from None
         raise RowFailure("corrupt", type(error).__name__) from None
 
 
-_LARGE_IMAGE = threading.Lock()
+# Bytes that a decoder takes for a pixel of the file besides the image: WebP's two canvases and their copy, the coefficients
+# of a progressive JPEG, a TIFF's tile in the file's own form.
+_WORK_BYTES = {"WEBP": 12, "AVIF": 12, "JPEG": 6, "TIFF": 8}
+
+
+def decoding_bytes(image: "Image.Image", stored_pixels: int) -> int:
+    """About the most bytes that an opened image will take until it is resized; `stored_pixels` are those of the file, of which
+    `decode: scaled` may decode fewer."""
+    pixels = image.width * image.height
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        stored_pixels = max(stored_pixels, int(tags.get(322, 0)) * int(tags.get(323, 0)))  # of a tile
+    a_pixel = 4  # Pillow's RGB
+    if pixels > 4_000_000:
+        a_pixel += 6  # the copies that torch reads, because Pillow does not lend more than 16 MB
+    if image.mode != "RGB":
+        a_pixel += 5  # converted: the image again, and a mask
+    for_a_stored_pixel = _WORK_BYTES.get(image.format or "", 0)
+    if image.format == "JPEG" and not image.info.get("progressive"):
+        for_a_stored_pixel = 0
+    return pixels * a_pixel + stored_pixels * for_a_stored_pixel
 
 
 @functools.cache
@@ -1392,10 +1616,17 @@ DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 3)
 
 
 def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
-    """A strip longer than MAX_ASPECT cut to its centre, where the model's crop keeps the centre only; others as they are."""
-    if not settings.shortest_edge or not settings.crop or max(image.size) <= MAX_ASPECT * min(image.size):
+    """A strip in bounded size, others as they are: to resize it as it is would take gigabytes.
+
+    Where the model's crop keeps the centre only, a strip longer than MAX_ASPECT is cut to its centre; where the model reads
+    the whole strip, one longer than MAX_LONG_EDGE pixels is shrunk by averaging, to a size still far above the model's.
+    """
+    is_cropped = settings.shortest_edge and settings.crop
+    if max(image.size) <= (MAX_ASPECT * min(image.size) if is_cropped else MAX_LONG_EDGE):
         return image
-    trimmed: Image.Image = _odd_images().trim_strip(image, MAX_ASPECT)
+    odd_images = _odd_images()
+    trimmed: Image.Image = (odd_images.trim_strip(image, MAX_ASPECT) if is_cropped
+                            else odd_images.shorten_strip(image, MAX_LONG_EDGE))
     return trimmed
 
 
@@ -1439,6 +1670,7 @@ def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: 
 def resize_fast(image: "Image.Image", settings: ImageSettings) -> "np.ndarray":
     """RGB image -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's."""
     import numpy as np
+    image = trim_strip(image, settings)
     pixels = _lend_pixels(image).permute(2, 0, 1)[None]  # (1, 3 or 4, h, w), channels last in memory
     return np.ascontiguousarray(resize_and_crop(pixels, settings)[0, :3].numpy())
 
@@ -1459,6 +1691,7 @@ def resize_pillow(image: "Image.Image", settings: ImageSettings) -> "np.ndarray"
     """RGB image -> (3, H, W) uint8 array by Pillow alone: the dry run, which loads no torch."""
     import numpy as np
     from PIL import Image
+    image = trim_strip(image, settings)
     height, width = settings.resized(image.height, image.width)
     resized = image.resize((width, height), Image.Resampling(settings.resample))
     if settings.crop:
@@ -1491,9 +1724,9 @@ class ImageDecoder:
     settings: ImageSettings
 
     @profile
-    def __call__(self, data: bytes, holding: contextlib.ExitStack | None = None) -> "Image.Image":
-        """Decode one image; for `holding` see `decode_image`."""
-        image = decode_image(data, self.config, self.settings.target(), holding)
+    def __call__(self, data: bytes, account: Account | None = None) -> "Image.Image":
+        """Decode one image; for `account` see `decode_image`."""
+        image = decode_image(data, self.config, self.settings.target(), account)
         return trim_strip(image, self.settings)
 
 
@@ -1502,36 +1735,50 @@ class ImageLoader:
     """Source (URL or path) -> Loaded. Runs in loader threads; who wants another way makes a copy by dataclasses.replace."""
 
     read: Callable[[str], bytes]
-    decode: "Callable[[bytes, contextlib.ExitStack], Image.Image]"
+    decode: "Callable[[bytes, Account], Image.Image]"
     resize: "Callable[[Image.Image], np.ndarray]"
     on_gpu: Callable[[bytes, bytes], Any] | None = None  # (bytes, digest) -> OnGpu for what the GPU decodes, else None
+    memory: ByteBudget = dataclasses.field(default_factory=lambda: image_memory("auto"))
+    watch: "Callable[[Callable[[], np.ndarray], Account], np.ndarray] | None" = None  # does the work, and gives up in time
 
     def __call__(self, source: str) -> Loaded:
         """Read, decode and resize one source; never raises for what is wrong with it."""
         loaded = Loaded()
         clock = Clock(loaded.seconds)
-        try:
-            if not source.strip():
-                raise RowFailure("missing", "no URL")
-            with clock.stage("fetch"):
-                data = self.read(source.strip())
-            loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
-            if self.on_gpu:
-                loaded.pixels = self.on_gpu(data, loaded.digest)
-                loaded.is_on_gpu = loaded.pixels is not None
-            if not loaded.is_on_gpu:
-                loaded.pixels = self._make_pixels(data, clock)
-        except RowFailure as failure:
-            loaded.failure = failure.with_traceback(None)
+        with Account(self.memory) as account:
+            _HERE.account = account
+            try:
+                self._load(source.strip(), loaded, clock, account)
+            except RowFailure as failure:
+                loaded.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes
+            finally:
+                _HERE.account = None
         return loaded
 
-    def _make_pixels(self, data: bytes, clock: "Clock") -> "np.ndarray":
-        with contextlib.ExitStack() as holding:
-            with clock.stage("decode", time.thread_time):
-                image = self.decode(data, holding)
-            with clock.stage("resize", time.thread_time):
-                pixels = self.resize(image)
-            del image  # before another thread's large image gets its turn
+    def _load(self, source: str, loaded: Loaded, clock: "Clock", account: Account) -> None:
+        if not source:
+            raise RowFailure("missing", "no URL")
+        with clock.stage("fetch"):
+            data = self.read(source)
+        loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
+        if self.on_gpu:
+            loaded.pixels = self.on_gpu(data, loaded.digest)
+            loaded.is_on_gpu = loaded.pixels is not None
+        if not loaded.is_on_gpu:
+            loaded.pixels = self.make_pixels(data, account, clock)
+
+    def make_pixels(self, data: bytes, account: Account, clock: "Clock | None" = None) -> "np.ndarray":
+        """Decode and resize; raises RowFailure. `account` holds what it takes until its caller gives it back."""
+        own = Clock()  # an image that is given up may go on, and must not touch what others read by then
+
+        def make() -> "np.ndarray":
+            with own.stage("decode", time.thread_time):
+                image = self.decode(data, account)
+            with own.stage("resize", time.thread_time), failing_its_row("resize"):
+                return self.resize(image)
+        pixels = self.watch(make, account) if self.watch else make()
+        if clock:
+            clock.add(own.seconds)
         return pixels
 
 
@@ -2047,6 +2294,7 @@ class Scorer:
         if self.config.preprocess == "fast" and self.settings.knows_fast_resize():
             return resize_fast(image, self.settings)
         import numpy as np
+        image = trim_strip(image, self.settings)
         pixels = self.family.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.asarray(pixels, dtype=np.uint8)
 
@@ -2717,7 +2965,12 @@ class Worker:
         clock.take()
         self.settings = self.scorer.settings if self.scorer else DRY_RUN_SETTINGS
         resize = self.scorer.resize if self.scorer else functools.partial(resize_pillow, settings=DRY_RUN_SETTINGS)
-        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
+        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize,
+                                  memory=image_memory(config.memory_budget_mib))
+        self._guard: Guard | None = None
+        if ADDONS.is_dir():
+            self._guard = addon("images.guard", "decode_timeout_s").Guard(config, self.settings)
+            self.loader = self._guard.attach(self.loader)
         if self.scorer and config.decode == "gpu":
             self.loader = addon("images.gpu_decode", "decode: gpu").attach(self.scorer, self.loader)
         settle(plan, self.scorer)
@@ -2726,7 +2979,6 @@ class Worker:
             for measure in find_measures(config):
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
-        self._isolated: Any = None
 
     def run(self, todo: list[Partition], retry: bool = False,
             on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:
@@ -2735,6 +2987,8 @@ class Worker:
         marked: list[Partition] = []
         INTERRUPTION.deferred = True
         try:
+            if any(partition.trying.exists() for partition in todo):
+                self._isolate_all()
             since = time.perf_counter()
             for run in self._open_ahead(todo, retry, pool, marked):
                 scored = score_partition(self.scorer, run, pool, self.clock, on_loaded)
@@ -2763,26 +3017,25 @@ class Worker:
             yield ahead
 
     def _begin(self, partition: Partition, retry: bool, pool: "LoaderPool[Loaded]", marked: list[Partition]) -> PartitionRun:
-        """Open the partition, mark it as being tried and queue its images; one marked before is decoded in isolation."""
+        """Open the partition, mark it as being tried and queue its images."""
         run = PartitionRun.open(self.plan, partition, retry)
         for measure in self.measures:
             measure.begin(run)
-        load = self.loader
-        if partition.trying.exists():
-            load = self._isolated_loader()
-        else:
+        if not partition.trying.exists():
             with output_disk(partition.trying):
                 partition.trying.touch()  # before the first image is decoded, which may be the one that kills
             marked.append(partition)
-        pool.add(load, run.wanted())
+        pool.add(self.loader, run.wanted())
         return run
 
-    def _isolated_loader(self) -> ImageLoader:
-        """A loader that decodes in a child process, for a partition at which an earlier run died or hung."""
-        if self._isolated is None:
-            isolate = addon("images.isolate", "a partition left behind")
-            self._isolated = isolate.IsolatedDecoder(self.config, self.settings)
-        return dataclasses.replace(self.loader, decode=self._isolated.decode, on_gpu=None)
+    def _isolate_all(self) -> None:
+        """An earlier run died or hung here: from now on every image is decoded in a child process."""
+        if self._guard is None:
+            addon("images.guard", "a partition left behind")
+        elif not self._guard.isolates_all:
+            say("an earlier run ended in the middle of a partition: images are decoded in processes of their own")
+            self._guard.isolates_all = True
+        self.loader = dataclasses.replace(self.loader, on_gpu=None)
 
     def _finish(self, run: PartitionRun, scored: Scored, since: float) -> PartSummary:
         """Have the measures add theirs, commit the part, and keep its times."""
@@ -2821,9 +3074,8 @@ class Worker:
     def _close(self) -> None:
         for measure in self.measures:
             measure.close()
-        if self._isolated is not None:
-            self._isolated.close()
-            self._isolated = None
+        if self._guard:
+            self._guard.close()
 
 
 JUDGED_FROM_ROWS = 1000

@@ -160,10 +160,10 @@ def test_child_that_is_killed_while_it_answers_is_replaced(decoder, picture_byte
     assert decoder.decode(picture_bytes("PNG")).size == (40, 30)
 
 
-def test_decoder_that_does_not_return_is_ended(decoder, poison, picture_bytes, monkeypatch):
+def test_decoder_that_does_not_return_is_ended(decoder, poison, picture_bytes):
     """An image that is not decoded within the limit is `crashed`, and the process that hung at it is gone."""
     poison(hangs=True)
-    monkeypatch.setattr(isolate, "LIMIT_S", 0.5)
+    decoder.limit_s = 0.5
     decoder.decode(picture_bytes("PNG"))
     hung = decoder.child_pid
     started = time.monotonic()
@@ -191,7 +191,7 @@ def test_start_of_the_child_is_not_in_the_limit(decoder, tmp_path, picture_bytes
     """The time that a new child takes to import what it needs is not an image's."""
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(1)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(isolate, "LIMIT_S", 0.5)
+    decoder.limit_s = 0.5
     assert decoder.decode(picture_bytes("PNG")).size == (40, 30)
 
 

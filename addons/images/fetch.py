@@ -28,7 +28,7 @@ import urllib3
 from requests_hardened.ip_filter import InvalidIPAddress
 from requests_hardened.ip_filter_adapter import IPFilterAdapter
 
-from image_text_sim_clip import Config, RowFailure
+from image_text_sim_clip import Config, RowFailure, reserve_for_image
 
 logging.getLogger("requests_hardened").setLevel(logging.CRITICAL)  # it warns of each refused address; the row says it
 
@@ -172,6 +172,8 @@ class Fetcher:
         promised = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
         if promised > most_bytes:
             raise RowFailure("too_large", f"more than {most_bytes} bytes")
+        reserved = promised or CHUNK_BYTES
+        deadline += _reserve(reserved + reserved // 4)  # a part more, because at its end a body is copied once
         body = bytearray()
         while True:
             if time.monotonic() > deadline:
@@ -180,6 +182,9 @@ class Fetcher:
             if not chunk:
                 break
             body += chunk
+            if len(body) > reserved:  # a body of unknown length: in doubling steps
+                deadline += _reserve(reserved)
+                reserved *= 2
             if len(body) > most_bytes:
                 raise RowFailure("too_large", f"more than {most_bytes} bytes")
         if time.monotonic() > deadline:  # cut by the watchdog, which looks like an end
@@ -187,6 +192,17 @@ class Fetcher:
         if len(body) < promised:
             raise PassingFailure("connect", "body shorter than promised")
         return bytes(body)
+
+
+def _reserve(count: int) -> float:
+    """Wait until so many bytes fit into the budget of the run's images; returns the seconds that it took.
+
+    They are no fault of the server's: the fetch gets them on top.
+    """
+    since = time.monotonic()
+    with _WATCHDOG.paused():
+        reserve_for_image(count)
+    return time.monotonic() - since
 
 
 def _can_be_split(url: str) -> bool:
@@ -297,6 +313,18 @@ class _Watchdog:
         finally:
             with self._lock:
                 self._watched.pop(threading.get_ident(), None)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Cut nothing of the calling thread's while in this context, and later by as much as it takes."""
+        since = time.monotonic()
+        with self._lock:
+            watch = self._watched.pop(threading.get_ident(), None)
+        yield
+        self._here.deadline += time.monotonic() - since
+        if watch:
+            with self._lock:
+                self._watched[threading.get_ident()] = watch._replace(deadline=self._here.deadline)
 
     def _run(self) -> None:
         while True:

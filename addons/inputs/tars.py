@@ -17,7 +17,7 @@ from addons.inputs.columnar import is_textual, reading, to_text
 from addons.inputs.files import FileRows, InPlaceReader, InputFile
 from addons.inputs.json_lines import parse_object
 from addons.inputs.parquet import ParquetFile
-from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
+from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, reserve_for_image, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -251,6 +251,7 @@ class TarRows(FileRows):
             raise RowFailure("missing", "no image in the tar")
         if int(size) > self.max_bytes:
             raise RowFailure("too_large", f"{size} bytes")
+        reserve_for_image(int(size))
         try:
             with self.files[int(number)].open() as file:
                 file.seek(int(offset))
