@@ -224,7 +224,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         verdicts = stack.enter_context(verdict_file(folder, run.row_count))
         judge_all(run, curation, cuts, images, verdicts)
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
-        exported = export.write(KeptRows(run, verdicts, curation, images), folder)
+        exported = export.write(KeptRows(run, verdicts, curation, images, config.escape_formulas), folder)
         choice = describe_choice(curation, cuts, run, counts, exported)
         write_json(folder / "curated.json", dataclasses.asdict(choice))
         draw_plots(run, choice, folder)

@@ -359,7 +359,7 @@ def _in_words(kind: Any) -> str:
 def check_value(field: "dataclasses.Field[Any]", value: object, section: str = "") -> None:
     """Raise Trouble (exit 2) unless `value` is of the field's type and within its range; `section` is named before it."""
     if not _accepts(field.type, value):
-        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}, got {value!r}")
+        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}, got {repr(value)[:300]}")
     low = field.metadata.get("low", -math.inf)
     high = field.metadata.get("high", math.inf)
     if isinstance(value, (int, float)) and not low <= value <= high:
@@ -388,8 +388,23 @@ def check_section(kind: type[Section], values: dict[Any, Any], section: str) -> 
     return made
 
 
+MAX_CONFIG_BYTES = 1_000_000
+MAX_NUMBER_CHARS = 100  # Python takes for ever over a number of a million digits
+_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of silently keeping the last."""
+    """SafeLoader that refuses a key given twice instead of silently keeping the last, and what grows when it is read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*name) are not read here, line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _YAML_NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} digits, line {node.start_mark.line + 1}")
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -402,7 +417,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 # what its constructors raise for "2001-99-99", "{a: 1}: 2" and the like is not all YAMLError
-_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError,
+                ArithmeticError)
 
 
 def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> Config:
@@ -411,8 +427,11 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
     Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
+        with pathlib.Path(path).open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise Trouble(EXIT_CONFIG, f"{path} is no config: it has more than {MAX_CONFIG_BYTES} bytes")
+        values = yaml.load(content.decode("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
     except _YAML_ERRORS as error:
@@ -523,6 +542,7 @@ def output_names(columns: Iterable[str], results: Iterable[str]) -> list[str]:
 # decided here; addons/inputs/csv_blocks.py reads clean stretches faster, to the same rows.
 
 MAX_RECORD_CHARS = 16_000_000  # a record longer than this is an unbalanced quote, not a caption
+MAX_COLUMNS = 2000  # each costs a cell in every row
 MAX_LINE_CHARS = 64_000_000  # a file with a longer line is not a table; nothing is held beyond this
 BATCH_ROWS = 8192  # rows handed over at a time
 
@@ -641,18 +661,21 @@ def careful_batches(records: Iterable[Record], columns: list[str], until: Callab
     """Sort records into rows and malformed ones; stop when `until()` is true and a record has ended for sure."""
     rows: list[list[str]] = []
     malformed: list[Malformed] = []
+    chars = 0
     for record in records:
         fields = record.fields
+        chars += len(record.raw)
         if fields is not None and len(fields) == len(columns) and is_text("".join(fields)):
             rows.append(fields)
         else:
             reason = why_malformed(fields, len(columns))
             malformed.append((len(rows), record.line, reason, record.raw.rstrip("\r\n")))
         done = record.settled and until()
-        if done or len(rows) == BATCH_ROWS or len(malformed) == BATCH_ROWS:
+        if done or len(rows) == BATCH_ROWS or len(malformed) == BATCH_ROWS or chars > STAGE_BYTES:
             yield to_table(rows, columns), malformed
             rows = []
             malformed = []
+            chars = 0
         if done:
             return
     yield to_table(rows, columns), malformed
@@ -691,13 +714,15 @@ def name_columns(first: Sequence[str], config: Config) -> list[str]:
     is_numbered = isinstance(config.url_column, int)
     if not first:
         raise Trouble(EXIT_INPUT, f"{config.csv_path} has no readable {'row' if is_numbered else 'header line'}")
+    if len(first) > MAX_COLUMNS:
+        raise Trouble(EXIT_INPUT, f"{config.csv_path} has {len(first)} columns, more than {MAX_COLUMNS}: no table of pairs")
     names = [f"column_{n}" for n in range(len(first))] if is_numbered else [name.strip() for name in first]
     for key in ("url_column", "caption_column"):
         wanted = column_name(getattr(config, key))
         if names.count(wanted) != 1:
             problem = "has no column" if wanted not in names else "has more than one column"
             raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
-    unique: list[str] = []
+    unique: dict[str, None] = {}
     taken = set(names)
     for name in names:
         if name in unique:
@@ -706,8 +731,8 @@ def name_columns(first: Sequence[str], config: Config) -> list[str]:
                 number += 1
             name = f"{name}_{number}"
             taken.add(name)
-        unique.append(name)
-    return unique
+        unique[name] = None
+    return list(unique)
 
 
 def separator_of(config: Config) -> str:
@@ -755,6 +780,7 @@ class CsvReader:
 # ── Pairs: stage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STAGE_ROWS = 8192  # rows of one row group of the staged table: what is held in memory at a time
+STAGE_BYTES = 16_000_000  # of text in one row group: where rows are long, it has fewer of them
 
 
 class StagedTable:
@@ -764,6 +790,8 @@ class StagedTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
         schema = pa.schema([(name, pa.string()) for name in columns])
+        self.cuts: list[int] = []  # the rows at which a row group, and a partition, begins because the ones before are long
+        self._written = 0
         self._held: pa.Table = schema.empty_table()
         self._writer = pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False)
         self._pool = ThreadPoolExecutor(1)
@@ -772,8 +800,17 @@ class StagedTable:
     def append(self, rows: "pa.Table") -> None:
         """Add rows; whole row groups are written, the rest is held."""
         import pyarrow as pa
-        self._held = pa.concat_tables([self._held, rows])
-        self._write(len(self._held) - len(self._held) % STAGE_ROWS)
+        for start, stop in _short_stretches(rows):
+            piece = rows.slice(start, stop - start)
+            if self._held.nbytes + piece.nbytes > STAGE_BYTES and len(self._held) % STAGE_ROWS:
+                self._cut()
+            self._held = pa.concat_tables([self._held, piece])
+            self._write(len(self._held) - len(self._held) % STAGE_ROWS)
+
+    def _cut(self) -> None:
+        """End the row group before it has all its rows, and begin a partition with the next one."""
+        self._write(len(self._held))
+        self.cuts.append(self._written)
 
     def _write(self, count: int) -> None:
         if self._writing:
@@ -782,6 +819,7 @@ class StagedTable:
         if count:
             self._writing = self._pool.submit(self._writer.write_table, self._held.slice(0, count), STAGE_ROWS)
             self._held = self._held.slice(count)
+            self._written += count
 
     def finish(self) -> None:
         """Write what is held, and the footer."""
@@ -795,11 +833,24 @@ class StagedTable:
         self._writer.close()
 
 
+def _short_stretches(rows: "pa.Table") -> Iterator[tuple[int, int]]:
+    """[start, stop) of stretches of rows that hold STAGE_BYTES at most, or one row; all of them where that is enough."""
+    stretches = [(0, len(rows))]
+    while stretches:
+        start, stop = stretches.pop()
+        if stop - start > 1 and rows.slice(start, stop - start).nbytes > STAGE_BYTES:
+            middle = (start + stop) // 2
+            stretches += [(middle, stop), (start, middle)]
+        else:
+            yield start, stop
+
+
 class BadRows:
     """bad_rows.csv: the malformed records, a line each."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, escape: bool = False) -> None:
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", "", write_through=True)
+        self._escape = escape
         self._writer = csv.writer(text, lineterminator="\n")
         self._writer.writerow(("line", "reason", "text"))
         self._text = text  # a wrapper that is collected would close the file
@@ -810,7 +861,8 @@ class BadRows:
         """Write one record."""
         self.count += 1
         self.undecodable += not is_text(raw)
-        self._writer.writerow((line, reason, raw[:1000]))
+        text = raw[:1000]
+        self._writer.writerow((line, reason, escape_formula(text) if self._escape else text))
 
 
 def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> dict[str, Any]:
@@ -818,15 +870,15 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
 
     `open_table(known)` opens it; where a batch has other columns than promised (JSON Lines: late lines have keys that the
     first ones lack), it is opened again and told those columns. Returns what the manifest says of the input: kind, columns,
-    rows, malformed, files (name, rows, bytes, time, sha256).
+    rows, malformed, files (name, rows, bytes, time, sha256) and, where there are very long rows, cuts.
     """
     path = pathlib.Path(config.csv_path)
     info = path.stat()
     table = open_table([])
-    found, rows, bad = _stage_once(config, output, table)
+    found, rows, bad, cuts = _stage_once(config, output, table)
     if found != table.columns:
         table = open_table(found)
-        found, rows, bad = _stage_once(config, output, table)
+        found, rows, bad, cuts = _stage_once(config, output, table)
     if bad.undecodable:
         place = ""
         if ADDONS.is_dir():
@@ -836,15 +888,16 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
             "(if the file is latin-1, set encoding: latin-1)")
     file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
             "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
-    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "files": [file]}
+    described = {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "files": [file]}
+    return described | {"cuts": cuts} if cuts else described
 
 
-def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows]:
-    """Write both files; returns the columns of the last batch (others than the table's: begin again), rows, bad rows."""
+def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows, list[int]]:
+    """Write both files; returns the columns of the last batch (others than the table's: begin again), rows, bad rows, cuts."""
     found = table.columns
     rows = 0
     with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
-        bad = BadRows(bad_file)
+        bad = BadRows(bad_file, config.escape_formulas)
         staged = StagedTable(staged_file, table.columns)
         try:
             for batch, malformed in table.batches:
@@ -863,7 +916,7 @@ def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple
             staged.finish()
         finally:
             staged.close()
-    return found, rows, bad
+    return found, rows, bad, staged.cuts
 
 
 def same_text_table(manifest: dict[str, Any], csv_path: str) -> list[str]:
@@ -889,17 +942,20 @@ class StagedRows:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
+        self._starts: list[int] | None = None  # of the row groups, and the end
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as a DataFrame of text columns."""
         import pyarrow.parquet as pq
         with self._path.open("rb") as file, pq.ParquetFile(file) as staged:
-            step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
-            first = start // step
-            last = max(start, stop - 1) // step
-            groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
+            if self._starts is None:
+                counts = (staged.metadata.row_group(number).num_rows for number in range(staged.num_row_groups))
+                self._starts = list(itertools.accumulate(counts, initial=0))
+            first = max(0, bisect.bisect_right(self._starts, start) - 1)
+            last = bisect.bisect_left(self._starts, stop)
+            groups = list(range(first, min(last, staged.num_row_groups)))
             table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
-        return table.slice(start - first * step, stop - start).to_pandas()
+        return table.slice(start - self._starts[first], stop - start).to_pandas()
 
     def sources(self, start: int, stop: int) -> list[str]:
         """Not asked for: the images lie elsewhere."""
@@ -1046,7 +1102,8 @@ def would_overwrite(source: pathlib.Path, output: pathlib.Path) -> bool:
 def cut_rows(manifest: dict[str, Any], output: pathlib.Path) -> list[Partition]:
     """The partitions of the run that `manifest` describes."""
     rows = manifest["rows"]
-    edges = [*manifest.get("starts", [0][:rows]), rows]  # the starts of tars, whose edges no partition crosses
+    # no partition crosses the edge of a tar, or a place where very long rows begin a new one
+    edges = sorted({*manifest.get("starts", [0][:rows]), *manifest.get("cuts", []), rows})
     starts: list[int] = []
     for edge, following in itertools.pairwise(edges):
         starts.extend(range(edge, following, manifest["partition_rows"]))
@@ -2104,15 +2161,34 @@ class Family:
         return caption
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
-        prepared = [self.prepare(caption) for caption in captions]
-        ids = self.encode(prepared, truncation=True, max_length=self.context_length)
-        truncated = [False] * len(captions)
-        full = [i for i, row in enumerate(ids) if len(row) >= self.context_length]
-        if full:
-            for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
-                truncated[i] = len(whole) > self.context_length
+        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut.
+
+        Of a very long caption only the beginning is tokenized, up to a space behind more tokens than the model reads.
+        """
+        ids: list[list[int]] = []
+        truncated: list[bool] = []
+        for start, stop in _stretches_of_text(captions):
+            prepared = [self.prepare(self._head_of(caption)) for caption in captions[start:stop]]
+            stretch = self.encode(prepared, truncation=True, max_length=self.context_length)
+            is_cut = [False] * len(stretch)
+            full = [i for i, row in enumerate(stretch) if len(row) >= self.context_length]
+            if full:
+                for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
+                    is_cut[i] = len(whole) > self.context_length
+            ids += stretch
+            truncated += is_cut
         return ids, truncated
+
+    def _head_of(self, caption: str) -> str:
+        """The caption, or of a very long one as much as has more tokens than the model reads, and ends at a space."""
+        chars = 64 * self.context_length
+        while len(caption) > chars:
+            head = caption[:chars]
+            head = head[:head.rfind(" ")] if " " in head.lstrip() else head
+            if len(self.encode([self.prepare(head)])[0]) > 2 * self.context_length:
+                return head
+            chars *= 4
+        return caption
 
     def padded_length(self, ids: list[int]) -> int:
         """The length that a caption must be padded to whatever its neighbours; 0 where the longest of its batch will do."""
@@ -2131,6 +2207,23 @@ class Family:
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
         """The model's own chance that a pair belongs together, float32 (n,); None where it gives none."""
         return None
+
+
+TEXT_CHARS = 1_000_000  # of captions that are tokenized at a time: their tokens take a hundred times as much
+
+
+def _stretches_of_text(captions: list[str]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of stretches of captions that have TEXT_CHARS characters at most, or of one caption."""
+    start = 0
+    chars = 0
+    for place, caption in enumerate(captions):
+        chars += len(caption)
+        if chars > TEXT_CHARS and place > start:
+            yield start, place
+            start = place
+            chars = len(caption)
+    if start < len(captions):
+        yield start, len(captions)
 
 
 class Clip(Family):
@@ -2717,7 +2810,8 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # \udce9, of a name that is no text, is JSON for what it is
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -3257,18 +3351,25 @@ def escape_formula(cell: str) -> str:
     return "'" + cell if re.match(r"'*[=+\-@\t\r]", cell) else cell
 
 
+def space_out_minus(number: str) -> str:
+    """A number that does not begin with the minus that begins a formula, too."""
+    return " " + number if number.startswith("-") else number
+
+
 class CsvRows:
     """A CSV being written, of pyarrow tables: floats in the shortest digits that read back the same float32, '' for nothing.
 
-    With `escape`, formulas in all but the last `results` columns are made plain text.
+    With `escape`, formulas in the names of columns, in all but the last `results` columns and in text are made plain text, and
+    a negative number gets a space before it, which whoever reads numbers skips.
     """
 
     def __init__(self, file: BinaryIO, names: list[str], escape: bool, results: int) -> None:
         self._text = io.TextIOWrapper(file, "utf-8", newline="")
-        self._escaped = len(names) - results if escape else 0
+        self._escapes = escape
+        self._escaped = len(names) - results
         self._plain = csv.writer(self._text, lineterminator="\n")
         self._quoted = csv.writer(self._text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        self._write_row(names)
+        self._write_row([*map(escape_formula, names)] if escape else names)
 
     def _write_row(self, cells: Sequence[str]) -> None:
         # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
@@ -3282,8 +3383,10 @@ class CsvRows:
         columns = [column.cast(pa.string()).fill_null("") for column in table.columns]
         has_returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
         cells = [column.to_pylist() for column in columns]
-        for place in range(self._escaped):
-            cells[place] = [escape_formula(cell) for cell in cells[place]]
+        for place in range(len(cells) if self._escapes else 0):
+            is_text = place < self._escaped or pa.types.is_string(table.schema.types[place])
+            escape = escape_formula if is_text else space_out_minus
+            cells[place] = [escape(cell) for cell in cells[place]]
         rows = zip(*cells, strict=True)
         if not has_returns:
             self._plain.writerows(rows)
@@ -3541,7 +3644,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = finalize(job, curve) if finalises else None
     if result:
         with output_disk("the summary to stdout"):
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            text = json.dumps(result, ensure_ascii=False)
+            print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
         stopped = stopped or find_excess(job, result)
     if stopped:
         raise stopped

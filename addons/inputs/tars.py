@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.columnar import is_textual, reading, to_text
-from addons.inputs.files import FileRows, InPlaceReader, InputFile
-from addons.inputs.json_lines import parse_object
+from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
+from addons.inputs.json_lines import check_width, parse_object
 from addons.inputs.parquet import ParquetFile
 from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, reserve_for_image, say
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+MOST_HEADER_BYTES = 1_000_000  # of a long name or a pax header
+MOST_PAX_KEYS = 1000  # that hold for a whole tar
+_HEADER_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 MAX_TEXT_BYTES = 16_000_000  # of a .txt or .json; a longer one is no caption
 REST_BYTES = 1 << 20  # behind the last member, of which a whole tar has nothing but zeros
 
@@ -59,21 +62,39 @@ def index_tar(tar_file: InputFile) -> tuple[list[Entry], str]:
     places: dict[str, int] = {}  # of the last entry of each key
     try:
         with tar_file.open() as file:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedInfo) as tar:
                 for info in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                    if tar.offset <= info.offset or info.size < 0:  # Python 3.11 would read it again for ever
+                        raise tarfile.ReadError("a member of negative size")
+                    if len(tar.pax_headers) > MOST_PAX_KEYS:  # each member gets a copy
+                        raise tarfile.ReadError("too many pax headers")
                     _add_member(info, entries, places)
                 end = tar.offset
             file.seek(end)
             rest = file.read(REST_BYTES)
     except PermissionError:
         raise
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, LookupError, TypeError, RecursionError) as error:
         return entries, str(error) or type(error).__name__
     # tarfile takes a damaged header, and the end of a file that was cut between two members, for the tar's end
     if not rest:
         return entries, "cut off"
     return entries, "no valid header follows" if any(rest) else ""
+
+
+class BoundedInfo(tarfile.TarInfo):
+    """A TarInfo that refuses what leads backwards, and headers that would fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "BoundedInfo":
+        """See tarfile; raises HeaderError for a negative size, and for a long name or pax header beyond MOST_HEADER_BYTES."""
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0:
+            raise tarfile.HeaderError("a member of negative size")
+        if info.type in _HEADER_TYPES and info.size > MOST_HEADER_BYTES:
+            raise tarfile.HeaderError("a header that is too long")
+        return info
 
 
 def _add_member(info: tarfile.TarInfo, entries: list[Entry], places: dict[str, int]) -> None:
@@ -101,7 +122,7 @@ def index_shard(tar_file: InputFile) -> tuple[list[Entry], str]:
         return entries, flaw
     with reading(side_file.name):
         columns = _read_side_file(side_file)
-    there = {entry.key for entry in entries} | {entry.key.rpartition("/")[2] for entry in entries}
+    there = {as_text(entry.key) for entry in entries} | {as_text(entry.key.rpartition("/")[2]) for entry in entries}
     for number, key in enumerate(columns.get("key", [])):
         if key not in there:
             fields = {name: cells[number] for name, cells in columns.items()}
@@ -165,6 +186,7 @@ class TarReader(InPlaceReader):
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys(names))
+            check_width(len(columns))
             described.append(entry)
             starts.append(starts[-1] + entry["rows"])
             if config.limit and starts[-1] >= config.limit:
@@ -192,6 +214,7 @@ class TarReader(InPlaceReader):
         names: dict[str, None] = {}
         for fields in read_members(file, entries):
             names.update(dict.fromkeys(fields))
+            check_width(len(names))
         names.pop("", None)
         return entry, list(names)
 
@@ -227,9 +250,9 @@ class TarRows(FileRows):
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
     def _make_row(self, file: InputFile, entry: Entry, fields: dict[str, str]) -> list[str]:
-        name = entry.image.name if entry.image else entry.key
+        name = as_text(entry.image.name if entry.image else entry.key)
         caption = fields.get(self.caption_column) or fields[""]
-        url = fields.get(self.url_column) or f"{file.name}/{name}"
+        url = fields.get(self.url_column) or f"{as_text(file.name)}/{name}"
         cells = {**fields, self.caption_column: caption, self.url_column: url}
         return [cells.get(column, "") for column in self.columns]
 
