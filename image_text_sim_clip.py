@@ -1289,6 +1289,7 @@ class ByteBudget:
             bisect.insort(self._turns, turn)
             self._working -= account.held > 0
             account.waits += 1
+            self._changed.notify_all()  # it may be the last of those who held and did not wait
             self._changed.wait_for(lambda: self._turns[0] == turn and self._has_room(count))
             account.waits -= 1
             self._turns.remove(turn)
