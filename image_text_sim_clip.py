@@ -455,7 +455,8 @@ def _apply_override(values: dict[Any, Any], override: str) -> None:
     if not equals:
         raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
     try:
-        loaded = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
+        # a path that is no UTF-8 is no YAML either, and can be nothing but text
+        loaded = yaml.load(value, _UniqueKeys) if is_text(value) else value  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS:
         raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
     section, dot, inner = key.strip().partition(".")
