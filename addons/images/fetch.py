@@ -20,7 +20,7 @@ from addons.images.exchange import Attempt, BytesInFlight, Holding, PassingFailu
 from addons.images.hosts import DEAD_AFTER, Host, Hosts
 from addons.images.http_client import TooManyFiles
 from addons.images.targets import Target, can_be_split, read_url
-from image_text_sim_clip import Config, Loaded, RowFailure, say
+from image_text_sim_clip import Config, Loaded, RowFailure, reserve_for_image, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -141,15 +141,21 @@ class Fetcher:
     # ── For other threads ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def __call__(self, url: str) -> bytes:
-        """The body that `url` serves, or served an earlier run; tries again after passing troubles; raises RowFailure."""
+        """The body that `url` serves, or served an earlier run; tries again after passing troubles; raises RowFailure.
+
+        On its way the web's own bound counts it, here the budget of the run's images: a fetch never waits for that.
+        """
         lent: Outcome | None = getattr(self._here, "lent", None)
-        if lent is not None:
-            return lent.get()
-        answer: Future[Outcome] = Future()
-        self.submit([(url, answer.set_result)])
-        outcome = answer.result()
-        self.release(outcome)
-        return outcome.get()
+        if lent is None:
+            answer: Future[Outcome] = Future()
+            self.submit([(url, answer.set_result)])
+            outcome = answer.result()
+            self.release(outcome)
+        else:
+            outcome = lent
+        data = outcome.get()
+        reserve_for_image(len(data))
+        return data
 
     def call_with(self, outcome: Outcome, load: Callable[[], Loaded]) -> Loaded:
         """`load()`, in which a call of this fetcher returns what has been fetched already."""
