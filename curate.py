@@ -283,7 +283,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         overlaps = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
-        exported = export.write(KeptRows(run, verdicts, curation, images), folder)
+        exported = export.write(KeptRows(run, verdicts, curation, images, config.escape_formulas), folder)
         choice = describe_choice(curation, cuts, run, counts, overlaps, exported, proved)
         draw_plots(run, choice, folder)
         draw_measures(run, curation, verdicts, folder)

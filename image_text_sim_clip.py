@@ -50,6 +50,7 @@ Heavy libraries are imported where they are used, so that a mistake in the confi
 runs need lies in addons/, one folder for each role; add-ons import their names from here.
 """
 import argparse
+import bisect
 import builtins
 import codecs
 import collections
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from addons.images.guard import Guard
     from addons.inputs import Reader, Rows
     from addons.measures import Measure
     from addons.results.memory_curve import MemoryCurve
@@ -262,12 +264,16 @@ class Config:
     avif: bool = False
     max_image_bytes: int = setting(50_000_000, 1)
     max_image_pixels: int = setting(50_000_000, 1)
+    memory_budget_mib: int | Literal["auto"] = setting("auto", 16, 2**30)
+    decode_timeout_s: float = setting(20.0, 0.1, 3600)
     # fetching (image_path: url)
-    fetch_timeout_s: float = setting(30.0, 0.01, 3600)
+    fetch_timeout_s: float = setting(10.0, 0.01, 3600)
     fetch_retries: int = setting(2, 0, 100)
+    fetch_concurrency: int | Literal["auto"] = setting("auto", 1, 65536)
     user_agent: str = "image_text_sim_clip/0.2 (image-caption similarity; respects X-Robots-Tag: noai)"
     respect_opt_out: bool = True
     max_per_host: int = setting(16, 1, 1024)
+    host_patience_s: float = setting(120.0, 0.0, 86400)
     cache_path: str | None = None
     use_environment_proxies: bool = False
     allow_private_hosts: bool = False
@@ -322,12 +328,14 @@ class Config:
                                        f"{self.transparent_over!r}") from None
 
 
-# Keys that may differ between a run and its resumption, because no score and no status depends on them. `use_cuda` is here
-# because the device that was really used is recorded, and compared, in the manifest's `resolved`.
+# Keys that may differ between a run and its resumption, because no score depends on them, and no status but those of servers
+# that are late at one time and not at another. `use_cuda` is here because the device that was really used is recorded, and
+# compared, in the manifest's `resolved`.
 HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
                  "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
                  "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
-                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift"}
+                 "use_environment_proxies", "curate", "parity_rows", "max_score_drift", "fetch_timeout_s", "fetch_retries",
+                 "fetch_concurrency", "host_patience_s", "memory_budget_mib", "decode_timeout_s"}
 
 
 PATH_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path")
@@ -379,7 +387,7 @@ def _in_words(kind: Any) -> str:
 def check_value(field: "dataclasses.Field[Any]", value: object, section: str = "") -> None:
     """Raise Trouble (exit 2) unless `value` is of the field's type and within its range; `section` is named before it."""
     if not _accepts(field.type, value):
-        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}, got {value!r}")
+        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}, got {repr(value)[:300]}")
     low = field.metadata.get("low", -math.inf)
     high = field.metadata.get("high", math.inf)
     if isinstance(value, (int, float)) and not low <= value <= high:
@@ -408,8 +416,23 @@ def check_section(kind: type[Section], values: dict[Any, Any], section: str) -> 
     return made
 
 
+MAX_CONFIG_BYTES = 1_000_000
+MAX_NUMBER_CHARS = 100  # Python takes for ever over a number of a million digits
+_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of silently keeping the last."""
+    """SafeLoader that refuses a key given twice instead of silently keeping the last, and what grows when it is read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*name) are not read here, line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _YAML_NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} digits, line {node.start_mark.line + 1}")
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -422,7 +445,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 # what its constructors raise for "2001-99-99", "{a: 1}: 2" and the like is not all YAMLError
-_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError,
+                ArithmeticError)
 
 
 def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> Config:
@@ -431,8 +455,11 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
     Raises Trouble (exit 2) for an unreadable file, an unknown or repeated key, a wrong type or a value out of range.
     """
     try:
-        text = pathlib.Path(expand_home("--config", os.fspath(path))).read_text(encoding="utf-8")
-        values = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
+        with pathlib.Path(expand_home("--config", os.fspath(path))).open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise Trouble(EXIT_CONFIG, f"{path} is no config: it has more than {MAX_CONFIG_BYTES} bytes")
+        values = yaml.load(content.decode("utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise Trouble(EXIT_CONFIG, f"cannot read the config {path}: {error.strerror}") from None
     except _YAML_ERRORS as error:
@@ -456,7 +483,8 @@ def _apply_override(values: dict[Any, Any], override: str) -> None:
     if not equals:
         raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
     try:
-        loaded = yaml.load(value, _UniqueKeys)  # noqa: S506 - a SafeLoader
+        # a path that is no UTF-8 is no YAML either, and can be nothing but text
+        loaded = yaml.load(value, _UniqueKeys) if is_text(value) else value  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS:
         raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
     section, dot, inner = key.strip().partition(".")
@@ -543,6 +571,7 @@ def output_names(columns: Iterable[str], results: Iterable[str]) -> list[str]:
 # decided here; addons/inputs/csv_blocks.py reads clean stretches faster, to the same rows.
 
 MAX_RECORD_CHARS = 16_000_000  # a record longer than this is an unbalanced quote, not a caption
+MAX_COLUMNS = 2000  # each costs a cell in every row
 MAX_LINE_CHARS = 64_000_000  # a file with a longer line is not a table; nothing is held beyond this
 BATCH_ROWS = 8192  # rows handed over at a time
 
@@ -701,18 +730,21 @@ def careful_batches(records: Iterable[Record], columns: list[str], until: Callab
     """Sort records into rows and malformed ones; stop when `until()` is true and a record has ended for sure."""
     rows: list[list[str]] = []
     malformed: list[Malformed] = []
+    chars = 0
     for record in records:
         fields = record.fields
+        chars += len(record.raw)
         if fields is not None and len(fields) == len(columns) and is_text("".join(fields)):
             rows.append(fields)
         else:
             reason = why_malformed(fields, len(columns))
             malformed.append((len(rows), record.line, reason, record.raw.rstrip("\r\n")))
         done = record.settled and until()
-        if done or len(rows) == BATCH_ROWS or len(malformed) == BATCH_ROWS:
+        if done or len(rows) == BATCH_ROWS or len(malformed) == BATCH_ROWS or chars > STAGE_BYTES:
             yield to_table(rows, columns), malformed
             rows = []
             malformed = []
+            chars = 0
         if done:
             return
     yield to_table(rows, columns), malformed
@@ -751,13 +783,15 @@ def name_columns(first: Sequence[str], config: Config) -> list[str]:
     is_numbered = isinstance(config.url_column, int)
     if not first:
         raise Trouble(EXIT_INPUT, f"{config.csv_path} has no readable {'row' if is_numbered else 'header line'}")
+    if len(first) > MAX_COLUMNS:
+        raise Trouble(EXIT_INPUT, f"{config.csv_path} has {len(first)} columns, more than {MAX_COLUMNS}: no table of pairs")
     names = [f"column_{n}" for n in range(len(first))] if is_numbered else [name.strip() for name in first]
     for key in ("url_column", "caption_column"):
         wanted = column_name(getattr(config, key))
         if names.count(wanted) != 1:
             problem = "has no column" if wanted not in names else "has more than one column"
             raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
-    unique: list[str] = []
+    unique: dict[str, None] = {}
     taken = set(names)
     for name in names:
         if name in unique:
@@ -766,8 +800,8 @@ def name_columns(first: Sequence[str], config: Config) -> list[str]:
                 number += 1
             name = f"{name}_{number}"
             taken.add(name)
-        unique.append(name)
-    return unique
+        unique[name] = None
+    return list(unique)
 
 
 def separator_of(config: Config) -> str:
@@ -817,6 +851,7 @@ class CsvReader:
 # ── Pairs: stage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STAGE_ROWS = 8192  # rows of one row group of the staged table: what is held in memory at a time
+STAGE_BYTES = 16_000_000  # of text in one row group: where rows are long, it has fewer of them
 
 
 class StagedTable:
@@ -826,6 +861,8 @@ class StagedTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
         schema = pa.schema([(name, pa.string()) for name in columns])
+        self.cuts: list[int] = []  # the rows at which a row group, and a partition, begins because the ones before are long
+        self._written = 0
         self._held: pa.Table = schema.empty_table()
         self._writer = pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False)
         self._pool = ThreadPoolExecutor(1)
@@ -834,8 +871,17 @@ class StagedTable:
     def append(self, rows: "pa.Table") -> None:
         """Add rows; whole row groups are written, the rest is held."""
         import pyarrow as pa
-        self._held = pa.concat_tables([self._held, rows])
-        self._write(len(self._held) - len(self._held) % STAGE_ROWS)
+        for start, stop in _short_stretches(rows):
+            piece = rows.slice(start, stop - start)
+            if self._held.nbytes + piece.nbytes > STAGE_BYTES and len(self._held) % STAGE_ROWS:
+                self._cut()
+            self._held = pa.concat_tables([self._held, piece])
+            self._write(len(self._held) - len(self._held) % STAGE_ROWS)
+
+    def _cut(self) -> None:
+        """End the row group before it has all its rows, and begin a partition with the next one."""
+        self._write(len(self._held))
+        self.cuts.append(self._written)
 
     def _write(self, count: int) -> None:
         if self._writing:
@@ -844,6 +890,7 @@ class StagedTable:
         if count:
             self._writing = self._pool.submit(self._writer.write_table, self._held.slice(0, count), STAGE_ROWS)
             self._held = self._held.slice(count)
+            self._written += count
 
     def finish(self) -> None:
         """Write what is held, and the footer."""
@@ -857,11 +904,24 @@ class StagedTable:
         self._writer.close()
 
 
+def _short_stretches(rows: "pa.Table") -> Iterator[tuple[int, int]]:
+    """[start, stop) of stretches of rows that hold STAGE_BYTES at most, or one row; all of them where that is enough."""
+    stretches = [(0, len(rows))]
+    while stretches:
+        start, stop = stretches.pop()
+        if stop - start > 1 and rows.slice(start, stop - start).nbytes > STAGE_BYTES:
+            middle = (start + stop) // 2
+            stretches += [(middle, stop), (start, middle)]
+        else:
+            yield start, stop
+
+
 class BadRows:
     """bad_rows.csv: the malformed records, a line each."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, escape: bool = False) -> None:
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", "", write_through=True)
+        self._escape = escape
         self._writer = csv.writer(text, lineterminator="\n")
         self._writer.writerow(("line", "reason", "text"))
         self._text = text  # a wrapper that is collected would close the file
@@ -872,7 +932,8 @@ class BadRows:
         """Write one record."""
         self.count += 1
         self.undecodable += not is_text(raw)
-        self._writer.writerow((line, reason, raw[:1000]))
+        text = raw[:1000]
+        self._writer.writerow((line, reason, escape_formula(text) if self._escape else text))
 
 
 def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> dict[str, Any]:
@@ -880,15 +941,15 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
 
     `open_table(known)` opens it; where a batch has other columns than promised (JSON Lines: late lines have keys that the
     first ones lack), it is opened again and told those columns. Returns what the manifest says of the input: kind, columns,
-    rows, malformed, files (name, rows, bytes, time, sha256).
+    rows, malformed, files (name, rows, bytes, time, sha256) and, where there are very long rows, cuts.
     """
     path = pathlib.Path(config.csv_path)
     info = path.stat()
     table = open_table([])
-    found, rows, bad = _stage_once(config, output, table)
+    found, rows, bad, cuts = _stage_once(config, output, table)
     if found != table.columns:
         table = open_table(found)
-        found, rows, bad = _stage_once(config, output, table)
+        found, rows, bad, cuts = _stage_once(config, output, table)
     if bad.undecodable:
         place = ""
         if ADDONS.is_dir():
@@ -901,16 +962,17 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
             "its quotes, set quoting: none")
     file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
             "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
-    return {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "literal_lines": literal_lines,
-            "files": [file]}
+    described = {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "literal_lines": literal_lines,
+                 "files": [file]}
+    return described | {"cuts": cuts} if cuts else described
 
 
-def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows]:
-    """Write both files; returns the columns of the last batch (others than the table's: begin again), rows, bad rows."""
+def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows, list[int]]:
+    """Write both files; returns the columns of the last batch (others than the table's: begin again), rows, bad rows, cuts."""
     found = table.columns
     rows = 0
     with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
-        bad = BadRows(bad_file)
+        bad = BadRows(bad_file, config.escape_formulas)
         staged = StagedTable(staged_file, table.columns)
         try:
             for batch, malformed in table.batches:
@@ -929,7 +991,7 @@ def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple
             staged.finish()
         finally:
             staged.close()
-    return found, rows, bad
+    return found, rows, bad, staged.cuts
 
 
 def same_text_table(manifest: dict[str, Any], csv_path: str) -> list[str]:
@@ -955,6 +1017,7 @@ class StagedRows:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
+        self._starts: list[int] | None = None  # of the row groups, and the end
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as a DataFrame of text columns."""
@@ -972,12 +1035,14 @@ class StagedRows:
         """Rows [start, stop), fewer where the file ends before."""
         import pyarrow.parquet as pq
         with self._path.open("rb") as file, pq.ParquetFile(file) as staged:
-            step = staged.metadata.row_group(0).num_rows if staged.num_row_groups else 1  # all groups but the last are alike
-            first = start // step
-            last = max(start, stop - 1) // step
-            groups = [g for g in range(first, last + 1) if g < staged.num_row_groups]
+            if self._starts is None or self._starts[-1] != staged.metadata.num_rows:  # another process may have replaced it
+                counts = (staged.metadata.row_group(number).num_rows for number in range(staged.num_row_groups))
+                self._starts = list(itertools.accumulate(counts, initial=0))
+            first = max(0, bisect.bisect_right(self._starts, start) - 1)
+            last = bisect.bisect_left(self._starts, stop)
+            groups = list(range(first, min(last, staged.num_row_groups)))
             table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
-        return table.slice(start - first * step, stop - start)
+        return table.slice(start - self._starts[first], stop - start)
 
     def sources(self, start: int, stop: int) -> list[str]:
         """Not asked for: the images lie elsewhere."""
@@ -1164,7 +1229,8 @@ def would_overwrite(source: pathlib.Path, output: pathlib.Path) -> bool:
 def cut_rows(manifest: dict[str, Any], output: pathlib.Path) -> list[Partition]:
     """The partitions of the run that `manifest` describes."""
     rows = manifest["rows"]
-    edges = [*manifest.get("starts", [0][:rows]), rows]  # the starts of tars, whose edges no partition crosses
+    # no partition crosses the edge of a tar, or a place where very long rows begin a new one
+    edges = sorted({*manifest.get("starts", [0][:rows]), *manifest.get("cuts", []), rows})
     starts: list[int] = []
     for edge, following in itertools.pairwise(edges):
         starts.extend(range(edge, following, manifest["partition_rows"]))
@@ -1371,8 +1437,129 @@ def remove_path(path: pathlib.Path) -> None:
 # ── Images: find and decode ───────────────────────────────────────────────────────────────────────────────────────────
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-LARGE_PIXELS = 16_000_000  # images above this are decoded one at a time: 50 megapixels are 150 MB as RGB
+LARGE_BYTES = 160_000_000  # what an image takes while it is decoded; after a larger one the memory is given back at once
 MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out; so that is cut first
+MAX_LONG_EDGE = 32_768  # and where the model squeezes the whole strip, it is first shrunk to at most this, in whole steps
+
+
+class ByteBudget:
+    """The bytes that all threads together may hold between reading an image and the end of its resizing.
+
+    Each image has an Account, from which it reserves. Who does not fit waits: first come, first served, and those who will
+    ask for no more go before those who will. Where everyone who holds something waits, the next one goes on all the same;
+    so no two can wait for each other, and an image that needs more than the whole budget is worked on alone.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.held = 0
+        self._working = 0  # accounts that hold something and do not wait
+        self._turns: list[tuple[bool, int]] = []  # of those who wait, in order
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+
+    def reserve(self, account: "Account", count: int, is_last: bool) -> None:
+        """Have the account hold `count` bytes more, once they fit."""
+        with self._changed:
+            turn = (not is_last, next(self._numbers))
+            bisect.insort(self._turns, turn)
+            self._working -= account.held > 0
+            account.waits += 1
+            self._changed.notify_all()  # it may be the last of those who held and did not wait
+            self._changed.wait_for(lambda: self._turns[0] == turn and self._has_room(count))
+            account.waits -= 1
+            self._turns.remove(turn)
+            self._working += 1
+            account.held += count
+            self.held += count
+            self._changed.notify_all()  # the next one may fit as well
+
+    def _has_room(self, count: int) -> bool:
+        return self.held + count <= self.total or not self._working
+
+    def release(self, account: "Account", down_to: int) -> None:
+        """Give back what the account holds beyond `down_to` bytes."""
+        with self._changed:
+            self._working -= account.held > 0
+            self.held -= account.held - down_to
+            account.held = down_to
+            self._working += account.held > 0
+            self._changed.notify_all()
+
+
+class Account:
+    """What one image holds of a ByteBudget until it is resized; a context manager that gives it back."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self.held = 0
+        self.waits = 0  # above 0: it waits for its turn, which is not the image's own time
+        self._budget = budget
+        self._is_closed = False
+
+    def reserve(self, count: int, is_last: bool = False) -> None:
+        """Hold `count` bytes more, and wait until they fit; with `is_last` the account will ask for no more."""
+        if self._is_closed:
+            raise RowFailure("crashed", "decoder did not return")  # the image has been given up, and nobody hears this
+        if count > 0:
+            self._budget.reserve(self, count, is_last)
+
+    def release(self, down_to: int = 0) -> None:
+        """Give back what is held beyond `down_to` bytes."""
+        if self.held - down_to > LARGE_BYTES:
+            trim_memory()
+        if self.held > down_to:
+            self._budget.release(self, down_to)
+
+    def __enter__(self) -> "Account":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_closed = True
+        self.release()
+
+
+class _Here(threading.local):
+    """What the calling thread is at."""
+
+    account: Account | None = None
+
+
+_HERE = _Here()
+
+
+def reserve_for_image(count: int) -> None:
+    """Before a source reads so many bytes of an image: wait until they fit into the budget of the run's images.
+
+    For the image that the calling thread is at, until it is resized; outside a loader nothing waits.
+    """
+    if _HERE.account:
+        _HERE.account.reserve(count)
+
+
+def machine_memory() -> int:
+    """The bytes of memory that this process may use: the machine's, or less where its container (cgroup) has a limit."""
+    import psutil
+    limits = [psutil.virtual_memory().total]
+    groups = pathlib.Path("/sys/fs/cgroup")
+    places = [groups, groups / "memory"]
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            controllers, _, path = line.partition(":")[2].partition(":")  # "" and a path with cgroup v2, "memory" with v1
+            places.append(pathlib.Path(f"{groups}/{controllers}{path}"))
+    for place, name in itertools.product(places, ("memory.max", "memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # not there; "max"
+            limits.append(int((place / name).read_text(encoding="ascii")))
+    return min(limits)
+
+
+@functools.cache
+def image_memory(memory_budget_mib: int | str) -> ByteBudget:
+    """The budget of this process's images. `auto`: 1 GiB, or 64 MiB a core where that is more; never above a quarter of what
+    there is, which processes that a launcher started here share."""
+    if memory_budget_mib != "auto":
+        return ByteBudget(int(memory_budget_mib) * 2**20)
+    share = machine_memory() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return ByteBudget(min(share, max(2**30, usable_cores() * 2**26)))
 
 
 def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
@@ -1447,21 +1634,95 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
     raise RowFailure("missing", "no such file in image_path")
 
 
+MAX_LINKS = 40  # followed on the way to one file, as Linux does
+_FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+
+
 def _open_inside(folder: pathlib.Path, name: str) -> int | None:
-    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read."""
+    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read.
+
+    The path is walked step by step on descriptors, and links are read, not followed by the system: what is swapped on the
+    way cannot lead out between a check and the opening. Links that stay inside, absolute ones as well, are followed.
+    """
+    here = -1
     try:
         if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
             return None  # at once: a URL may have thousands of endings
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
+        here = os.open(folder, _FOLDER_FLAGS)
+        root = os.fstat(here)
+        steps = collections.deque(_steps_of(name))
+        links = 0
+        while steps:
+            step = steps.popleft()
+            if not steps and step not in ("..", "/") and not _is_inside(here, root):
+                raise RowFailure("forbidden", "outside image_path")
+            found = _take_step(here, step, is_last=not steps)
+            if isinstance(found, str):
+                links += 1
+                if links > MAX_LINKS:
+                    return None
+                steps.extendleft(reversed(_steps_of(found)))
+                continue
+            os.close(here)
+            here = found
+        if stat.S_ISDIR(os.fstat(here).st_mode) and not _is_inside(here, root):
             raise RowFailure("forbidden", "outside image_path")
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block the open
+        opened = here
+        here = -1
+        return opened
     except (FileNotFoundError, NotADirectoryError):
+        if here >= 0 and not _is_inside(here, root):
+            raise RowFailure("forbidden", "outside image_path") from None
         return None
     except PermissionError:
         raise RowFailure("forbidden", "no permission to read the file") from None
-    except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or a loop of links
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+            raise RowFailure("corrupt", "the disk cannot read the file") from None
         return None
+    finally:
+        if here >= 0:
+            os.close(here)
+
+
+def _steps_of(path: str) -> list[str]:
+    """The names that a path goes through; "/" first where it is absolute."""
+    steps = [step for step in path.split("/") if step not in ("", ".")]
+    return ["/", *steps] if path.startswith("/") else steps
+
+
+def _take_step(here: int, step: str, is_last: bool) -> int | str:
+    """A descriptor of the folder or, at the end, of the file called `step` in the folder `here`; the text of a link."""
+    if step in ("..", "/"):
+        return os.open(step, _FOLDER_FLAGS, dir_fd=here)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if is_last else _FOLDER_FLAGS  # a FIFO must not block
+    try:
+        return os.open(step, flags, dir_fd=here)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):  # what systems say of a link that is not followed
+            raise
+        try:
+            return os.readlink(step, dir_fd=here)
+        except OSError:  # no link either, or no more
+            raise NotADirectoryError from None
+
+
+def _is_inside(here: int, root: os.stat_result) -> bool:
+    """Whether the folder `here` is `root` or lies below it, by going up from it."""
+    info = os.fstat(here)
+    climber = os.dup(here)
+    try:
+        while (info.st_dev, info.st_ino) != (root.st_dev, root.st_ino):
+            above = os.open("..", _FOLDER_FLAGS, dir_fd=climber)
+            os.close(climber)
+            climber = above
+            last = info
+            info = os.fstat(climber)
+            if (info.st_dev, info.st_ino) == (last.st_dev, last.st_ino):  # the top
+                return False
+        return True
+    finally:
+        os.close(climber)
 
 
 def _read_regular(handle: int, max_bytes: int) -> bytes:
@@ -1470,6 +1731,7 @@ def _read_regular(handle: int, max_bytes: int) -> bytes:
         raise RowFailure("forbidden", "not a regular file")
     if info.st_size > max_bytes:
         raise RowFailure("too_large", f"{info.st_size} bytes")
+    reserve_for_image(info.st_size)
     with open(handle, "rb", closefd=False) as file:
         return file.read(max_bytes + 1)
 
@@ -1486,68 +1748,93 @@ REMARK = "image_text_sim_clip remark"  # the key under which `info` of a decoded
 
 
 def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
-                 holding: contextlib.ExitStack | None = None) -> "Image.Image":
+                 account: Account | None = None) -> "Image.Image":
     """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
 
     An image refused as corrupt is tried again without what lies around its pixels. What is to be said of an image that is
-    sound stands in its `info[REMARK]`. A caller that goes on to work with it gives `holding`, in which the turn of a large
-    one is kept.
+    sound stands in its `info[REMARK]`. The memory that this takes is reserved first. A caller that goes on to work with the
+    image gives the `account`.
     """
-    def decode(copy: bytes) -> "Image.Image":
-        with contextlib.ExitStack() as turn:
-            image = _decode_as_it_is(copy, config, target, turn)
-            if holding is not None:
-                holding.enter_context(turn.pop_all())
-            return image
-    try:
-        return decode(data)
-    except RowFailure as failure:
-        copies = addon("images.plain_pixels", "decode").without_metadata(data) \
-            if failure.status == "corrupt" and ADDONS.is_dir() else ()
-        for copy, lacks_exif in copies:
-            with contextlib.suppress(RowFailure):
-                image = decode(copy)
-                if lacks_exif and config.exif_orientation:
-                    image.info[REMARK] = Remark(detail=addon("images.exif", "exif_orientation").CANNOT_READ)
-                return image
-        raise
+    with Account(image_memory(config.memory_budget_mib)) as mine:
+        paying = account or mine
+        before = paying.held
+        try:
+            return _decode_as_it_is(data, config, target, paying)
+        except RowFailure as failure:
+            refusal = (failure.status, failure.detail)  # for another one: this one's traceback holds the image
+        if refusal[0] == "corrupt" and ADDONS.is_dir():
+            for copy, lacks_exif in addon("images.plain_pixels", "decode").without_metadata(data):
+                paying.release(before)
+                with contextlib.suppress(RowFailure):
+                    image = _decode_as_it_is(copy, config, target, paying)
+                    if lacks_exif and config.exif_orientation:
+                        image.info[REMARK] = Remark(detail=addon("images.exif", "exif_orientation").CANNOT_READ)
+                    return image
+        raise RowFailure(*refusal)
 
 
-def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None,
-                     turn: contextlib.ExitStack) -> "Image.Image":
-    """`decode_image` of these very bytes; a large image takes its turn in `turn`."""
+def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None, account: Account) -> "Image.Image":
+    """`decode_image` of these very bytes; the memory that it takes is the account's."""
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
     formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with failing_its_row("decode"), Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = image.width * image.height
             if pixels > config.max_image_pixels:
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
-            if pixels > LARGE_PIXELS:
-                turn.enter_context(_LARGE_IMAGE)
-                turn.callback(trim_memory)
+            account.reserve(decoding_bytes(image, pixels), is_last=True)
             image.load()
             remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else NO_REMARK
             rgb = to_rgb(image, config)
             rgb.info[REMARK] = remark
             return rgb
-    except RowFailure:
-        raise
     except UnidentifiedImageError:
         raise RowFailure(*_odd_images().why_unidentified(data)) from None
+
+
+@contextlib.contextmanager
+def failing_its_row(doing: str) -> Iterator[None]:
+    """Turn what Pillow and torch raise for an image's sake into a RowFailure; `doing` is what could lack memory."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        yield
+    except (RowFailure, UnidentifiedImageError):
+        raise
     except Image.DecompressionBombError:
         raise RowFailure("bomb", "too many pixels") from None
     except MemoryError:
-        raise RowFailure("bomb", "not enough memory to decode") from None
+        raise RowFailure("bomb", f"not enough memory to {doing}") from None
     except (OSError, ValueError, TypeError, SyntaxError, NotImplementedError, IndexError, KeyError, AttributeError,
             EOFError, OverflowError, ZeroDivisionError, AssertionError, RuntimeError, struct.error) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):  # how torch says it
+            raise RowFailure("bomb", f"not enough memory to {doing}") from None
         raise RowFailure("corrupt", type(error).__name__) from None
 
 
-_LARGE_IMAGE = threading.Lock()
+# Bytes that a decoder takes for a pixel of the file besides the image: WebP's two canvases and their copy, the coefficients
+# of a progressive JPEG, a TIFF's tile in the file's own form.
+_WORK_BYTES = {"WEBP": 12, "AVIF": 12, "JPEG": 6, "TIFF": 8}
+
+
+def decoding_bytes(image: "Image.Image", stored_pixels: int) -> int:
+    """About the most bytes that an opened image will take until it is resized; `stored_pixels` are those of the file, of which
+    `decode: scaled` may decode fewer."""
+    pixels = image.width * image.height
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        stored_pixels = max(stored_pixels, int(tags.get(322, 0)) * int(tags.get(323, 0)))  # of a tile
+    a_pixel = 4  # Pillow's RGB
+    if pixels > 4_000_000:
+        a_pixel += 6  # the copies that torch reads, because Pillow does not lend more than 16 MB
+    if image.mode != "RGB":
+        a_pixel += 5  # converted: the image again, and a mask
+    for_a_stored_pixel = _WORK_BYTES.get(image.format or "", 0)
+    if image.format == "JPEG" and not image.info.get("progressive"):
+        for_a_stored_pixel = 0
+    return pixels * a_pixel + stored_pixels * for_a_stored_pixel
 
 
 @functools.cache
@@ -1647,10 +1934,17 @@ DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 3)
 
 
 def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
-    """A strip longer than MAX_ASPECT cut to its centre, where the model's crop keeps the centre only; others as they are."""
-    if not settings.shortest_edge or not settings.crop or max(image.size) <= MAX_ASPECT * min(image.size):
+    """A strip in bounded size, others as they are: to resize it as it is would take gigabytes.
+
+    Where the model's crop keeps the centre only, a strip longer than MAX_ASPECT is cut to its centre; where the model reads
+    the whole strip, one longer than MAX_LONG_EDGE pixels is shrunk by averaging, to a size still far above the model's.
+    """
+    is_cropped = settings.shortest_edge and settings.crop
+    if max(image.size) <= (MAX_ASPECT * min(image.size) if is_cropped else MAX_LONG_EDGE):
         return image
-    trimmed: Image.Image = _odd_images().trim_strip(image, MAX_ASPECT)
+    odd_images = _odd_images()
+    trimmed: Image.Image = (odd_images.trim_strip(image, MAX_ASPECT) if is_cropped
+                            else odd_images.shorten_strip(image, MAX_LONG_EDGE))
     return trimmed
 
 
@@ -1695,6 +1989,7 @@ def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: 
 def resize_fast(image: "Image.Image", settings: ImageSettings) -> "np.ndarray":
     """RGB image -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's."""
     import numpy as np
+    image = trim_strip(image, settings)
     pixels = _lend_pixels(image).permute(2, 0, 1)[None]  # (1, 3 or 4, h, w), channels last in memory
     return np.ascontiguousarray(resize_and_crop(pixels, settings)[0, :3].numpy())
 
@@ -1715,6 +2010,7 @@ def resize_pillow(image: "Image.Image", settings: ImageSettings) -> "np.ndarray"
     """RGB image -> (3, H, W) uint8 array by Pillow alone: the dry run, which loads no torch."""
     import numpy as np
     from PIL import Image
+    image = trim_strip(image, settings)
     height, width = settings.resized(image.height, image.width)
     resized = image.resize((width, height), Image.Resampling(settings.resample))
     if settings.crop:
@@ -1748,10 +2044,13 @@ class ImageDecoder:
     settings: ImageSettings
 
     @profile
-    def __call__(self, data: bytes, holding: contextlib.ExitStack | None = None) -> "Image.Image":
-        """Decode one image; for `holding` see `decode_image`."""
-        image = decode_image(data, self.config, self.settings.target(), holding)
+    def __call__(self, data: bytes, account: Account | None = None) -> "Image.Image":
+        """Decode one image; for `account` see `decode_image`."""
+        image = decode_image(data, self.config, self.settings.target(), account)
         return trim_strip(image, self.settings)
+
+
+Made = tuple["np.ndarray", Remark]  # pixels (3, H, W) uint8, and what is to be said of the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1759,40 +2058,53 @@ class ImageLoader:
     """Source (URL or path) -> Loaded. Runs in loader threads; who wants another way makes a copy by dataclasses.replace."""
 
     read: Callable[[str], bytes]
-    decode: "Callable[[bytes, contextlib.ExitStack], Image.Image]"
+    decode: "Callable[[bytes, Account], Image.Image]"
     resize: "Callable[[Image.Image], np.ndarray]"
     on_gpu: Callable[[bytes, bytes], Any] | None = None  # (bytes, digest) -> OnGpu for what the GPU decodes, else None
+    memory: ByteBudget = dataclasses.field(default_factory=lambda: image_memory("auto"))
+    watch: "Callable[[Callable[[], Made], Account], Made] | None" = None  # does the work, and gives up in time
 
     def __call__(self, source: str) -> Loaded:
         """Read, decode and resize one source; never raises for what is wrong with it."""
         loaded = Loaded()
         clock = Clock(loaded.seconds)
-        try:
-            if not source.strip():
-                raise RowFailure("missing", "no URL")
-            with clock.stage("fetch"):
-                data = self.read(source.strip())
-            loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
-            if self.on_gpu:
-                loaded.pixels = self.on_gpu(data, loaded.digest)
-                loaded.is_on_gpu = loaded.pixels is not None
-            if loaded.is_on_gpu:
-                loaded.remark = loaded.pixels.remark
-            else:
-                loaded.pixels, loaded.remark = self._make_pixels(data, clock)
-        except RowFailure as failure:
-            loaded.failure = failure.with_traceback(None)
+        with Account(self.memory) as account:
+            _HERE.account = account
+            try:
+                self._load(source.strip(), loaded, clock, account)
+            except RowFailure as failure:
+                loaded.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes
+            finally:
+                _HERE.account = None
         return loaded
 
-    def _make_pixels(self, data: bytes, clock: "Clock") -> "tuple[np.ndarray, Remark]":
-        with contextlib.ExitStack() as holding:
-            with clock.stage("decode", time.thread_time):
-                image = self.decode(data, holding)
-            with clock.stage("resize", time.thread_time):
-                pixels = self.resize(image)
-            remark = image.info.get(REMARK, NO_REMARK)
-            del image  # before another thread's large image gets its turn
-        return pixels, remark
+    def _load(self, source: str, loaded: Loaded, clock: "Clock", account: Account) -> None:
+        if not source:
+            raise RowFailure("missing", "no URL")
+        with clock.stage("fetch"):
+            data = self.read(source)
+        loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
+        if self.on_gpu:
+            loaded.pixels = self.on_gpu(data, loaded.digest)
+            loaded.is_on_gpu = loaded.pixels is not None
+        if loaded.is_on_gpu:
+            loaded.remark = loaded.pixels.remark
+        else:
+            loaded.pixels, loaded.remark = self.make_pixels(data, account, clock)
+
+    def make_pixels(self, data: bytes, account: Account, clock: "Clock | None" = None) -> "Made":
+        """Decode and resize; raises RowFailure. `account` holds what it takes until its caller gives it back."""
+        own = Clock()  # an image that is given up may go on, and must not touch what others read by then
+
+        def make() -> "Made":
+            with own.stage("decode", time.thread_time):
+                image = self.decode(data, account)
+            with own.stage("resize", time.thread_time), failing_its_row("resize"):
+                return self.resize(image), image.info.get(REMARK, NO_REMARK)
+        made = self.watch(make, account) if self.watch else make()
+        if clock:
+            clock.add(own.seconds)
+        return made
 
 
 def wait_for(future: "Future[Any]") -> None:
@@ -1848,18 +2160,19 @@ class LoaderPool(typing.Generic[Item]):
         return future.result()
 
     def close(self) -> None:
-        """Drop what is queued; a fetch under way ends by its own deadline."""
+        """Drop what is queued; what is being read is not waited for."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def loader_threads(config: Config) -> int:
-    """How many loader threads `auto` means: the cores for files, many waiting ones for URLs, none under a line profiler."""
+    """How many loader threads `auto` means: as many as there are cores, more for URLs, none under a line profiler."""
     if PROFILED:
         return 0
     if config.loader_threads != "auto":
         return config.loader_threads
-    return max(32, 4 * usable_cores()) if config.image_path == "url" else min(32, usable_cores())
+    spare = 4 if config.image_path == "url" else 1  # fetching needs the interpreter, for which some wait while others decode
+    return min(32, spare * usable_cores())
 
 
 def usable_cores() -> int:
@@ -2260,15 +2573,34 @@ class Family:
         return caption
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
-        prepared = [self.prepare(caption) for caption in captions]
-        ids = self.encode(prepared, truncation=True, max_length=self.context_length)
-        truncated = [False] * len(captions)
-        full = [i for i, row in enumerate(ids) if len(row) >= self.context_length]
-        if full:
-            for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
-                truncated[i] = len(whole) > self.context_length
+        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut.
+
+        Of a very long caption only the beginning is tokenized, up to a space behind more tokens than the model reads.
+        """
+        ids: list[list[int]] = []
+        truncated: list[bool] = []
+        for start, stop in _stretches_of_text(captions):
+            prepared = [self.prepare(self._head_of(caption)) for caption in captions[start:stop]]
+            stretch = self.encode(prepared, truncation=True, max_length=self.context_length)
+            is_cut = [False] * len(stretch)
+            full = [i for i, row in enumerate(stretch) if len(row) >= self.context_length]
+            if full:
+                for i, whole in zip(full, self.encode([prepared[i] for i in full]), strict=True):
+                    is_cut[i] = len(whole) > self.context_length
+            ids += stretch
+            truncated += is_cut
         return ids, truncated
+
+    def _head_of(self, caption: str) -> str:
+        """The caption, or of a very long one as much as has more tokens than the model reads, and ends at a space."""
+        chars = 64 * self.context_length
+        while len(caption) > chars:
+            head = caption[:chars]
+            head = head[:head.rfind(" ")] if " " in head.lstrip() else head
+            if len(self.encode([self.prepare(head)])[0]) > 2 * self.context_length:
+                return head
+            chars *= 4
+        return caption
 
     def judge_caption(self, ids: list[int]) -> tuple[str, bool]:
         """Of a caption's ids: why the tokenizer knows nothing of it, empty where it does; and whether some is unknown to it."""
@@ -2295,6 +2627,23 @@ class Family:
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
         """The model's own chance that a pair belongs together, float32 (n,); None where it gives none."""
         return None
+
+
+TEXT_CHARS = 1_000_000  # of captions that are tokenized at a time: their tokens take a hundred times as much
+
+
+def _stretches_of_text(captions: list[str]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of stretches of captions that have TEXT_CHARS characters at most, or of one caption."""
+    start = 0
+    chars = 0
+    for place, caption in enumerate(captions):
+        chars += len(caption)
+        if chars > TEXT_CHARS and place > start:
+            yield start, place
+            start = place
+            chars = len(caption)
+    if start < len(captions):
+        yield start, len(captions)
 
 
 class Clip(Family):
@@ -2496,6 +2845,7 @@ class Scorer:
         if self.config.preprocess == "fast" and self.settings.knows_fast_resize():
             return resize_fast(image, self.settings)
         import numpy as np
+        image = trim_strip(image, self.settings)
         pixels = self.family.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.asarray(pixels, dtype=np.uint8)
 
@@ -2649,17 +2999,32 @@ class ImageEncoder:
         self._parts: list[torch.Tensor] = []
         self.norms: torch.Tensor | None = None  # (m,) the lengths of the embeddings, after `finish` and where they are kept
 
-    def add(self, pixels: Any) -> None:
-        """Add a loader's (3, H, W) array; a full batch is given to the model."""
+    @property
+    def held_images(self) -> int:
+        """How many images wait until their batch is full."""
+        return len(self._batch)
+
+    def add(self, pixels: Any) -> bool:
+        """Add a loader's (3, H, W) array; a full batch is given to the model, and True returned."""
         self._batch.append(pixels)
-        if len(self._batch) == self._scorer.batch_size:
-            self._encode_batch()
+        is_full = len(self._batch) == self._scorer.batch_size
+        if is_full:
+            self.flush()
             self._collect(self._scorer.lanes)
+        return is_full
+
+    def flush(self) -> None:
+        """Give the model what there is of a batch."""
+        if self._batch:
+            self._encode_batch()
+
+    def collect_batch(self) -> None:
+        """Wait for the oldest batch under way, if there is one."""
+        self._collect(max(0, len(self._flying) - 1))
 
     def finish(self) -> "torch.Tensor | None":
         """The embeddings (m, d) of all images that were added; None without any."""
-        if self._batch:
-            self._encode_batch()
+        self.flush()
         self._collect(0)
         if not self._parts:
             return None
@@ -2791,44 +3156,98 @@ class EmbeddedImages:
     norms: "torch.Tensor | None" = None
 
 
-def embed_sources(scorer: Scorer | None, sources: list[str], pool: "LoaderPool[Loaded]", clock: Clock,
-                  on_loaded: Callable[[], None]) -> EmbeddedImages:
-    """Load and encode each source once; files with equal bytes are encoded once. No scorer: a dry run, which only loads."""
-    images = EmbeddedImages()
-    known: dict[bytes, int] = {}  # digest -> place
-    on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
-    encoder = ImageEncoder(scorer, clock) if scorer else None
-    for source in sources:
-        with clock.stage("wait_for_images"):
-            loaded = pool.take()
-        clock.add(loaded.seconds)
+class ImageGatherer:
+    """Takes the loaded images of one partition, in any order, and has each encoded once; files with equal bytes are one image.
+
+    No scorer: a dry run, which only loads.
+    """
+
+    def __init__(self, scorer: Scorer | None, clock: Clock) -> None:
+        self._images = EmbeddedImages()
+        self._known: dict[bytes, int] = {}  # digest -> place
+        self._on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
+        self._encoder = ImageEncoder(scorer, clock) if scorer else None
+
+    @property
+    def held_images(self) -> int:
+        """How many images wait until their batch is full."""
+        return self._encoder.held_images if self._encoder else 0
+
+    def add(self, source: str, loaded: Loaded) -> bool:
+        """Add what was loaded of `source`; True when a batch has been given to the model."""
         if loaded.failure:
-            images.failure_of[source] = loaded.failure
-        else:
-            is_new = loaded.digest not in known
-            place = known.setdefault(loaded.digest, len(known))
-            images.place_of[source] = place
-            if loaded.remark != NO_REMARK:
-                images.remark_of[source] = loaded.remark
-            if encoder and is_new:
-                if loaded.is_on_gpu:
-                    on_gpu[place] = loaded.pixels
-                encoder.add(loaded.pixels)
-        on_loaded()
-        INTERRUPTION.check()
-    if encoder:
-        images.embeddings = encoder.finish()
-        images.norms = encoder.norms
-    for source, place in images.place_of.items():
-        if place in on_gpu and on_gpu[place].failure:
-            images.failure_of[source] = on_gpu[place].failure
-    return images
+            self._images.failure_of[source] = loaded.failure
+            return False
+        is_new = loaded.digest not in self._known
+        place = self._known.setdefault(loaded.digest, len(self._known))
+        self._images.place_of[source] = place
+        if loaded.remark != NO_REMARK:
+            self._images.remark_of[source] = loaded.remark
+        if not (self._encoder and is_new):
+            return False
+        if loaded.is_on_gpu:
+            self._on_gpu[place] = loaded.pixels
+        return self._encoder.add(loaded.pixels)
+
+    def flush(self) -> None:
+        """Give the model what there is of a batch."""
+        if self._encoder:
+            self._encoder.flush()
+
+    def collect_batch(self) -> None:
+        """Wait for the oldest batch under way, if there is one."""
+        if self._encoder:
+            self._encoder.collect_batch()
+
+    def finish(self) -> EmbeddedImages:
+        """All images, when the last has been added."""
+        images = self._images
+        if self._encoder:
+            images.embeddings = self._encoder.finish()
+            images.norms = self._encoder.norms
+        for source, place in images.place_of.items():
+            if place in self._on_gpu and self._on_gpu[place].failure:
+                images.failure_of[source] = self._on_gpu[place].failure
+        return images
 
 
-def score_partition(scorer: Scorer | None, run: PartitionRun, pool: "LoaderPool[Loaded]", clock: Clock,
-                    on_loaded: Callable[[], None]) -> Scored:
+class Begun(NamedTuple):
+    """A partition that is to be loaded, and what loads its images."""
+
+    run: PartitionRun
+    load: ImageLoader
+
+
+class ImagePool(LoaderPool[Loaded]):
+    """Loads the images of a run in order, one partition ahead. What may come late has a pool of its own (addons/images)."""
+
+    def embed_partitions(self, begun: Iterator[Begun], scorer: Scorer | None, clock: Clock,
+                         on_loaded: Callable[[], None]) -> Iterator[tuple[PartitionRun, EmbeddedImages]]:
+        """Load and encode the images of each partition; the next one is begun before, so that the loaders never wait."""
+        ahead: PartitionRun | None = None
+        for run, load in begun:
+            self.add(load, run.wanted())
+            if ahead:
+                yield ahead, self._embed_next(ahead, scorer, clock, on_loaded)
+            ahead = run
+        if ahead:
+            yield ahead, self._embed_next(ahead, scorer, clock, on_loaded)
+
+    def _embed_next(self, run: PartitionRun, scorer: Scorer | None, clock: Clock,
+                    on_loaded: Callable[[], None]) -> EmbeddedImages:
+        gatherer = ImageGatherer(scorer, clock)
+        for source in run.wanted():
+            with clock.stage("wait_for_images"):
+                loaded = self.take()
+            clock.add(loaded.seconds)
+            gatherer.add(source, loaded)
+            on_loaded()
+            INTERRUPTION.check()
+        return gatherer.finish()
+
+
+def score_partition(scorer: Scorer | None, run: PartitionRun, images: EmbeddedImages, clock: Clock) -> Scored:
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
-    images = embed_sources(scorer, run.wanted(), pool, clock, on_loaded)
     result = Scored.nothing(len(run.rows), "ok")
     result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
@@ -2981,7 +3400,8 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # \udce9, of a name that is no text, is JSON for what it is
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -3342,7 +3762,12 @@ class Worker:
         clock.take()
         self.settings = self.scorer.settings if self.scorer else DRY_RUN_SETTINGS
         resize = self.scorer.resize if self.scorer else functools.partial(resize_pillow, settings=DRY_RUN_SETTINGS)
-        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
+        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize,
+                                  memory=image_memory(config.memory_budget_mib))
+        self._guard: Guard | None = None
+        if ADDONS.is_dir():
+            self._guard = addon("images.guard", "decode_timeout_s").Guard(config, self.settings)
+            self.loader = self._guard.attach(self.loader)
         if self.scorer and config.decode == "gpu":
             self.loader = addon("images.gpu_decode", "decode: gpu").attach(self.scorer, self.loader)
         settle(plan, self.scorer)
@@ -3351,18 +3776,22 @@ class Worker:
             if self.scorer or not measure.needs_model:
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
-        self._isolated: Any = None
+        self.open_pool: Callable[[int], ImagePool] = getattr(read, "open_pool", ImagePool)
+        self.report: Callable[[Plan, PartitionRun, pa.Table], Any] | None = getattr(read, "report_partition", None)
 
     def run(self, todo: list[Partition], retry: bool = False,
             on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:
         """Score and commit each partition, loading images ahead across their edges; yields what became of each."""
-        pool = LoaderPool[Loaded](self.threads)
+        pool = self.open_pool(self.threads)
         marked: list[Partition] = []
         INTERRUPTION.deferred = True
         try:
+            if any(partition.trying.exists() for partition in todo):
+                self._isolate_all()
             since = time.perf_counter()
-            for run in self._open_ahead(todo, retry, pool, marked):
-                scored = score_partition(self.scorer, run, pool, self.clock, on_loaded)
+            begun = (self._begin(partition, retry, marked) for partition in todo)
+            for run, images in pool.embed_partitions(begun, self.scorer, self.clock, on_loaded):
+                scored = score_partition(self.scorer, run, images, self.clock)
                 summary = self._finish(run, scored, since)
                 since = time.perf_counter()
                 yield summary
@@ -3376,39 +3805,25 @@ class Worker:
                     with contextlib.suppress(OSError):  # a disk that is gone; the run has ended, or has said so itself
                         partition.trying.unlink(missing_ok=True)
 
-    def _open_ahead(self, todo: list[Partition], retry: bool, pool: "LoaderPool[Loaded]",
-                    marked: list[Partition]) -> Iterator[PartitionRun]:
-        """Open each partition while the one before it is scored, so that the loaders never wait at an edge."""
-        ahead: PartitionRun | None = None
-        for partition in todo:
-            run = ahead
-            ahead = self._begin(partition, retry, pool, marked)
-            if run:
-                yield run
-        if ahead:
-            yield ahead
-
-    def _begin(self, partition: Partition, retry: bool, pool: "LoaderPool[Loaded]", marked: list[Partition]) -> PartitionRun:
-        """Open the partition, mark it as being tried and queue its images; one marked before is decoded in isolation."""
+    def _begin(self, partition: Partition, retry: bool, marked: list[Partition]) -> Begun:
+        """Open the partition and mark it as being tried."""
         run = PartitionRun.open(self.plan, partition, retry)
         for measure in self.measures:
             measure.begin(run)
-        load = self.loader
-        if partition.trying.exists():
-            load = self._isolated_loader()
-        else:
+        if not partition.trying.exists():
             with output_disk(partition.trying):
                 partition.trying.touch()  # before the first image is decoded, which may be the one that kills
             marked.append(partition)
-        pool.add(load, run.wanted())
-        return run
+        return Begun(run, self.loader)
 
-    def _isolated_loader(self) -> ImageLoader:
-        """A loader that decodes in a child process, for a partition at which an earlier run died or hung."""
-        if self._isolated is None:
-            isolate = addon("images.isolate", "a partition left behind")
-            self._isolated = isolate.IsolatedDecoder(self.config, self.settings)
-        return dataclasses.replace(self.loader, decode=self._isolated.decode, on_gpu=None)
+    def _isolate_all(self) -> None:
+        """An earlier run died or hung here: from now on every image is decoded in a child process."""
+        if self._guard is None:
+            addon("images.guard", "a partition left behind")
+        elif not self._guard.isolates_all:
+            say("an earlier run ended in the middle of a partition: images are decoded in processes of their own")
+            self._guard.isolates_all = True
+        self.loader = dataclasses.replace(self.loader, on_gpu=None)
 
     def _finish(self, run: PartitionRun, scored: Scored, since: float) -> PartSummary:
         """Have the measures add theirs, commit the part, and keep its times."""
@@ -3436,6 +3851,8 @@ class Worker:
             "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
             "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings(),
             "other_libraries": self.plan.other_libraries}
+        if self.report:
+            times["fetching"] = self.report(self.plan, run, table)
         write_times(run.partition, times)
         with output_disk(run.partition.trying):
             remove_path(run.partition.trying)
@@ -3452,9 +3869,8 @@ class Worker:
     def _close(self) -> None:
         for measure in self.measures:
             measure.close()
-        if self._isolated is not None:
-            self._isolated.close()
-            self._isolated = None
+        if self._guard:
+            self._guard.close()
 
 
 JUDGED_FROM_ROWS = 1000
@@ -3671,18 +4087,25 @@ def escape_formula(cell: str) -> str:
     return "'" + cell if re.match(r"'*[=+\-@\t\r]", cell) else cell
 
 
+def space_out_minus(number: str) -> str:
+    """A number that does not begin with the minus that begins a formula, too."""
+    return " " + number if number.startswith("-") else number
+
+
 class CsvRows:
     """A CSV being written, of pyarrow tables: floats in the shortest digits that read back the same float32, '' for nothing.
 
-    With `escape`, formulas in all but the last `results` columns are made plain text.
+    With `escape`, formulas in the names of columns, in all but the last `results` columns and in text are made plain text, and
+    a negative number gets a space before it, which whoever reads numbers skips.
     """
 
     def __init__(self, file: BinaryIO, names: list[str], escape: bool, results: int) -> None:
         self._text = io.TextIOWrapper(file, "utf-8", newline="")
-        self._escaped = len(names) - results if escape else 0
+        self._escapes = escape
+        self._escaped = len(names) - results
         self._plain = csv.writer(self._text, lineterminator="\n")
         self._quoted = csv.writer(self._text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        self._write_row(names)
+        self._write_row([*map(escape_formula, names)] if escape else names)
 
     def _write_row(self, cells: Sequence[str]) -> None:
         # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
@@ -3696,8 +4119,10 @@ class CsvRows:
         columns = [column.cast(pa.string()).fill_null("") for column in table.columns]
         has_returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
         cells = [column.to_pylist() for column in columns]
-        for place in range(self._escaped):
-            cells[place] = [escape_formula(cell) for cell in cells[place]]
+        for place in range(len(cells) if self._escapes else 0):
+            is_text = place < self._escaped or pa.types.is_string(table.schema.types[place])
+            escape = escape_formula if is_text else space_out_minus
+            cells[place] = [escape(cell) for cell in cells[place]]
         rows = zip(*cells, strict=True)
         if not has_returns:
             self._plain.writerows(rows)
@@ -3741,7 +4166,7 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
     return {"rows": plan.row_count, "scored": scored, "failed": dict(sorted(statuses.items())),
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
             "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
-            **add_up_times(times),
+            **add_up_times(times), **add_up_fetches(times, plan.row_count),
             **{measure.name: measure.describe(total) for measure, total in snapshot.totals}}
 
 
@@ -3760,6 +4185,12 @@ def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
             "peak_gpu_mib": max((part["peak_gpu_mib"] for part in times), default=0.0),
             "oom_halvings": sum(part["oom_halvings"] for part in times),
             "other_libraries": sorted(set[str]().union(*(part.get("other_libraries", []) for part in times)))}
+
+
+def add_up_fetches(times: list[dict[str, Any]], row_count: int) -> dict[str, Any]:
+    """How long fetches took and which hosts failed; nothing for a run that fetched nothing."""
+    reports = [part["fetching"] for part in times if "fetching" in part]
+    return {"fetching": addon("images.web_report", "image_path: url").add_up(reports, row_count)} if reports else {}
 
 
 def busy_time(times: list[dict[str, Any]]) -> float:
@@ -3827,6 +4258,8 @@ def print_summary(config: Config, profile: dict[str, Any]) -> None:
         lines.append(("rate", f"{profile['pairs_per_s']:,.1f} pairs/s{workers}; 100 million pairs would take "
                               f"{profile['days_for_100_million_pairs']:,.2f} days"))
         lines.append(("limited by", profile["bottleneck"]))
+    if profile.get("fetching"):
+        lines += addon("images.web_report", "image_path: url").tell(profile["fetching"], config)
     if profile["mean_similarity"] is not None:
         lines.append(("mean similarity", f"{profile['mean_similarity']:.4f}"))
     lines += [(measure.name.replace("_", " "), measure.tell(profile[measure.name]))
@@ -3955,7 +4388,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = finalize(job, curve) if finalises else None
     if result:
         with output_disk("the summary to stdout"):
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            text = json.dumps(result, ensure_ascii=False)
+            print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
         stopped = stopped or find_excess(job, result)
     if stopped:
         raise stopped

@@ -143,7 +143,7 @@ def measure_fetching(work, count=2000, wait_s=0.1):
         lines = [f"http://127.0.0.1:{port}/{i}.jpg,caption {i}\n" for i in range(count)]
         (work / "urls.csv").write_text("url,caption\n" + "".join(lines))
         settings = {"csv_path": work / "urls.csv", "image_path": "url", "pretrained_model": "none", "max_per_host": 64,
-                    "output_path": work / "out-urls", "allow_private_hosts": "true", "loader_threads": 48}
+                    "output_path": work / "out-urls", "allow_private_hosts": "true"}
         command = [sys.executable, str(ROOT / "image_text_sim_clip.py"), "--config", str(ROOT / "config.yaml"), "--fresh"]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]

@@ -15,7 +15,7 @@ from PIL import Image
 import image_text_sim_clip as script
 
 pytest.importorskip("requests")
-from addons.images import fetch
+from addons.images import fetch, hosts
 
 
 def png(width=4, height=4):
@@ -189,14 +189,15 @@ def server():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Shorter pauses between tries."""
+    """Shorter pauses between tries, and for hosts that refuse."""
     monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(hosts, "FIRST_PAUSE_S", 0.01)
 
 
 def fetcher(**keys):
     config = script.Config(**{"image_path": "url", "pretrained_model": "none", "allow_private_hosts": True, "fetch_retries": 0,
                               "fetch_timeout_s": 5.0, **keys})
-    return fetch.Fetcher(config, 2)
+    return fetch.open_source(config, 2)
 
 
 def outcome(url, **keys):
@@ -231,29 +232,38 @@ def test_error_codes(server, quick, code, status):
     assert len(server.seen) == (1 if code < 500 else 3)
 
 
-@pytest.mark.parametrize(("path", "tries"), [("flaky/500/1", 2), ("flaky/503/2", 3), ("flaky/429/2", 3)])
+@pytest.mark.parametrize(("path", "tries"), [("flaky/500/1", 2), ("flaky/503/2", 3), ("flaky/502/2", 3)])
 def test_passing_troubles_are_tried_again(server, quick, path, tries):
-    """429 and 5xx are tried again, fetch_retries times at the most."""
+    """5xx are tried again, fetch_retries times at the most."""
     assert fetcher(fetch_retries=2)(f"{server.url}/{path}") == IMAGE
     assert len(server.seen) == tries
     server.seen.clear()
-    assert outcome(f"{server.url}/{path}", fetch_retries=tries - 2)[0] in ("http_4xx", "http_5xx")
+    assert outcome(f"{server.url}/{path}", fetch_retries=tries - 2)[0] == "http_5xx"
     assert len(server.seen) == tries - 1
 
 
 def test_pauses_grow(server, monkeypatch):
     """The pause before a try doubles from try to try."""
-    pauses, sleep, here = [], time.sleep, threading.current_thread()
-    monkeypatch.setattr(time, "sleep", lambda s: pauses.append(s) if threading.current_thread() is here else sleep(s))
-    outcome(f"{server.url}/code/500", fetch_retries=3)
-    assert pauses == [fetch.FIRST_PAUSE_S * n for n in (1, 2, 4)]
+    monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.1)
+    started = time.monotonic()
+    assert outcome(f"{server.url}/code/500", fetch_retries=3)[0] == "http_5xx"
+    assert len(server.seen) == 4 and 0.7 <= time.monotonic() - started < 2
+
+
+def test_refusals_spend_no_retries(server, quick):
+    """429, again and again, is waited for without a retry of the row, until there is no patience left with its host."""
+    assert fetcher(fetch_retries=0)(f"{server.url}/flaky/429/4") == IMAGE
+    assert len(server.seen) == 5
+    status, detail, took_s = outcome(f"{server.url}/code/429", host_patience_s=0.5, fetch_timeout_s=0.3)
+    assert (status, detail) == ("http_4xx", "429, asks to come back later")
+    assert 0.1 < took_s < 3
 
 
 @pytest.mark.parametrize("code", [429, 503])
 def test_retry_after_is_obeyed(server, quick, code):
-    """Retry-After: 1 makes the next try wait a second."""
+    """Retry-After: 1 makes the next try wait a second, which counts neither as a retry nor towards the deadline."""
     started = time.monotonic()
-    assert fetcher(fetch_retries=1)(f"{server.url}/later/{code}/1") == IMAGE
+    assert fetcher(fetch_retries=0, fetch_timeout_s=0.8)(f"{server.url}/later/{code}/1") == IMAGE
     assert 1 <= time.monotonic() - started < 2
     assert len(server.seen) == 2
 
@@ -261,20 +271,23 @@ def test_retry_after_is_obeyed(server, quick, code):
 @pytest.mark.parametrize(("after", "tries"), [("86400", 1), ("11", 1), ("99999999999999999999", 2), ("-5", 2), ("soon", 2),
                                               ("Wed, 21 Oct 2015 07:28:00 GMT", 2), ("0", 2)])
 def test_retry_after_is_capped(server, quick, after, tries):
-    """A server that asks to come back tomorrow is given up at once; one that says nothing sensible is tried as ever."""
+    """Who asks for more than host_patience_s is given up at once; one that says nothing sensible is paused as any other."""
     started = time.monotonic()
     if tries == 1:
-        assert outcome(f"{server.url}/later/429/{after}", fetch_retries=1, fetch_timeout_s=60.0)[0] == "http_4xx"
+        assert outcome(f"{server.url}/later/429/{after}", host_patience_s=10.0)[0] == "http_4xx"
     else:
-        assert fetcher(fetch_retries=1)(f"{server.url}/later/429/{after}") == IMAGE
+        assert fetcher(host_patience_s=10.0)(f"{server.url}/later/429/{after}") == IMAGE
     assert len(server.seen) == tries
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
 
 
-def test_retry_after_beyond_the_deadline(server, quick):
-    """A Retry-After that the deadline would not see is not waited for."""
-    status, _, took_s = outcome(f"{server.url}/later/429/5", fetch_retries=1, fetch_timeout_s=2.0)
-    assert status == "http_4xx" and took_s < 1
+def test_host_that_is_given_up_is_asked_no_more(server, quick):
+    """All rows of a host that asks to come back tomorrow fail at once, with its answer as their detail."""
+    get = fetcher(host_patience_s=10.0)
+    for _ in range(20):
+        with pytest.raises(script.RowFailure, match="429, asks to come back later"):
+            get(f"{server.url}/later/429/86400")
+    assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize("path", ["loop", "hops/6", "hops/100"])

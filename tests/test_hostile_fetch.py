@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import image_text_sim_clip as script
-from addons.images import fetch
+from addons.images import fetch, names
 
 DEADLINE_S = 1.5
 
@@ -155,8 +155,8 @@ def server():
 def fetcher(**settings):
     """A Fetcher with a short deadline that may reach loopback unless told otherwise."""
     values = {"image_path": "url", "fetch_timeout_s": DEADLINE_S, "fetch_retries": 3, "allow_private_hosts": True,
-              "max_image_bytes": 1_000_000} | settings
-    return fetch.Fetcher(script.Config(**values), 8)
+              "max_image_bytes": 1_000_000, "host_patience_s": DEADLINE_S} | settings
+    return fetch.open_source(script.Config(**values), 8)
 
 
 def outcome(get, url):
@@ -213,17 +213,17 @@ def test_redirect_to_a_forbidden_address_is_refused(server, monkeypatch):
     """The second hop is checked as the first is: a public host that points inside gets nothing."""
     del server.seen[:]
     get = fetcher(allow_private_hosts=False, fetch_retries=0)
-    check = fetch._PublicOnly.build_connection_pool_key_attributes
+    look_up = names.Resolver.find
 
-    def first_hop_is_public(self, request, *arguments, **options):
-        if request.url.endswith("/hop"):  # stands for a public host: there is none within reach of a test
-            return {"scheme": "http", "host": "127.0.0.1", "port": server.server_port}, {}
-        return check(self, request, *arguments, **options)
-    monkeypatch.setattr(fetch._PublicOnly, "build_connection_pool_key_attributes", first_hop_is_public)
+    async def first_hop_is_public(self, host):
+        if host == "public.example":  # stands for a public host: there is none within reach of a test
+            return [(socket.AF_INET, "127.0.0.1")]
+        return await look_up(self, host)
+    monkeypatch.setattr(names.Resolver, "find", first_hop_is_public)
     for number, target in enumerate(FORBIDDEN):
         location = target.format(port=server.server_port)
         monkeypatch.setattr(Hostile, "on_hop", lambda self, to=location: self.answer(302, Location=to), raising=False)
-        assert outcome(get, "http://public.example/hop")[0] in ("forbidden", "dns", "missing"), target
+        assert outcome(get, f"http://public.example:{server.server_port}/hop")[0] in ("forbidden", "dns", "missing"), target
         assert server.seen == ["/hop"] * (number + 1), target
 
 
@@ -238,11 +238,11 @@ def test_dns_answer_that_changes_is_not_asked_again(server, monkeypatch):
             host = next(answers)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
 
-    def connect(address, *arguments, **options):
+    def connect(self, address):
         tried.append(address[0])
         raise ConnectionRefusedError
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("urllib3.util.connection.create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect", connect)
     get = fetcher(allow_private_hosts=False, fetch_retries=0)
     assert outcome(get, f"http://rebind.example:{server.server_port}/good")[0] == "connect"
     assert (asked, tried) == (["rebind.example"], ["93.184.216.34"])

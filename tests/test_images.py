@@ -131,6 +131,51 @@ def test_links(folder, tmp_path):
     assert failure_of(script.read_file, folder, "dead", 1000)[0] == "missing"
 
 
+def test_links_that_stay_inside_are_followed(folder, tmp_path):
+    """Absolute links, links through a second name of the folder, and ways out and in again stay inside, and are followed."""
+    (tmp_path / "alias").symlink_to(folder)
+    (folder / "absolute").symlink_to(folder / "a.png")
+    (folder / "by_alias").symlink_to(tmp_path / "alias" / "a.png")
+    (folder / "out_and_in").symlink_to("../pictures/sub/../a.png")
+    (folder / "sub" / "up").symlink_to("..")
+    (folder / "chain").symlink_to("absolute")
+    for name in ("absolute", "by_alias", "out_and_in", "sub/up/a.png", "sub/up/chain", str(folder / "a.png"),
+                 "../pictures/a.png"):
+        assert script.read_file(folder, name, 1000) == b"a.png", name
+    (folder / "dead_outside").symlink_to(tmp_path / "nowhere.png")
+    assert failure_of(script.read_file, folder, "dead_outside", 1000)[0] == "forbidden"
+
+
+@pytest.mark.parametrize("inner", ["a.png", "sub/b.png"])
+def test_link_that_is_swapped_leads_nowhere(folder, tmp_path, inner, monkeypatch):
+    """Whatever is swapped for a link to the outside between two steps, what is opened lies inside, or nothing is."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("a.png", "b.png"):
+        (outside / name).write_bytes(b"secret")
+    target = folder / inner.split("/")[0]
+    real_open = os.open
+    for moment in range(4):
+        calls = []
+
+        def swap_then_open(path, flags, *arguments, calls=calls, moment=moment, **options):
+            if len(calls) == moment:
+                target.rename(tmp_path / "kept")
+                target.symlink_to(outside / "a.png" if "/" not in inner else outside)
+            calls.append(path)
+            return real_open(path, flags, *arguments, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", swap_then_open)
+            try:
+                found = script.read_file(folder, inner, 1000)
+            except script.RowFailure as failure:
+                found = failure.status
+        assert found in (inner.encode(), "forbidden", "missing"), moment
+        if target.is_symlink():
+            target.unlink()
+            (tmp_path / "kept").rename(target)
+
+
 def test_linked_folder(folder, tmp_path, write_config, write_table, run_main):
     """image_path itself may be a link."""
     (tmp_path / "link").symlink_to(folder)

@@ -117,6 +117,34 @@ def test_image_that_hangs_the_decoder_costs_one_row(poisoned_run, start_cli, run
     assert statuses(tmp_path)["crashed"] == ["caption 37"]
 
 
+@pytest.mark.slow
+def test_image_that_hangs_the_decoder_costs_one_row_of_the_same_run(poisoned_run, run_cli, tmp_path):
+    """What overruns decode_timeout_s is `crashed`, and the run goes on with all others."""
+    config, env = poisoned_run(hangs=True, decode_timeout_s=1.0)
+    outcome = run_cli("--config", config, env=env)
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.result["failed"] == {"crashed": 1}
+    assert statuses(tmp_path)["crashed"] == ["caption 37"]
+    assert not list((tmp_path / "out" / "parts").glob("*.trying"))
+
+
+@pytest.mark.slow
+def test_after_a_crash_all_that_is_left_is_isolated(run_cli, tmp_path, picture_bytes, write_config, write_table):
+    """Six images that kill the process, in six partitions, take two runs: the second one decodes everything in isolation."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(POISON.format(hangs=False))
+    config = write_config(partition_rows=10, loader_threads=2)
+    for number in range(60):
+        size = (13, 13) if number % 10 == 5 else (20, 20 + number)
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(picture_bytes("PNG", size=size, colour=(number, 9, 9)))
+    write_table([("url", "caption"), *((f"{number}.png", f"caption {number}") for number in range(60))])
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    assert run_cli("--config", config, env=env).code == -signal.SIGSEGV
+    second = run_cli("--config", config, env=env)
+    assert second.code == 0, second.stderr
+    assert second.result["failed"] == {"crashed": 6} and second.result["scored"] == 54
+
+
 def test_isolated_decoding_gives_the_same_image(decoder, noise, picture_bytes):
     """Child and parent agree on pixels and on statuses."""
     config = script.Config(decode="scaled")
@@ -160,10 +188,10 @@ def test_child_that_is_killed_while_it_answers_is_replaced(decoder, picture_byte
     assert decoder.decode(picture_bytes("PNG")).size == (40, 30)
 
 
-def test_decoder_that_does_not_return_is_ended(decoder, poison, picture_bytes, monkeypatch):
+def test_decoder_that_does_not_return_is_ended(decoder, poison, picture_bytes):
     """An image that is not decoded within the limit is `crashed`, and the process that hung at it is gone."""
     poison(hangs=True)
-    monkeypatch.setattr(isolate, "LIMIT_S", 0.5)
+    decoder.limit_s = 0.5
     decoder.decode(picture_bytes("PNG"))
     hung = decoder.child_pid
     started = time.monotonic()
@@ -191,7 +219,7 @@ def test_start_of_the_child_is_not_in_the_limit(decoder, tmp_path, picture_bytes
     """The time that a new child takes to import what it needs is not an image's."""
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(1)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(isolate, "LIMIT_S", 0.5)
+    decoder.limit_s = 0.5
     assert decoder.decode(picture_bytes("PNG")).size == (40, 30)
 
 

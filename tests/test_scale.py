@@ -705,14 +705,11 @@ def test_parquet_results(dry, run_main, read_table, tmp_path):
         [(r["url"], r["caption"], r["status"], r["detail"]) for r in rows]
 
 
-def test_parquet_results_of_no_rows(write_config, write_table, run_main, tmp_path):
-    """scores.parquet of a table without rows is a Parquet file with all columns."""
-    import pyarrow.parquet as pq
+def test_no_parquet_results_of_no_rows(write_config, write_table, run_main, tmp_path):
+    """A table without rows is an error, and leaves no scores.parquet that looks like a result."""
     write_table([["url", "caption", "note"]])
-    assert run_main("--config", write_config(output_format="parquet")).result["rows"] == 0
-    table = pq.read_table(tmp_path / "out/scores.parquet")
-    results = script.column_names(script.result_columns(script.Config()))
-    assert table.num_rows == 0 and table.column_names == ["url", "caption", "note", *results]
+    assert run_main("--config", write_config(output_format="parquet")).code == 3
+    assert not (tmp_path / "out/scores.parquet").exists()
 
 
 # ── Rates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

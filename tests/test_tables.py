@@ -408,7 +408,7 @@ def dry_run(folder, table, **keys):
     job.plan = plan
     job.work(job.pending())
     with (folder / "out/scores.csv").open("wb") as file:
-        script.write_csv(plan, file)
+        script.write_csv(script.Snapshot(plan), file)
     with open(folder / "out/scores.csv", encoding="utf-8", newline="") as file:
         return plan, list(csv.reader(file, strict=True))
 

@@ -138,3 +138,98 @@ def broken():
         for at in rng.integers(0, len(data), 8):
             data[at] ^= 1 << int(rng.integers(0, 8))
         yield f"flips{seed}.{format_}", bytes(data), ("ok", "corrupt", "not_image", "bomb", "unsupported")
+
+
+# ── Small files that cost much ────────────────────────────────────────────────────────────────────────────────────────
+
+def segment(marker, data):
+    """One segment of a JPEG file."""
+    return struct.pack(">HH", marker, len(data) + 2) + data
+
+
+def jpeg_with(segments):
+    """A small JPEG with these bytes before its own segments."""
+    body = saved(Image.new("RGB", (32, 32), FLAT), "JPEG")
+    return body[:2] + segments + body[2:]
+
+
+def progressive_jpeg(side, scans):
+    """A grey JPEG of side x side pixels with `scans` scans that say "nothing here" of all blocks, 100 bytes each."""
+    blocks = (side // 8) ** 2
+    head = b"\xff\xd8" + segment(0xFFDB, b"\0" + b"\x10" * 64)
+    head += segment(0xFFC2, struct.pack(">BHHB", 8, side, side, 1) + b"\x01\x11\x00")
+    head += segment(0xFFC4, b"\x00" + bytes([1] + [0] * 15) + b"\x00")  # one code for "no difference"
+    head += segment(0xFFC4, b"\x10" + bytes([1] + [0] * 15) + b"\xe0")  # one code for "16,384 empty blocks"
+    first = segment(0xFFDA, b"\x01\x01\x00\x00\x00\x00") + b"\0" * -(-blocks // 8)
+    empty = segment(0xFFDA, b"\x01\x01\x00\x01\x3f\x00") + b"\0" * -(-(-(-blocks // 16384) * 15) // 8)
+    return head + first + empty * scans + b"\xff\xd9"
+
+
+def tiff_file(entries, data=b""):
+    """A little-endian TIFF with one directory of (tag, type, count, value or place); `data` lies behind it."""
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHLL", *entry) for entry in sorted(entries))
+    return b"II*\0" + struct.pack("<L", 8) + directory + b"\0\0\0\0" + data
+
+
+def tiled_tiff(side, tile_side):
+    """A deflated grey TIFF of side x side pixels that lie in one tile of tile_side x tile_side."""
+    packed = zlib.compress(b"\x30" * tile_side ** 2, 9)
+    count = 11
+    entries = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+               (284, 3, 1, 1), (322, 4, 1, tile_side), (323, 4, 1, tile_side), (324, 4, 1, 8 + 2 + 12 * count + 4),
+               (325, 4, 1, len(packed))]
+    return tiff_file(entries, packed)
+
+
+def striped_tiff(strips):
+    """A raw TIFF of 32 x 32 pixels that lists so many strips."""
+    count = 8
+    entries = [(256, 4, 1, 32), (257, 4, 1, 32), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+               (273, 4, strips, 8 + 2 + 12 * count + 4), (278, 4, 1, 1), (279, 4, 1, 32)]
+    return tiff_file(entries, struct.pack("<L", 8) * strips)
+
+
+def run_length_bmp(side, data):
+    """A BMP of 8 bits, its rows run-length coded."""
+    palette = b"".join(bytes([level, level, level, 0]) for level in range(256))
+    header = struct.pack("<LllHHLLllLL", 40, side, side, 1, 8, 1, len(data), 2835, 2835, 256, 0)
+    return b"BM" + struct.pack("<LHHL", 54 + len(palette) + len(data), 0, 0, 54 + len(palette)) + header + palette + data
+
+
+def huge_canvas_webp(side):
+    """A WebP of 100 bytes: a frame of 16 x 16 pixels on a canvas of side x side."""
+    frame = saved(Image.new("RGB", (16, 16), FLAT), "WEBP", lossless=True)[12:]
+
+    def three_bytes(value):
+        return struct.pack("<L", value)[:3]
+
+    def chunk(kind, data):
+        return kind + struct.pack("<L", len(data)) + data + b"\0" * (len(data) % 2)
+    size = three_bytes(side - 1) * 2
+    body = b"WEBP" + chunk(b"VP8X", b"\x02\0\0\0" + size) + chunk(b"ANIM", b"\0" * 6)
+    body += chunk(b"ANMF", b"\0" * 6 + three_bytes(15) * 2 + three_bytes(100) + b"\0" + frame)
+    return b"RIFF" + struct.pack("<L", len(body)) + body
+
+
+def hostile():
+    """Small files that cost a careless decoder minutes or gigabytes: (name, bytes, statuses that are right)."""
+    yield "scans.jpg", progressive_jpeg(4000, 3000), ("bomb",)
+    yield "slow-scans.jpg", progressive_jpeg(4096, 450), ("ok", "corrupt", "crashed")
+    yield "exif-segments.jpg", jpeg_with(segment(0xFFE1, b"Exif\0\0" + b"x" * 30) * 30_000), ("corrupt",)
+    yield "large-exif.jpg", jpeg_with(segment(0xFFE1, b"Exif\0\0" + b"x" * 60_000) * 100), ("ok", "corrupt")
+    yield "comments.jpg", jpeg_with(b"\xff\xfe\0\2" * 500_000), ("corrupt",)
+    pieces = png_chunk(b"teXt", b"a\0b")
+    png = bare_png(32, 32, 8, 0, b"\0" * (33 * 32))
+    yield "chunks.png", png[:33] + pieces * 150_000 + png[33:], ("corrupt",)
+    yield "many-chunks.png", png[:33] + pieces * 3000 + png[33:], ("ok",)
+    frame = b"," + struct.pack("<HHHH", 0, 0, 32, 32) + b"\0\2\2D\1\0;"
+    yield "blocks.gif", b"GIF89a" + struct.pack("<HH", 32, 32) + b"\0\0\0" + b"!\xfe\x01x\0" * 200_000 + frame, ("corrupt",)
+    yield "run-lengths.bmp", run_length_bmp(3000, b"\1\7" * 4_000_000), ("ok", "corrupt", "crashed")
+    yield "huge-tile.tiff", tiled_tiff(32, 20_000), ("bomb",)
+    yield "large-tile.tiff", tiled_tiff(32, 6000), ("ok",)
+    yield "strips.tiff", striped_tiff(300_000), ("bomb",)
+    yield "tags.tiff", tiff_file([(30_000 + n, 4, 1, 0) for n in range(20_000)]), ("corrupt",)
+    for number in range(8):
+        yield f"canvas{number}.webp", huge_canvas_webp(6000 + number), ("ok",)
+    yield "strip.png", saved(Image.new("L", (1, 40_000_000), 7), "PNG", compress_level=1), ("ok",)
+    yield "rgba.png", saved(Image.new("RGBA", (7000, 7000), (9, 9, 9, 90)), "PNG", compress_level=1), ("ok",)

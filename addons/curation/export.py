@@ -23,7 +23,16 @@ from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
 from addons.curation.rules import KEPT, Curation
 from addons.measures.embeddings import read_embeddings
-from image_text_sim_clip import Partition, RowFailure, atomic_file, file_sha256, read_sealed, say, write_sealed
+from image_text_sim_clip import (
+    Partition,
+    RowFailure,
+    atomic_file,
+    escape_formula,
+    file_sha256,
+    read_sealed,
+    say,
+    write_sealed,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,6 +92,7 @@ class KeptRows:
     verdicts: np.ndarray  # uint8 (rows,)
     curation: Curation
     images: RunImages | None  # None for an export that needs none
+    escape: bool = False  # whether formulas in CSV files are made plain text
 
     @property
     def count(self) -> int:
@@ -174,7 +184,7 @@ class ImageExport:
         if state.is_complete:
             return Exported(state.exported)
         exported = self.write_images(state.target, kept, kept.images)
-        write_missing(folder / "not_exported.csv", exported.missing)
+        write_missing(folder / "not_exported.csv", exported.missing, kept.escape)
         state.finish(exported)
         return exported
 
@@ -232,14 +242,18 @@ def describe_files(folder: pathlib.Path) -> dict[str, int]:
     return {"count": len(sizes), "bytes": sum(sizes)}
 
 
-def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]]) -> None:
-    """Write not_exported.csv: kept rows whose image cannot be had any more; no file where there are none."""
+def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]], escape: bool) -> None:
+    """Write not_exported.csv: kept rows whose image cannot be had any more; no file where there are none.
+
+    With `escape`, URLs that a spreadsheet would run as formulas are made plain text.
+    """
     path.unlink(missing_ok=True)
     if not missing:
         return
     with atomic_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-        csv.writer(text, lineterminator="\n").writerows([("row", "url", "reason"), *missing])
+        rows = [(row, escape_formula(url) if escape else url, reason) for row, url, reason in missing]
+        csv.writer(text, lineterminator="\n").writerows([("row", "url", "reason"), *rows])
         text.detach()
     say(f"{len(missing)} kept rows have no image any more: see {path}; the same command tries them again")
 

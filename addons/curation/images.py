@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from addons.inputs import Rows
 
+FETCHES_AHEAD = 64  # threads that wait for URLs; in order, so that some late ones do not hold all
+
 
 def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
     """The rows of an input that brings its images along, such as tars; None where the images are elsewhere.
@@ -40,7 +42,7 @@ class RunImages:
         """Open the source of images that the config names. Trouble (exit 3) for a folder or an input that is not there."""
         self._config = config
         self._source_name = run.source_name
-        threads = loader_threads(config)
+        threads = FETCHES_AHEAD if config.image_path == "url" else loader_threads(config)
         self._rows = open_rows_with_images(config, run)
         self._read = self._rows.read_bytes if self._rows else open_source(config, threads)
         if self._rows is None and config.image_path == "url" and not config.cache_path:
@@ -69,7 +71,7 @@ class RunImages:
         try:
             return self._read(source.strip())
         except RowFailure as failure:
-            return failure.with_traceback(None)
+            return RowFailure(failure.status, failure.detail)
 
     def decode(self, data: bytes) -> "Image.Image":
         """Bytes -> 8-bit RGB image; raises RowFailure."""

@@ -14,14 +14,19 @@ To add one, put a file into this room, without a change anywhere else:
 
 What lives here:
 
-    fetch.py         the source `url`: each row's URL is fetched, from public addresses only and within limits
-    isolate.py       decodes in a child process, for a partition at which an earlier run crashed or hung
+    fetch.py         the source `url`: each row's URL is fetched, from public addresses only and within limits. It decides
+                     which fetch has its turn when; web_pool.py loads a run's images as they come, exchange.py is one
+                     attempt, http_client.py HTTP, targets.py what a URL means, names.py names and addresses, hosts.py what
+                     each host will bear, cache.py `cache_path`, web_report.py what the summary tells
+    guard.py         a time limit around decoding; doubtful images, and all after a crash, go to child processes
+    costs.py         what a file will cost to decode, told from its structure
+    isolate.py       decodes in a child process with limits of time and memory
     exif.py          which way up an image is, and what is said of one whose EXIF cannot be honoured
     plain_pixels.py  copies of a file without what lies around its pixels, for one that could not be read with it
     odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
     gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
 
-Each of these is imported only by the run that needs it.
+The guard and the costs are part of every run; each of the others is imported only by the run that needs it.
 """
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -41,5 +46,11 @@ class ImageSource(Protocol):
 
         The function is called from `threads` loader threads at once (0: from the main thread alone). It raises RowFailure,
         with a status of STATUSES and a detail without times, addresses or absolute paths, for an image that cannot be had,
-        and it returns or raises within a bounded time. `open_source` itself raises Trouble for a mistake in the config.
+        and it returns or raises within a bounded time. Before it reads many bytes it calls `reserve_for_image`, which waits
+        until they fit into the run's budget of memory. `open_source` itself raises Trouble for a mistake in the config.
+
+        Images of one partition are loaded in order. Where some may come late, what is returned can have two more methods, as
+        Fetcher has: `open_pool(threads)`, which returns a pool that takes the place of the script's ImagePool, and
+        `report_partition(plan, run, table)`, which returns what is to be kept next to a part. Such a pool bounds itself what
+        is on its way, and reserves an image's bytes when a thread that decodes takes them.
         """

@@ -1,376 +1,443 @@
-"""Fetch images from URLs that strangers wrote: public addresses only, capped bytes, a deadline for the whole fetch.
+"""Fetch images from URLs that strangers wrote: public addresses only, capped bytes, a deadline for each, and no host pressed.
 
-Used by `image_path: url`. Every hop of a redirect is resolved once, checked, and connected to at the checked address
-(requests-hardened pins it, so a second DNS answer cannot change it). Bodies are read by `read1`, because a timeout
-counts from byte to byte and a slow drip never trips it; a watchdog does the same for headers and handshakes.
+Used by `image_path: url`. All fetches of a process run in one thread, that of its event loop, where waiting costs nothing:
+a host that does not answer holds one place among `fetch_concurrency`, and a row that waits for a host which wants to be left
+alone holds none. This file decides which fetch has its turn when. What is done in a turn is in exchange.py, HTTP itself in
+http_client.py, what a URL means in targets.py, names and addresses in names.py, what a host will bear in hosts.py.
 """
+import asyncio
+import collections
 import contextlib
-import email.utils
-import hashlib
-import http.cookiejar
-import ipaddress
-import itertools
-import logging
-import math
-import os
-import pathlib
-import re
-import socket
+import dataclasses
+import functools
 import threading
-import time
-import urllib.parse
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import requests
-import requests_hardened
-import urllib3
-from requests_hardened.ip_filter import InvalidIPAddress
-from requests_hardened.ip_filter_adapter import IPFilterAdapter
+from addons.images.cache import Cache
+from addons.images.exchange import Attempt, BytesInFlight, Holding, PassingFailure, Redirected, Refused, Unreachable, Web
+from addons.images.hosts import DEAD_AFTER, Host, Hosts
+from addons.images.http_client import TooManyFiles
+from addons.images.targets import Target, can_be_split, read_url
+from image_text_sim_clip import Config, Loaded, RowFailure, reserve_for_image, say
 
-from image_text_sim_clip import Config, RowFailure
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-logging.getLogger("requests_hardened").setLevel(logging.CRITICAL)  # it warns of each refused address; the row says it
+    from addons.images.web_pool import WebPool
+    from addons.images.web_report import Report
+    from image_text_sim_clip import PartitionRun, Plan
 
 SOURCES = ("url",)
 
 REDIRECTS = 5
-CONNECT_TIMEOUT_S = 5.0  # of one attempt; the whole fetch has `fetch_timeout_s`
-READ_TIMEOUT_S = 10.0  # from byte to byte, of one attempt
 FIRST_PAUSE_S = 0.25  # before the second attempt; doubled from try to try
-RETRY_AFTER_CAP_S = 10.0  # urllib3's own cap is six hours
-CHUNK_BYTES = 65536
-# what servers send as a Content-Encoding although it says nothing of the bytes, as a media type (image/png) does
-NO_CODINGS = {"", "identity", "none", "null", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "binary", "7bit",
-              "8bit", "aws-chunked", "jpeg", "jpg", "png", "webp", "gif"}
+MOST_REFUSALS = 8  # of one row by a host that serves others
+AUTO_CONCURRENCY = 1024
+FILES_KEPT_BACK = 128  # descriptors for everything else that this process opens
+FETCHING_SHARE = 2 / 3  # of the other descriptors; the rest are connections kept for later
+UNCLAIMED_IMAGES = 128  # fetched or decoded, and not taken yet: beyond that no new fetch begins
+FULL_PAUSE_S = 0.2  # when there are too many open files
+MOST_TIMES_FULL = 50
+SUBMITTED_AT_ONCE = 50  # URLs that are read between two looks at the sockets
+TIDY_S = 10.0  # connections that have long been unused are looked for so often
+CACHE_THREADS = 8
+DROP_S = 5.0
 
 
 def open_source(config: Config, threads: int) -> "Fetcher":
     """The source `url` (see addons/images/__init__.py)."""
-    return Fetcher(config, max(1, threads))
+    return Fetcher(config)
 
 
-class PassingFailure(Exception):
-    """A failure that may be gone at the next try, after `retry_after_s` seconds at the earliest."""
+@dataclasses.dataclass
+class Outcome:
+    """What became of a fetch: `data` or a `failure`; `seconds` are those of its attempts, not those in which it had no turn.
 
-    def __init__(self, status: str, detail: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(status, detail)
-        self.status = status
-        self.detail = detail
-        self.retry_after_s = retry_after_s
+    Whoever needs the data no longer says so by `Fetcher.release`, so that others can be fetched.
+    """
+
+    data: bytes = b""
+    failure: RowFailure | None = None
+    seconds: float = 0.0
+    holding: Holding = dataclasses.field(default_factory=Holding)
+    bug: Exception | None = None
+
+    def get(self) -> bytes:
+        """The bytes, or the failure raised."""
+        if self.bug:
+            raise self.bug
+        if self.failure:
+            raise self.failure
+        return self.data
+
+
+OnDone = Callable[[Outcome], None]
+
+
+@dataclasses.dataclass(eq=False)
+class Fetch:
+    """One URL on its way, through attempts and redirects."""
+
+    url: str  # as the table has it
+    on_done: OnDone
+    target: Target
+    host: Host  # that it waits for, or is fetched from
+    hops: int = 0
+    attempts: int = 0
+    refusals: int = 0
+    times_full: int = 0
+    spent_s: float = 0.0
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop in which this process fetches, in a thread of its own that ends with the process."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fetching", daemon=True).start()
+    return loop
+
+
+def count_connections(config: Config) -> tuple[int, int]:
+    """How many fetches may be under way, and how many unused connections may be kept, with the file descriptors there are."""
+    limit = 1024
+    try:
+        import resource
+        limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**20)
+    except (ImportError, ValueError):  # elsewhere than on POSIX
+        pass
+    free = max(8, limit - FILES_KEPT_BACK)
+    most = AUTO_CONCURRENCY if config.fetch_concurrency == "auto" else config.fetch_concurrency
+    concurrency = max(1, min(most, int(free * FETCHING_SHARE)))
+    return concurrency, max(1, min(concurrency, free - concurrency))
 
 
 class Fetcher:
-    """URL -> bytes through one session, which keeps connections for `threads` threads. Safe to call from many threads."""
+    """URL -> bytes. Call it from any thread for one URL; or `submit` many, and be called back in the event loop's thread."""
 
-    def __init__(self, config: Config, threads: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.session = _open_session(config, threads)
-        self._hosts: dict[str, threading.Semaphore] = {}
+        self.in_flight = 0
+        self.concurrency, kept_connections = count_connections(config)
+        self.fetch_seconds: dict[int, collections.Counter[int]] = {}  # by partition, see web_report.py
+        self.hosts = Hosts(config.max_per_host, config.host_patience_s)
+        self.web = Web(config, kept_connections)
+        self._loop = event_loop()
+        self._here = threading.local()  # .lent: the Outcome that a call in this thread is to return
+        self._listed: collections.deque[Host] = collections.deque()  # hosts that may be asked now, in turns
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unclaimed = 0
         self._lock = threading.Lock()
-        self._cache = pathlib.Path(config.cache_path) if config.cache_path else None
+        self._submissions = 0  # lists of URLs that have not been read to their end
+        self._has_said_full = False
+        self._tidy_at = 0.0
+        self._cache: Cache | None = None
+        self._disk = Host("", CACHE_THREADS, 0.0)  # with a cache, rows wait for it first, and then for their host if they must
+        if config.cache_path:
+            self._cache = Cache(config.cache_path, config.max_image_bytes, config.respect_opt_out)
+            self._disk_threads = ThreadPoolExecutor(CACHE_THREADS, "cache")
+
+    # ── For other threads ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def __call__(self, url: str) -> bytes:
-        """The body that `url` serves, or served an earlier run; tries again after passing troubles; raises RowFailure."""
-        stored = self._cache_file(url)
-        if stored and stored.is_file() and stored.stat().st_size <= self.config.max_image_bytes:
-            return stored.read_bytes()
-        deadline = time.monotonic() + self.config.fetch_timeout_s
-        body = self._fetch(url, deadline)
-        if stored:
-            _store(stored, body)
-        return body
+        """The body that `url` serves, or served an earlier run; tries again after passing troubles; raises RowFailure.
 
-    def _cache_file(self, url: str) -> pathlib.Path | None:
-        if not self._cache:
-            return None
-        name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-        return self._cache / name[:2] / name
+        On its way the web's own bound counts it, here the budget of the run's images: a fetch never waits for that.
+        """
+        lent: Outcome | None = getattr(self._here, "lent", None)
+        if lent is None:
+            answer: Future[Outcome] = Future()
+            self.submit([(url, answer.set_result)])
+            outcome = answer.result()
+            self.release(outcome)
+        else:
+            outcome = lent
+        data = outcome.get()
+        reserve_for_image(len(data))
+        return data
 
-    def _fetch(self, url: str, deadline: float) -> bytes:
-        """Try until there is a body, a failure that will stay, or too little time; raises RowFailure."""
-        for attempt in itertools.count():
-            try:
-                return self._fetch_once(url, deadline)
-            except PassingFailure as passing:
-                pause_s = max(passing.retry_after_s, FIRST_PAUSE_S * 2 ** attempt)
-                if attempt >= self.config.fetch_retries or time.monotonic() + pause_s >= deadline:
-                    raise RowFailure(passing.status, passing.detail) from None
-                time.sleep(pause_s)
-        raise AssertionError("counting has no end")
-
-    def _fetch_once(self, url: str, deadline: float) -> bytes:
-        """One attempt, redirects included; raises RowFailure or PassingFailure."""
+    def call_with(self, outcome: Outcome, load: Callable[[], Loaded]) -> Loaded:
+        """`load()`, in which a call of this fetcher returns what has been fetched already."""
+        self._here.lent = outcome
         try:
-            return self._follow(url, deadline)
-        except InvalidIPAddress:
-            raise RowFailure("forbidden", "address is not public") from None
-        except requests.exceptions.InvalidSchema:
-            raise RowFailure("forbidden", "only http and https") from None
-        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, UnicodeError,
-                urllib3.exceptions.LocationValueError):
-            raise RowFailure("missing", "not a URL") from None
-        except requests.exceptions.SSLError:
-            raise RowFailure("connect", "TLS certificate or handshake refused") from None
-        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise _as_passing(error, deadline) from None
-        except ValueError:  # what http.client raises for a chunk of negative size
-            raise PassingFailure("connect", "answer cannot be read") from None
-
-    def _follow(self, url: str, deadline: float) -> bytes:
-        """The body at the end of at most REDIRECTS redirects."""
-        for _ in range(REDIRECTS + 1):
-            if not _can_be_split(url):
-                raise RowFailure("missing", "not a URL")
-            with self._place_at_host(url, deadline):
-                _WATCHDOG.set_deadline(deadline)
-                with self._request(url, deadline) as response:
-                    target = requests.Session.get_redirect_target(self.session, response)
-                    if target is None:
-                        self._check_response(response)
-                        with _WATCHDOG.watch():
-                            return self._read_body(response, deadline)
-                    url = requests.compat.urljoin(url, target) if _can_be_split(target) else target
-        raise RowFailure("connect", f"more than {REDIRECTS} redirects")
-
-    def _request(self, url: str, deadline: float) -> requests.Response:
-        """The answer to one GET, its head read and its body not."""
-        left_s = max(0.05, deadline - time.monotonic())
-        timeouts = (min(CONNECT_TIMEOUT_S, left_s), min(READ_TIMEOUT_S, left_s))
-        return self.session.get(url, stream=True, allow_redirects=False, timeout=timeouts)
-
-    @contextlib.contextmanager
-    def _place_at_host(self, url: str, deadline: float) -> Iterator[None]:
-        """At most `max_per_host` fetches at one host at a time."""
-        host = re.sub(r"^\w+://(?:[^/@]*@)?", "", url.lower()).split("/", 1)[0]
-        with self._lock:
-            places = self._hosts.setdefault(host, threading.Semaphore(self.config.max_per_host))
-        if not places.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise PassingFailure("timeout", "host too busy with this run's other fetches")
-        try:
-            yield
+            return load()
         finally:
-            places.release()
+            self._here.lent = None
 
-    def _check_response(self, response: requests.Response) -> None:
-        """Raise for an error status, an opted-out image or an encoded body."""
-        code = response.status_code
-        if code == 429 or code >= 500:
-            status = "http_4xx" if code == 429 else "http_5xx"
-            wait_s = _retry_after_s(response.headers.get("Retry-After", ""))
-            if wait_s > RETRY_AFTER_CAP_S:
-                raise RowFailure(status, f"{code}, asks to come back later")
-            raise PassingFailure(status, str(code), wait_s)
-        if not 200 <= code < 300:
-            raise RowFailure("http_4xx", str(code))
-        if self.config.respect_opt_out and re.search(r"\bno(image)?ai\b", response.headers.get("X-Robots-Tag", "").lower()):
-            raise RowFailure("opted_out", "X-Robots-Tag")
-        codings = re.split(r"[\s,]+", response.headers.get("Content-Encoding", "").lower())
-        if not all(coding in NO_CODINGS or "/" in coding for coding in codings):
-            raise RowFailure("unsupported", "encoded body")
+    def submit(self, fetches: Iterable[tuple[str, OnDone]]) -> None:
+        """Fetch each URL when its host's turn comes, and then call its `OnDone`."""
+        with self._lock:
+            self._submissions += 1
+        self._loop.call_soon_threadsafe(self._read_some, iter(fetches))
 
-    def _read_body(self, response: requests.Response, deadline: float) -> bytes:
-        """At most `max_image_bytes`, no byte after the deadline."""
-        most_bytes = self.config.max_image_bytes
-        header = response.headers.get("Content-Length", "")
-        promised = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
-        if promised > most_bytes:
-            raise RowFailure("too_large", f"more than {most_bytes} bytes")
-        body = bytearray()
-        while True:
-            if time.monotonic() > deadline:
-                raise PassingFailure("timeout", "body did not end in time")
-            chunk = response.raw.read1(CHUNK_BYTES, decode_content=False)
-            if not chunk:
+    def release(self, outcome: Outcome) -> None:
+        """The outcome's data is needed no longer."""
+        self._loop.call_soon_threadsafe(self._release, outcome.holding)
+
+    def is_hungry(self) -> bool:
+        """Whether it could begin more fetches at once, if it only had URLs of hosts that may be asked."""
+        return not self._submissions and not self._listed and self._may_start()
+
+    def drop_all(self) -> None:
+        """Forget what waits and cut what is under way, without calling anybody back."""
+        with contextlib.suppress(TimeoutError):  # nobody waits longer for a run to end
+            asyncio.run_coroutine_threadsafe(self._drop_all(), self._loop).result(DROP_S)
+
+    def open_pool(self, threads: int) -> "WebPool":
+        """The pool that loads a run's images as they come; `threads` decode."""
+        from addons.images.web_pool import WebPool
+        return WebPool(self, threads)
+
+    def report_partition(self, plan: "Plan", run: "PartitionRun", table: "pa.Table") -> "Report":
+        """What is kept next to a part about its fetches; `table` holds the results of the whole partition."""
+        from addons.images.web_report import describe_partition
+        return describe_partition(self.config, plan, run, table, self.fetch_seconds.pop(run.partition.index, None))
+
+    # ── Turns (all that follows runs in the event loop's thread) ──────────────────────────────────────────────────────
+
+    def _read_some(self, fetches: Iterator[tuple[str, OnDone]]) -> None:
+        """Queue some URLs at their hosts, and go on with the others after whatever else is to be done."""
+        for _ in range(SUBMITTED_AT_ONCE):
+            pair = next(fetches, None)
+            if pair is None:
+                with self._lock:
+                    self._submissions -= 1
                 break
-            body += chunk
-            if len(body) > most_bytes:
-                raise RowFailure("too_large", f"more than {most_bytes} bytes")
-        if time.monotonic() > deadline:  # cut by the watchdog, which looks like an end
-            raise PassingFailure("timeout", "body did not end in time")
-        if len(body) < promised:
-            raise PassingFailure("connect", "body shorter than promised")
-        return bytes(body)
+            url, on_done = pair
+            try:
+                target = read_url(url, self.config)
+            except RowFailure as failure:
+                self._deliver(on_done, Outcome(failure=failure.with_traceback(None)))
+                continue
+            host = self._disk if self._cache else self.hosts.find(target.host_name)
+            self._queue(Fetch(url, on_done, target, host))
+        else:
+            self._loop.call_soon(self._read_some, fetches)
+        self._start_fetches()
 
+    def _queue(self, fetch: Fetch, is_next: bool = False) -> None:
+        """Have the fetch wait for its host, before the others if it `is_next`."""
+        if is_next:
+            fetch.host.waiting.appendleft(fetch)
+        else:
+            fetch.host.waiting.append(fetch)
+        self._look_at(fetch.host)
 
-def _can_be_split(url: str) -> bool:
-    """Whether urllib can take the URL apart; it raises ValueError for "http://[bad/"."""
-    try:
-        urllib.parse.urlsplit(url)
-        return True
-    except ValueError:
-        return False
+    def _look_at(self, host: Host) -> None:
+        """List the host if it may be asked now, or see to it that it is looked at when it may; give up one that is dead."""
+        now = self._loop.time()
+        if host.is_dead(now):
+            self._give_up(host, host.dead_status, f"host not reached {DEAD_AFTER} times in a row, left alone for a while")
+        elif host.is_given_up(now):
+            self._give_up(host, *_describe_refusal(host.refusal_code))
+        if not host.waiting:
+            self.hosts.rest(host)
+        elif not host.is_listed:
+            start = host.next_start()
+            if start <= now:
+                host.is_listed = True
+                self._listed.append(host)
+            elif start < host.wakes_at:  # infinity: it is looked at when one of its fetches ends
+                host.wakes_at = start
+                self._loop.call_at(start, self._wake, host)
 
+    def _wake(self, host: Host) -> None:
+        host.wakes_at = float("inf")
+        self._look_at(host)
+        self._start_fetches()
 
-def _as_passing(error: Exception, deadline: float) -> PassingFailure:
-    """A network error of requests, urllib3 or the system as the status it means."""
-    if time.monotonic() >= deadline:  # the watchdog cuts the connection, which looks like a reset
-        return PassingFailure("timeout", "no answer in time")
-    if isinstance(error, (requests.exceptions.Timeout, TimeoutError, urllib3.exceptions.TimeoutError)):
-        return PassingFailure("timeout", "no answer in time")
-    if caused_by(error, (socket.gaierror, urllib3.exceptions.NameResolutionError)):
-        return PassingFailure("dns", "host name does not resolve")
-    return PassingFailure("connect", "connection failed or broke off")
+    def _may_start(self) -> bool:
+        return self.in_flight < self.concurrency and self._unclaimed < UNCLAIMED_IMAGES
 
+    def _start_fetches(self) -> None:
+        """Begin as many fetches as there is room for; the hosts that may be asked take turns."""
+        now = self._loop.time()
+        while self._listed and self._may_start():
+            host = self._listed.popleft()
+            host.is_listed = False
+            if host.waiting and host.next_start() <= now:
+                host.note_start(now)
+                self.in_flight += 1
+                self._begin_task(self._run(host.waiting.popleft()))
+            self._look_at(host)
+        if now > self._tidy_at:
+            self._tidy_at = now + TIDY_S
+            self.web.connections.close_old(now)
 
-def _retry_after_s(header: str) -> float:
-    """The seconds that a Retry-After header asks for, given as a number or as a date; 0 if it cannot be read."""
-    if re.fullmatch(r"\d{1,9}", header):
-        return float(header)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    def _begin_task(self, work: "collections.abc.Coroutine[None, None, None]") -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
+    def _give_up(self, host: Host, status: str, detail: str) -> None:
+        """All rows that wait for the host end with that status."""
+        while host.waiting:
+            self._fail(host.waiting.popleft(), RowFailure(status, detail))
 
-def _store(path: pathlib.Path, body: bytes) -> None:
-    """Keep `body` for the next run; a cache that cannot be written is no reason to lose the image."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(body)
-        unfinished.replace(path)
+    def _fail(self, fetch: Fetch, reason: RowFailure) -> None:
+        self._deliver(fetch.on_done, Outcome(failure=reason.with_traceback(None), seconds=fetch.spent_s))
 
+    def _deliver(self, on_done: OnDone, outcome: Outcome) -> None:
+        self._unclaimed += 1
+        on_done(outcome)
 
-def caused_by(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Whether one of `kinds` is in the chain of causes, which urllib3 hides in `reason` or among the arguments."""
-    for _ in range(10):
-        if error is None or isinstance(error, kinds):
-            break
-        hidden = getattr(error, "reason", None)
-        if not isinstance(hidden, BaseException):
-            hidden = next((argument for argument in error.args if isinstance(argument, BaseException)), None)
-        error = hidden or error.__cause__ or error.__context__
-    return isinstance(error, kinds)
+    def _release(self, holding: Holding) -> None:
+        self._unclaimed -= 1
+        self.web.bytes.give_back(holding)
+        self._start_fetches()
 
+    async def _drop_all(self) -> None:
+        self._listed.clear()
+        for host in (self._disk, *self.hosts):
+            host.waiting.clear()
+            host.is_listed = False
+        ending = list(self._tasks)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        self._unclaimed = 0
+        self.web.bytes = BytesInFlight(self.config.max_image_bytes)
 
-# ── The watchdog: a deadline for what a timeout does not bound ────────────────────────────────────────────────────────
-
-class _Watch(NamedTuple):
-    """A connection that is to be cut at `deadline` (of time.monotonic)."""
-
-    deadline: float
-    connection: urllib3.connection.HTTPConnection | None
-    sock: socket.socket | None  # the response of a connection that will close keeps it, and the connection forgets it
-
-    def cut(self) -> None:
-        """Shut the socket down, so that whoever waits for it sees its end."""
-        current = getattr(self.connection, "sock", None) or self.sock
-        if current is None:  # not connected yet
-            return
-        with contextlib.suppress(OSError, TypeError):  # closed meanwhile; no real socket, as under some proxies
-            socket.socket.shutdown(current, socket.SHUT_RDWR)
-
-
-class _Fetching(threading.local):
-    """What the calling thread fetches: until when, and through which connection."""
-
-    deadline: float = math.inf
-    connection: urllib3.connection.HTTPConnection | None = None
-    sock: socket.socket | None = None
-
-
-class _Watchdog:
-    """Cuts the connection of a thread whose fetch is overdue while it connects, shakes hands, or waits for head or body."""
-
-    def __init__(self) -> None:
-        self._here = _Fetching()
-        self._lock = threading.Lock()
-        self._watched: dict[int, _Watch] = {}  # by the number of the fetching thread
-        self._thread: threading.Thread | None = None
-
-    def set_deadline(self, deadline: float) -> None:
-        """Begin a request of the calling thread, which has until `deadline` (of time.monotonic)."""
-        self._here.deadline = deadline
-        self._here.connection = None
-        self._here.sock = None
-
-    @contextlib.contextmanager
-    def watch(self, connection: urllib3.connection.HTTPConnection | None = None) -> Iterator[None]:
-        """Cut `connection`, or the one last watched by this thread, if what happens inside lasts beyond the deadline."""
-        here = self._here
-        here.connection = connection or here.connection
-        here.sock = getattr(here.connection, "sock", None) or here.sock
-        with self._lock:
-            self._watched[threading.get_ident()] = _Watch(here.deadline, here.connection, here.sock)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="fetch watchdog")
-                self._thread.start()
+    async def _run(self, fetch: Fetch) -> None:
+        """What is done in a turn."""
+        host = fetch.host
         try:
-            yield
+            if host is self._disk:
+                await self._look_into_cache(fetch)
+            else:
+                await self._try(fetch)
+        except Exception as bug:  # it must reach the run, which waits for this row
+            self._deliver(fetch.on_done, Outcome(bug=bug))
         finally:
-            with self._lock:
-                self._watched.pop(threading.get_ident(), None)
+            self.in_flight -= 1
+            host.in_flight -= 1
+            self._look_at(host)
+            self._start_fetches()
 
-    def _run(self) -> None:
-        while True:
-            time.sleep(0.1)
-            now = time.monotonic()
-            with self._lock:
-                for watch in self._watched.values():
-                    if now > watch.deadline:
-                        watch.cut()
+    async def _look_into_cache(self, fetch: Fetch) -> None:
+        """Deliver what the cache holds of the URL, or have the row wait for its host."""
+        assert self._cache
+        try:
+            body = await self._loop.run_in_executor(self._disk_threads, self._cache.read, fetch.url)
+        except RowFailure as failure:
+            self._fail(fetch, failure)
+            return
+        if body is None:
+            fetch.host = self.hosts.find(fetch.target.host_name)
+            self._queue(fetch)
+        else:
+            attempt = Attempt(fetch.target, float("inf"))
+            await self.web.bytes.count(attempt, len(body), len(body))
+            self._deliver(fetch.on_done, Outcome(body, holding=attempt.holding))
+
+    async def _try(self, fetch: Fetch) -> None:
+        """One attempt over the network; it ends with a body, a failure, or the wait for another turn."""
+        host = fetch.host
+        began = self._loop.time()
+        attempt = Attempt(fetch.target, began + self.config.fetch_timeout_s - fetch.spent_s)
+        trouble: Exception | None = None
+        body = b""
+        try:
+            body = await self.web.get(attempt)
+        except (RowFailure, PassingFailure, Redirected, Refused, TooManyFiles) as error:
+            trouble = error.with_traceback(None)
+            trouble.__context__ = None  # its traceback would keep what had been read
+        now = self._loop.time()
+        if isinstance(trouble, TooManyFiles):
+            self._make_room(fetch)
+            return
+        if isinstance(trouble, Refused) and not (trouble.is_bare_503() and not host.has_served):
+            self._wait_for_host(fetch, began, trouble)
+            return
+        fetch.spent_s += now - began - attempt.waited_s
+        if isinstance(trouble, Unreachable):
+            host.note_unreachable(now, "dns" if trouble.status == "dns" else "connect")
+        elif attempt.is_reading:
+            host.note_answer()
+        if isinstance(trouble, Refused):
+            trouble = PassingFailure(trouble.status, str(trouble.code))
+        if trouble is None:
+            host.note_served(now)
+            await self._keep_in_cache(fetch, body, attempt.opted_out)
+            self._deliver(fetch.on_done, Outcome(body, seconds=fetch.spent_s, holding=attempt.holding))
+        elif isinstance(trouble, Redirected):
+            self._follow(fetch, trouble.url)
+        elif isinstance(trouble, PassingFailure):
+            self._try_again(fetch, trouble)
+        elif isinstance(trouble, RowFailure):
+            await self._forget_if_opted_out(fetch, trouble)
+            self._fail(fetch, trouble)
+
+    async def _keep_in_cache(self, fetch: Fetch, body: bytes, opted_out: bool) -> None:
+        if self._cache:
+            await self._loop.run_in_executor(self._disk_threads, self._cache.keep, fetch.url, body, opted_out)
+
+    async def _forget_if_opted_out(self, fetch: Fetch, reason: RowFailure) -> None:
+        if self._cache and reason.status == "opted_out":
+            await self._loop.run_in_executor(self._disk_threads, self._cache.forget, fetch.url)
+
+    def _follow(self, fetch: Fetch, url: str) -> None:
+        """Have the fetch wait for the host that a redirect names."""
+        fetch.hops += 1
+        try:
+            if fetch.hops > REDIRECTS:
+                raise RowFailure("connect", f"more than {REDIRECTS} redirects")
+            if fetch.spent_s >= self.config.fetch_timeout_s:
+                raise RowFailure("timeout", "no answer in time")
+            if not can_be_split(url):
+                raise RowFailure("missing", "not a URL")
+            fetch.target = read_url(url, self.config)
+        except RowFailure as failure:
+            self._fail(fetch, failure)
+            return
+        fetch.host = self.hosts.find(fetch.target.host_name)
+        self._queue(fetch, is_next=True)
+
+    def _wait_for_host(self, fetch: Fetch, began: float, refused: Refused) -> None:
+        """The host wants to be left alone: its rows wait for it, and this one takes its turn behind them."""
+        host = fetch.host
+        host.note_answer()
+        host.refusal_code = refused.code
+        fetch.refusals += 1
+        if not host.note_refusal(self._loop.time(), began, refused.retry_after_s):
+            self._fail(fetch, RowFailure(*_describe_refusal(refused.code)))
+        elif fetch.refusals > MOST_REFUSALS and host.has_served:
+            self._fail(fetch, RowFailure(refused.status, str(refused.code)))
+        else:
+            self._queue(fetch)
+
+    def _try_again(self, fetch: Fetch, passing: PassingFailure) -> None:
+        """Another attempt after a pause, for which no place is held, if there are retries and time left."""
+        pause_s = FIRST_PAUSE_S * 2 ** fetch.attempts
+        fetch.attempts += 1
+        if fetch.attempts > self.config.fetch_retries or fetch.spent_s + pause_s >= self.config.fetch_timeout_s:
+            self._fail(fetch, RowFailure(passing.status, passing.detail))
+            return
+        fetch.spent_s += pause_s
+        self._begin_task(self._queue_later(fetch, pause_s))
+
+    async def _queue_later(self, fetch: Fetch, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        fetch.host = self.hosts.find(fetch.target.host_name)  # it may have been forgotten meanwhile
+        self._queue(fetch, is_next=True)
+        self._start_fetches()
+
+    def _make_room(self, fetch: Fetch) -> None:
+        """There are too many open files: fetch fewer at a time from now on, and this one once more."""
+        self.web.connections.close_all_but(0)
+        self.web.connections.most = 0
+        self.concurrency = max(1, min(self.concurrency, self.in_flight - 1))
+        if not self._has_said_full:
+            self._has_said_full = True
+            say(f"too many open files (ulimit -n): fetching {self.concurrency} images at a time")
+        fetch.times_full += 1
+        if fetch.times_full > MOST_TIMES_FULL:
+            self._fail(fetch, RowFailure("connect", "too many open files"))
+        else:
+            self._begin_task(self._queue_later(fetch, FULL_PAUSE_S))
 
 
-_WATCHDOG = _Watchdog()
-
-
-class _WatchedHTTPConnection(urllib3.connection.HTTPConnection):
-    """A connection that the watchdog cuts when it is overdue at connecting or waiting for headers."""
-
-    def connect(self) -> None:
-        with _WATCHDOG.watch(self):
-            super().connect()
-
-    def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # as in urllib3 itself
-        with _WATCHDOG.watch(self):
-            return super().getresponse()
-
-
-class _WatchedHTTPSConnection(_WatchedHTTPConnection, urllib3.connection.HTTPSConnection):
-    """The same for TLS, whose handshake is part of connecting."""
-
-
-class _HTTPPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _WatchedHTTPConnection
-
-
-class _HTTPSPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _WatchedHTTPSConnection
-
-
-# ── The session: addresses checked, connections watched ───────────────────────────────────────────────────────────────
-
-class _PublicOnly(IPFilterAdapter):
-    """requests-hardened's adapter, which pins the address it has checked; and nothing that is not globally routed."""
-
-    def build_connection_pool_key_attributes(
-            self, request: requests.PreparedRequest, verify: bool | str,
-            cert: str | tuple[str, str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
-        address = ipaddress.ip_address(host["host"].strip("[]"))
-        if not address.is_global or address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False):
-            raise InvalidIPAddress(address)
-        return host, pool
-
-
-class _Session(requests_hardened.HTTPSession):
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """No redirect for requests to see: it would read the redirect's whole body, which may never end."""
-
-
-def _open_session(config: Config, threads: int) -> requests.Session:
-    """A session without cookies, without the environment's proxies and passwords unless asked, under the watchdog."""
-    session = _Session(requests_hardened.Config(
-        ip_filter_enable=False, ip_filter_allow_loopback_ips=False, never_redirect=True,
-        default_timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)))
-    for scheme in ("http://", "https://"):
-        adapter = requests.adapters.HTTPAdapter() if config.allow_private_hosts else _PublicOnly(scheme == "https://")
-        adapter.init_poolmanager(256, threads)
-        adapter.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-        session.mount(scheme, adapter)
-    session.trust_env = config.use_environment_proxies
-    session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-    # identity: a compressed body could be a bomb, and images are compressed already
-    session.headers.update({"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.1", "Accept-Encoding": "identity"})
-    return session
+def _describe_refusal(code: int) -> tuple[str, str]:
+    """Status and detail of a row whose host refuses for longer than there is patience."""
+    return ("http_4xx" if code == 429 else "http_5xx"), f"{code}, asks to come back later"

@@ -5,7 +5,6 @@ a run gives the same scores however it is timed or resumed. The GPU gets only wh
 or progressive JPEG in grey or YCbCr, whose end is there (it would decode half an image without a word). Anything else, and
 anything that it then fails at, is decoded by Pillow as usual.
 """
-import contextlib
 import dataclasses
 import functools
 import io
@@ -13,9 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from addons.images import costs
 from addons.images.exif import TURNS, find_orientation
 from image_text_sim_clip import (
     NO_REMARK,
+    Account,
     ImageLoader,
     ImageSettings,
     Remark,
@@ -83,6 +84,11 @@ def attach(scorer: Scorer, loader: ImageLoader) -> ImageLoader:
 def offer_to_gpu(data: bytes, digest: bytes, max_pixels: int) -> OnGpu | None:
     """What the GPU is to decode: a complete JPEG in grey or YCbCr of an allowed size, outside the loaders' share."""
     if digest[0] < LOADERS_SHARE * 256 or data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
+        return None
+    try:
+        if costs.look(data, max_pixels):
+            return None
+    except RowFailure:  # which the loader will say
         return None
     from PIL import Image
     try:
@@ -183,10 +189,10 @@ class GpuDecoder:
         import torch
         self.fell_back += 1
         try:
-            with contextlib.ExitStack() as holding:
-                pixels = self.loader.resize(self.loader.decode(image.data or b"", holding))
+            with Account(self.loader.memory) as account:
+                pixels, _ = self.loader.make_pixels(image.data or b"", account)
         except RowFailure as failure:
-            image.failure = failure.with_traceback(None)
+            image.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes
             return None
         return torch.from_numpy(pixels).to(self.device)
 

@@ -1,4 +1,4 @@
-"""Decode images in a child process with a time limit, for a partition at which an earlier run crashed or hung.
+"""Decode images in a child process with limits of time and memory: doubtful ones, and all after a run crashed or hung.
 
 A decoder that crashes or never returns then costs one row, with the status `crashed`, and not the run. The child, its
 time limit and the pipes to it are the library pebble's.
@@ -6,19 +6,30 @@ time limit and the pipes to it are the library pebble's.
 import contextlib
 import multiprocessing
 import os
+import pathlib
 import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, NamedTuple
 
-from image_text_sim_clip import EXIT_CONFIG, REMARK, Config, ImageDecoder, ImageSettings, Remark, RowFailure, Trouble
+from image_text_sim_clip import (
+    EXIT_CONFIG,
+    REMARK,
+    Config,
+    ImageDecoder,
+    ImageSettings,
+    Remark,
+    RowFailure,
+    Trouble,
+    image_memory,
+)
 
 if TYPE_CHECKING:
     import pebble
     from PIL import Image
 
-LIMIT_S = 15.0  # for one image; 50 megapixels take one or two
+FOR_THE_ANSWER_BYTES = 400_000_000  # that the image goes back as, twice, beyond what decoding takes
 START_LIMIT_S = 60.0  # for a new child to import what it needs, which does not count in an image's limit
 
 
@@ -30,17 +41,19 @@ class IsolatedDecoder:
 
     def __init__(self, config: Config, settings: ImageSettings) -> None:
         self.decoder = ImageDecoder(config, settings)  # which can be pickled
+        self.limit_s = config.decode_timeout_s
+        self.is_usable = True  # however its children end
         self.child_pid = 0  # 0: there is no child
         self._lock = threading.Lock()
         self._pool: pebble.ProcessPool | None = None
         self._closed = False
 
-    def decode(self, data: bytes, holding: contextlib.ExitStack | None = None) -> "Image.Image":
+    def decode(self, data: bytes) -> "Image.Image":
         """Turn the bytes of an image file into an RGB image that is ready to be resized.
 
         Raises RowFailure for what is no proper image, and with the status `crashed` where the child ended or did not answer
-        within LIMIT_S; the next image then gets a new child. `holding` is what other decoders keep the turn of a large image
-        in; here all images take turns anyway.
+        within `decode_timeout_s`; the next image then gets a new child. A child may take as much memory as the budget of the
+        run's images has.
         """
         from PIL import Image
         with self._lock:
@@ -48,7 +61,7 @@ class IsolatedDecoder:
                 raise RowFailure("not_tried", "the run has ended")
             pool = self._pool or self._start_child()
             try:
-                answer = pool.schedule(decode_here, (self.decoder, data), timeout=LIMIT_S).result()
+                answer = pool.schedule(decode_here, (self.decoder, data), timeout=self.limit_s).result()
             except TimeoutError:
                 self._end_child()
                 raise RowFailure("crashed", "decoder did not return") from None
@@ -70,7 +83,9 @@ class IsolatedDecoder:
                                        "(pip install -r requirements.txt)") from None
         # spawn: a fork would copy the locks that torch's threads hold at this moment
         context = multiprocessing.get_context("spawn")
-        self._pool = pebble.ProcessPool(max_workers=1, initializer=prepare_child, context=context)
+        self._pool = pebble.ProcessPool(max_workers=1, initializer=prepare_child,
+                                        initargs=(image_memory(self.decoder.config.memory_budget_mib).total,),
+                                        context=context)
         try:
             with _sigint_blocked():
                 ready = self._pool.schedule(os.getpid)
@@ -133,11 +148,19 @@ class Refused(NamedTuple):
     detail: str
 
 
-def prepare_child() -> None:
-    """Import what decoding needs before the first image's time limit runs, and keep decoders off the parent's stdout."""
+def prepare_child(most_bytes: int) -> None:
+    """Import what decoding needs before the first image's time limit runs, and keep decoders off the parent's stdout.
+
+    From here on the child may take `most_bytes` of memory more.
+    """
     import PIL.Image
     PIL.Image.init()
     os.dup2(2, 1)  # stdout belongs to the result, and a C library may print
+    with contextlib.suppress(OSError, ValueError, ImportError):  # a system without such limits; a lower one is set already
+        import resource
+        pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + most_bytes + FOR_THE_ANSWER_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def decode_here(decoder: ImageDecoder, data: bytes) -> Decoded | Refused:

@@ -68,6 +68,12 @@ def trim_strip(image: "PillowImage", max_aspect: int) -> "PillowImage":
     return image.crop((left, top, min(width, left + long_edge), min(height, top + long_edge)))
 
 
+def shorten_strip(image: "PillowImage", max_edge: int) -> "PillowImage":
+    """Shrink an image with an edge above `max_edge` to at most that, by averaging whole numbers of neighbours."""
+    width, height = image.size
+    return image.reduce((-(-width // max_edge), -(-height // max_edge)))
+
+
 def why_unidentified(data: bytes) -> tuple[str, str]:
     """Status and detail for bytes that no allowed format claims: an image of another kind, or no image at all."""
     start = data[:512].lstrip().lower()

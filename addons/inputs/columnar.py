@@ -1,5 +1,6 @@
 """Tables in files that have a schema and hold their rows in blocks, which are read one at a time: Parquet, and its like."""
 import bisect
+import collections
 import contextlib
 import itertools
 from collections.abc import Iterator
@@ -8,14 +9,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.files import FileRows, InPlaceReader, InputFile
-from image_text_sim_clip import EXIT_INPUT, Config, Trouble, say
+from image_text_sim_clip import EXIT_INPUT, MAX_COLUMNS, Config, Trouble, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_TEXT_BYTES = 500_000_000  # that a file's own repetitions (its dictionaries) may stand for in a stretch of rows
 PLANNING_THREADS = 8  # schemas are read side by side: on a network disk each costs a round trip
 
 
@@ -87,7 +90,9 @@ class BlockReader(InPlaceReader):
 def check_schema(schema: pa.Schema, needed: list[str], file_name: str) -> None:
     """Raise Trouble (exit 3) unless the columns that are needed are there as text, and no two have one name."""
     names = schema.names
-    twice = sorted(name for name in names if names.count(name) > 1)
+    if len(names) > MAX_COLUMNS:
+        raise Trouble(EXIT_INPUT, f"{file_name} has {len(names)} columns, more than {MAX_COLUMNS}: no table of pairs")
+    twice = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if twice:
         raise Trouble(EXIT_INPUT, f"{file_name} has more than one column {twice[0]!r}")
     for name in needed:
@@ -112,18 +117,48 @@ def is_textual(kind: pa.DataType) -> bool:
 
 
 def to_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Any textual column as strings, "" for NULL; bytes that are no UTF-8, which Parquet lets pass, become U+FFFD."""
+    """Any textual column as strings, "" for NULL; bytes that are no UTF-8, which Parquet lets pass, become U+FFFD.
+
+    Raises ValueError for a dictionary that stands for more text than MOST_TEXT_BYTES.
+    """
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+        column = _spell_out(column)
     if pa.types.is_null(column.type):
         return empty_cells(len(column))
-    text = column.cast(pa.string()).fill_null("")
+    try:
+        text = column.cast(pa.string()).fill_null("")
+    except pa.ArrowException:  # a date of no calendar, in a column that may not even count
+        return pa.chunked_array([pa.array([_tell_cell(cell) for cell in column], pa.string())])
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
         cells = [cell.as_py().decode("utf-8", "replace") for cell in text.cast(pa.binary())]
         return pa.chunked_array([pa.array(cells, pa.string())])
     return text
+
+
+def _spell_out(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of dictionaries and places in them as one of values, unless that would be far larger than the file."""
+    values = column.type.value_type
+    if pa.types.is_string(values) or pa.types.is_large_string(values):
+        size = 0
+        for chunk in column.chunks:
+            lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
+            size += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+        if size > MOST_TEXT_BYTES:
+            raise ValueError(f"{len(column)} rows of a column hold {size >> 20} MiB of text, more than are read at a time: "
+                             "set partition_rows lower")
+    return column.cast(values)
+
+
+def _tell_cell(cell: pa.Scalar) -> str:
+    """One cell as text, the number that stands for it where it has no other; "" for NULL."""
+    if not cell.is_valid:
+        return ""
+    try:
+        return str(cell.cast(pa.string()).as_py())
+    except pa.ArrowException:
+        return str(getattr(cell, "value", ""))
 
 
 def empty_cells(count: int) -> pa.ChunkedArray:
@@ -144,7 +179,7 @@ class BlockRows(FileRows):
         self._opened: BlockFile | None = None
         self._opened_number = -1  # its place in `files`
         self._edges: list[int] = []  # the first row of each of its blocks, and the end
-        self._block: pa.Table | None = None  # of the opened file, as text
+        self._block: pa.Table | None = None  # of the opened file, as it has it: its dictionaries may stand for far more
         self._block_number = -1
 
     def __getstate__(self) -> dict[str, object]:
@@ -167,7 +202,9 @@ class BlockRows(FileRows):
             while row < stretch_end:
                 block = bisect.bisect_right(self._edges, row) - 1
                 end = min(self._edges[block + 1], stretch_end)
-                yield self._decode(opened, block).slice(row - self._edges[block], end - row)
+                rows = self._read(opened, block).slice(row - self._edges[block], end - row)
+                with reading(self.files[number].name):
+                    yield self._to_text(opened, rows)
                 row = end
 
     def _open(self, number: int) -> BlockFile:
@@ -185,18 +222,24 @@ class BlockRows(FileRows):
             self._edges = list(itertools.accumulate(opened.block_rows, initial=0))
         return self._opened
 
-    def _decode(self, opened: BlockFile, block: int) -> pa.Table:
+    def _read(self, opened: BlockFile, block: int) -> pa.Table:
+        """The block as the file has it, or as it is kept from the last time."""
         if self._block is None or self._block_number != block:
             self._block = None  # the old one goes before the new one comes
+            textual = self._textual(opened)
             with reading(self.files[self._opened_number].name):
-                self._block = self._read_text(opened, block)
+                table = opened.read_block(block, [name for name in self.columns if name in textual])
+                if len(table) != opened.block_rows[block]:
+                    raise ValueError("a block has not the rows that the file counts for it")
+            self._block = table
             self._block_number = block
         return self._block
 
-    def _read_text(self, opened: BlockFile, block: int) -> pa.Table:
-        textual = {field.name for field in opened.schema if is_textual(field.type)}
-        table = opened.read_block(block, [name for name in self.columns if name in textual])
-        if len(table) != opened.block_rows[block]:
-            raise ValueError("a block has not the rows that the file counts for it")
+    def _textual(self, opened: BlockFile) -> set[str]:
+        return {field.name for field in opened.schema if is_textual(field.type)}
+
+    def _to_text(self, opened: BlockFile, table: pa.Table) -> pa.Table:
+        """Rows of a block with all columns as text."""
+        textual = self._textual(opened)
         cells = [to_text(table[name]) if name in textual else empty_cells(len(table)) for name in self.columns]
         return pa.Table.from_arrays(cells, schema=self.schema)

@@ -48,6 +48,11 @@ class InputFile(NamedTuple):
         return InputFile(self.name.rpartition(".")[0] + suffix, self.path.rpartition(".")[0] + suffix)
 
 
+def as_text(name: str) -> str:
+    r"""A file's name for messages and cells; bytes that are no UTF-8, which Python has as lone surrogates, become \xe9."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 # ── From csv_path to files ────────────────────────────────────────────────────────────────────────────────────────────
 
 def expand_path(csv_path: str) -> list[str]:

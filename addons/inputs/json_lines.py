@@ -20,6 +20,7 @@ from addons.inputs.text import Text, TextReader, is_utf8
 from image_text_sim_clip import (
     BATCH_ROWS,
     EXIT_INPUT,
+    MAX_COLUMNS,
     Batch,
     Config,
     Malformed,
@@ -80,9 +81,11 @@ def parse_object(text: str, caption_key: str | None = None) -> dict[str, str]:
         values = _DECODER.decode(text)
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
+        if len(values) > MAX_COLUMNS:
+            raise ValueError(f"more than {MAX_COLUMNS} keys")
         if isinstance(caption := values.get(caption_key), list | dict):
             raise NestedCaption(f"{caption_key!r} is {'a list' if isinstance(caption, list) else 'an object'}, not text")
-        cells = {key: value if isinstance(value, str) else _tell_value(key, value, text) for key, value in values.items()}
+        cells = _to_cells(values, text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}") from None
     except RecursionError:
@@ -92,13 +95,23 @@ def parse_object(text: str, caption_key: str | None = None) -> dict[str, str]:
     return cells
 
 
-def _tell_value(key: str, value: bool | list[object] | dict[str, object] | None, text: str) -> str:
-    """The cell for a value of the object `text` that is neither a string nor a number."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(json.loads(text)[key], ensure_ascii=False)  # decoded again, so that numbers in it are numbers
+def _to_cells(values: dict[str, str | bool | list[object] | dict[str, object] | None], text: str) -> dict[str, str]:
+    """The cells for the values of the object that `text` holds; its numbers have come as strings."""
+    cells: dict[str, str] = {}
+    nested: dict[str, object] | None = None
+    for key, value in values.items():
+        if isinstance(value, str):
+            cells[key] = value
+        elif value is None:
+            cells[key] = ""
+        elif isinstance(value, bool):
+            cells[key] = str(value).lower()
+        else:
+            if nested is None:
+                nested = json.loads(text)  # decoded again, once for all, so that numbers in lists are numbers
+            assert nested is not None
+            cells[key] = json.dumps(nested[key], ensure_ascii=False)
+    return cells
 
 
 def find_columns(text: Text, needed: list[str], limit: int) -> list[str]:
@@ -130,7 +143,14 @@ def _join_keys(lines: Iterator[str], needed: list[str], columns: list[str], limi
         if values is not None:
             found.update(dict.fromkeys(values))
             rows += 1
+            check_width(len(found))
     return list(found)
+
+
+def check_width(columns: int) -> None:
+    """Raise Trouble (exit 3) for rows that have more keys together than a table of pairs may have columns."""
+    if columns > MAX_COLUMNS:
+        raise Trouble(EXIT_INPUT, f"the rows have more than {MAX_COLUMNS} different keys together: no table of pairs")
 
 
 # ── Lines to batches ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +186,7 @@ class LineParser:
         lines = self.text.lines()
         while self.text.taken_bytes < end and self.rows_left > 0:
             first_line = self.text.line
-            batch = list(itertools.islice(lines, BATCH_ROWS))
+            batch = list(_take_lines(lines))
             if not batch:
                 return
             malformed: list[Malformed] = []
@@ -188,6 +208,7 @@ class LineParser:
         rows: list[list[str]] = []
         malformed: list[Malformed] = []
         new_keys: dict[str, None] = {}
+        known = set(self.columns)
         for number, line in enumerate(batch, first_line):
             if len(rows) == self.rows_left:
                 break
@@ -197,9 +218,20 @@ class LineParser:
             if values is None:
                 malformed.append((len(rows), number, reason, line.rstrip("\r\n")))
             else:
-                new_keys.update((key, None) for key in values if key not in self.columns)
+                new_keys.update((key, None) for key in values if key not in known)
+                check_width(len(known) + len(new_keys))
                 rows.append([values.get(column, "") for column in self.columns])
         return to_table(rows, self.columns), malformed, list(new_keys)
+
+
+def _take_lines(lines: Iterator[str]) -> Iterator[str]:
+    """The next lines: BATCH_ROWS of them, or fewer where they are long."""
+    chars = 0
+    for line in itertools.islice(lines, BATCH_ROWS):
+        yield line
+        chars += len(line)
+        if chars > BLOCK_BYTES:
+            return
 
 
 def scan_line(line: str, columns: list[str]) -> list[str]:

@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.columnar import is_textual, reading, to_text
-from addons.inputs.files import FileRows, InPlaceReader, InputFile
-from addons.inputs.json_lines import NestedCaption, parse_object
+from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
+from addons.inputs.json_lines import NestedCaption, check_width, parse_object
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
-from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
+from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, reserve_for_image, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # those that are not read here become rows all the same, and their status says so
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic",
           "heif", "jxl", "jp2", "svg", "psd", "ico", "ppm", "pgm", "tga")
+MOST_HEADER_BYTES = 1_000_000  # of a long name or a pax header
+MOST_PAX_KEYS = 1000  # that hold for a whole tar
+_HEADER_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 MAX_TEXT_BYTES = 16_000_000  # of a .txt or .json; a longer one is no caption
 REST_BYTES = 1 << 20  # behind the last member, of which a whole tar has nothing but zeros
 
@@ -71,9 +74,13 @@ def index_tar(tar_file: InputFile) -> TarIndex:
     places: dict[str, int] = {}  # of the last entry of each key
     try:
         with tar_file.open() as file:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedInfo) as tar:
                 for info in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                    if tar.offset <= info.offset or info.size < 0:  # Python 3.11 would read it again for ever
+                        raise tarfile.ReadError("a member of negative size")
+                    if len(tar.pax_headers) > MOST_PAX_KEYS:  # each member gets a copy
+                        raise tarfile.ReadError("too many pax headers")
                     kind = kind_of_member(info)
                     if kind in ("image", "txt", "json"):
                         _add_member(info, kind, entries, places)
@@ -84,12 +91,26 @@ def index_tar(tar_file: InputFile) -> TarIndex:
             rest = file.read(REST_BYTES)
     except PermissionError:
         raise
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, LookupError, TypeError, RecursionError) as error:
         return TarIndex(entries, str(error) or type(error).__name__, left_aside)
     # tarfile takes a damaged header, and the end of a file that was cut between two members, for the tar's end
     if not rest:
         return TarIndex(entries, "cut off", left_aside)
     return TarIndex(entries, "no valid header follows" if any(rest) else "", left_aside)
+
+
+class BoundedInfo(tarfile.TarInfo):
+    """A TarInfo that refuses what leads backwards, and headers that would fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "BoundedInfo":
+        """See tarfile; raises HeaderError for a negative size, and for a long name or pax header beyond MOST_HEADER_BYTES."""
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0:
+            raise tarfile.HeaderError("a member of negative size")
+        if info.type in _HEADER_TYPES and info.size > MOST_HEADER_BYTES:
+            raise tarfile.HeaderError("a header that is too long")
+        return info
 
 
 def kind_of_member(info: tarfile.TarInfo) -> str:
@@ -133,7 +154,7 @@ def index_shard(tar_file: InputFile) -> TarIndex:
         return index
     with reading(side_file.name):
         columns = _read_side_file(side_file)
-    there = {entry.key for entry in entries} | {entry.key.rpartition("/")[2] for entry in entries}
+    there = {as_text(entry.key) for entry in entries} | {as_text(entry.key.rpartition("/")[2]) for entry in entries}
     for number, key in enumerate(columns.get("key", [])):
         if key not in there:
             fields = {name: cells[number] for name, cells in columns.items()}
@@ -216,6 +237,7 @@ class TarReader(InPlaceReader):
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys(names))
+            check_width(len(columns))
             described.append(entry)
             nested += entry["nested_captions"]
             starts.append(starts[-1] + entry["rows"])
@@ -252,6 +274,7 @@ class TarReader(InPlaceReader):
         names: dict[str, None] = {}
         for texts in read_members(file, entries, column_name(config.caption_column)):
             names.update(dict.fromkeys(texts.fields))
+            check_width(len(names))
             entry["nested_captions"] += texts.has_nested_caption
         return entry, list(names)
 
@@ -287,8 +310,8 @@ class TarRows(FileRows):
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
     def _make_row(self, file: InputFile, entry: Entry, texts: Texts) -> list[str]:
-        name = entry.image.name if entry.image else entry.key
-        url = texts.fields.get(self.url_column) or f"{file.name}/{name}"
+        name = as_text(entry.image.name if entry.image else entry.key)
+        url = texts.fields.get(self.url_column) or f"{as_text(file.name)}/{name}"
         cells = {**texts.fields, self.caption_column: texts.caption, self.url_column: url}
         return [cells.get(column, "") for column in self.columns]
 
@@ -310,6 +333,7 @@ class TarRows(FileRows):
             raise RowFailure("missing", "no image in the tar")
         if int(size) > self.max_bytes:
             raise RowFailure("too_large", f"{size} bytes")
+        reserve_for_image(int(size))
         try:
             with self.files[int(number)].open() as file:
                 file.seek(int(offset))

@@ -81,8 +81,9 @@ class Measure:
     """One thing that is computed besides the similarity; see the top of this file for how to add one.
 
     A worker makes one object of each class that the run wants and calls `begin` and `measure` for each of its partitions,
-    always from the same thread; `close` comes when it has no more partitions for now (more may follow later). The class
-    methods work on finished parts, without a model.
+    always from the same thread (of images from URLs several may be begun, and they are measured as they are complete);
+    `close` comes when it has no more partitions for now (more may follow later). The class methods work on finished parts,
+    without a model.
     """
 
     name: ClassVar[str]  # its key in a part's metadata and in profile.json, and the name of its stage
@@ -128,7 +129,7 @@ class Measure:
         return loader
 
     def begin(self, run: PartitionRun) -> None:
-        """Called before the partition's images are loaded, in the order of the partitions, one partition ahead."""
+        """Called before the partition's images are loaded, in the order of the partitions, some ahead of `measure`."""
 
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
         """Called when the partition's rows are scored and before its part is written."""

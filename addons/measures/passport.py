@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 from addons.measures import JsonObject, Measure, Measured, kept_by
 from addons.measures.drift import compare_pairs, describe_drift
 from image_text_sim_clip import (
+    Account,
     Config,
     ImageLoader,
     PartitionRun,
@@ -27,6 +28,7 @@ from image_text_sim_clip import (
     Scored,
     Scorer,
     decode_image,
+    image_memory,
     read_part_metadata,
     trim_strip,
 )
@@ -181,9 +183,9 @@ class Reference:
 
     def _prepare_image(self, data: bytes) -> "torch.Tensor":
         """(1, 3, H, W) float32, by the model's own processor from the image at its full size."""
-        with contextlib.ExitStack() as holding:
+        with Account(image_memory(self.scorer.config.memory_budget_mib)) as account:
             # without a target size, so that nothing is scaled down while it is decoded, whatever `decode` says
-            image = decode_image(data, self.scorer.config, None, holding)
+            image = decode_image(data, self.scorer.config, None, account)
             image = trim_strip(image, self.scorer.settings)
             pixels: torch.Tensor = self.scorer.family.processor(image, return_tensors="pt")["pixel_values"]
             return pixels

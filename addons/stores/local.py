@@ -1,5 +1,6 @@
 """The local disk, and whatever is mounted there."""
 import glob
+import os
 import pathlib
 import stat
 from typing import BinaryIO
@@ -41,7 +42,7 @@ class LocalStore:
 
     def open_native(self, path: str) -> "pa.NativeFile":
         """The file's bytes, for Arrow, which then reads them without Python."""
-        return pa.OSFile(path, "r")
+        return pa.OSFile(os.fsencode(path), "r")
 
 
 STORE = LocalStore()

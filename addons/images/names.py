@@ -1,0 +1,179 @@
+"""Names and addresses: which host a URL names, which addresses it has, and which of them may be asked.
+
+A resolver that does not answer must not hold a fetch for as long as the system waits for it, so names are looked up in
+threads of their own, with a deadline. Answers are kept for a while, together with the judgement about each address: what was
+checked is what is connected to. Everything here but the look-up itself runs in the thread of the fetcher's event loop.
+"""
+import asyncio
+import collections
+import ipaddress
+import queue
+import re
+import socket
+import threading
+from typing import NamedTuple
+
+from requests_hardened.ip_filter import EXTRA_BLOCKED_NET_RANGES
+
+RESOLVE_TIMEOUT_S = 5.0  # for one name; the system's own resolver may take half a minute
+KEPT_S = 300.0  # how long an answer is good for
+KEPT_NAMES = 10_000  # a table may have millions of hosts
+MOST_THREADS = 128  # each waits for one name
+STACK_BYTES = 512 * 1024  # of such a thread, which holds little
+
+# Services of a cloud that answer to its own machines only, at addresses that are otherwise public.
+METADATA_NETWORKS = (ipaddress.ip_network("168.63.129.16/32"),)  # Azure
+
+Address = tuple[socket.AddressFamily, str]  # of the kind AF_INET or AF_INET6, and as text
+
+
+class NameFailure(Exception):
+    """A host name that has no address, or none in time; the message says which."""
+
+
+class NotPublic(Exception):
+    """A host all of whose addresses are private, loopback, link-local, a metadata service, or otherwise not public."""
+
+
+class NoName(Exception):
+    """What stands where a URL has its host can be no host name."""
+
+
+def is_public(address: str) -> bool:
+    """Whether the IP address, given as text, belongs to the open internet."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped:
+            return is_public(str(ip.ipv4_mapped))
+        if ip.is_site_local:
+            return False
+    if not ip.is_global or ip.is_private or ip.is_multicast or ip.is_reserved:
+        return False
+    return not any(ip in network for network in (*EXTRA_BLOCKED_NET_RANGES, *METADATA_NETWORKS))
+
+
+def one_spelling(host: str) -> str:
+    """The host in the one way that all its spellings come to: lower case, no dot at its end, 127.1 as 127.0.0.1."""
+    plain = host.lower().rstrip(".")
+    if re.fullmatch(r"[0-9a-fx.]+", plain):
+        try:
+            return socket.inet_ntoa(socket.inet_aton(plain))  # takes the octal, hexadecimal and short spellings
+        except OSError:
+            return plain
+    if ":" in plain:
+        try:
+            return str(ipaddress.ip_address(plain))
+        except ValueError:
+            return plain
+    return plain
+
+
+class _Answer(NamedTuple):
+    """The addresses of a host that may be asked, none if it has no public one, and until when that is good."""
+
+    addresses: list[Address]
+    until: float  # of the event loop's clock
+
+
+class Resolver:
+    """Host name -> the addresses that may be asked, in the system's order. Used in the event loop's thread alone."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._answers: collections.OrderedDict[str, _Answer] = collections.OrderedDict()
+        self._asked: dict[str, asyncio.Future[list[Address]]] = {}  # being looked up: many rows may wait for one host
+        self._questions: queue.SimpleQueue[tuple[str, asyncio.Future[list[Address]]]] = queue.SimpleQueue()
+        self._threads = 0
+
+    async def find(self, host: str) -> list[Address]:
+        """At least one address; raises NameFailure, NotPublic, or NoName."""
+        loop = asyncio.get_running_loop()
+        kept = self._answers.get(host)
+        if kept is None or kept.until < loop.time():
+            found = await self._look_up(host)
+            if not self._allow_private:
+                found = [address for address in found if is_public(address[1].partition("%")[0])]
+            kept = _Answer(found, loop.time() + KEPT_S)
+            self._answers[host] = kept
+            if len(self._answers) > KEPT_NAMES:
+                self._answers.popitem(last=False)
+        self._answers.move_to_end(host)
+        if not kept.addresses:
+            raise NotPublic
+        return kept.addresses
+
+    async def _look_up(self, host: str) -> list[Address]:
+        literal = _read_literal(host)
+        if literal:
+            return [literal]
+        future = self._asked.get(host)
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
+            self._asked[host] = future
+            future.add_done_callback(lambda done: self._forget_question(host, done))
+            self._ask(host, future)
+        try:
+            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            raise NameFailure("the resolver does not answer") from None
+
+    def _forget_question(self, host: str, future: "asyncio.Future[list[Address]]") -> None:
+        del self._asked[host]
+        if not future.cancelled():
+            future.exception()  # nobody may be waiting any more, and asyncio would complain of an error not looked at
+
+    def _ask(self, host: str, future: "asyncio.Future[list[Address]]") -> None:
+        self._questions.put((host, future))
+        if self._threads < MOST_THREADS and len(self._asked) > self._threads:
+            self._threads += 1
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                # a daemon: one that waits for a dead resolver must not hold the end of the run
+                threading.Thread(target=self._answer_questions, name="resolver", daemon=True).start()
+            finally:
+                threading.stack_size(before)
+
+    def _answer_questions(self) -> None:
+        while True:
+            host, future = self._questions.get()
+            loop = future.get_loop()
+            try:
+                loop.call_soon_threadsafe(_settle, future, ask_system(host), None)
+            except Exception as error:  # whatever it is, it is for the one who asked
+                loop.call_soon_threadsafe(_settle, future, None, error)
+
+
+def _settle(future: "asyncio.Future[list[Address]]", addresses: list[Address] | None, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(addresses or [])
+
+
+def _read_literal(host: str) -> Address | None:
+    """The host as an address, if it is spelled as one in the usual way."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return (socket.AF_INET if ip.version == 4 else socket.AF_INET6), host
+
+
+def ask_system(host: str) -> list[Address]:
+    """What the system's resolver answers, at least one address; raises NameFailure or NoName."""
+    try:
+        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a label that is empty or too long
+        raise NoName from None
+    except OSError:  # socket.gaierror among them
+        raise NameFailure("host name does not resolve") from None
+    addresses: list[Address] = []
+    for family, _, _, _, place in answers:
+        if family in (socket.AF_INET, socket.AF_INET6) and (family, place[0]) not in addresses:
+            addresses.append((family, str(place[0])))
+    if not addresses:
+        raise NameFailure("host name does not resolve")
+    return addresses

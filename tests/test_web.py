@@ -1,0 +1,845 @@
+"""The open web: late, dead and busy hosts hold up nobody else, and whatever strangers do stays within bounds."""
+import asyncio
+import collections
+import contextlib
+import csv
+import errno
+import io
+import itertools
+import json
+import math
+import os
+import queue
+import resource
+import signal
+import socket
+import threading
+import time
+import urllib.parse
+
+import pytest
+from PIL import Image
+
+import image_text_sim_clip as script
+from addons.images import cache, exchange, fetch, hosts, http_client, names, targets, web_report
+
+
+def png(colour="red"):
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+IMAGE = png()
+
+
+def answer_with(body, *headers, code="200 OK"):
+    head = "".join(f"{header}\r\n" for header in headers)
+    return f"HTTP/1.1 {code}\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode() + body
+
+
+class RawServer:
+    """Calls answer(connection, path, server) for each request of each connection, in a thread for each of these."""
+
+    def __init__(self, answer, host="127.0.0.1"):
+        self.answer = answer
+        self.seen = []
+        self.lines = []  # of the heads, whole
+        self.closing = threading.Event()
+        self.socket = socket.create_server((host, 0), backlog=256)
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://{host}:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.socket.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, contextlib.suppress(OSError), connection.makefile("rb") as file:
+            while line := file.readline():
+                head = [line.decode().strip()]
+                while (more := file.readline().decode().strip()):
+                    head.append(more)
+                self.lines += head
+                self.seen.append(head[0].split(" ")[1])
+                if self.answer(connection, self.seen[-1], self) == "close":
+                    return
+
+    def close(self):
+        self.closing.set()
+        self.socket.close()
+
+
+@pytest.fixture
+def serve():
+    """Start raw servers, which end with the test."""
+    started = []
+
+    def start(answer, host="127.0.0.1"):
+        started.append(RawServer(answer, host))
+        return started[-1]
+    yield start
+    for server in started:
+        server.close()
+
+
+def send_image(connection, path, server):
+    connection.sendall(answer_with(IMAGE))
+
+
+def config_of(**keys):
+    return script.Config(**{"image_path": "url", "pretrained_model": "none", "allow_private_hosts": True, "fetch_retries": 0,
+                            "fetch_timeout_s": 3.0, **keys})
+
+
+def fetcher(**keys):
+    return fetch.open_source(config_of(**keys), 0)
+
+
+def outcome(get, url):
+    """("ok", "") or the status and detail of one fetch."""
+    try:
+        get(url)
+        return "ok", ""
+    except script.RowFailure as failure:
+        return failure.status, failure.detail
+
+
+def fetch_all(get, urls, timeout_s=30):
+    """[(seconds since the start, status)] of all URLs at once, in their order."""
+    done = queue.SimpleQueue()
+    started = time.monotonic()
+
+    def note(number, result):
+        done.put((number, time.monotonic() - started, result.failure.status if result.failure else "ok"))
+        get.release(result)
+    get.submit((url, lambda result, number=number: note(number, result)) for number, url in enumerate(urls))
+    found = {}
+    for _ in urls:
+        number, seconds, status = done.get(timeout=timeout_s)
+        found[number] = (seconds, status)
+    return [found[number] for number in range(len(urls))]
+
+
+# ── Names and addresses ───────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("address", [
+    "127.0.0.1", "10.1.2.3", "169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192", "0.0.0.0", "224.0.0.1",
+    "255.255.255.255", "::1", "fe80::1", "fd00:ec2::254", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:168.63.129.16",
+    "64:ff9b::7f00:1", "2002:7f00:1::", "2001::1", "::7f00:1"])
+def test_addresses_that_are_not_public(address):
+    """Private, loopback, link-local, multicast, embedded and metadata addresses are not public."""
+    assert not names.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "168.63.129.17", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"])
+def test_addresses_that_are_public(address):
+    """Neighbours of those, and any others, are."""
+    assert names.is_public(address)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("http://EXAMPLE.org/a", "http://example.org./b"), ("http://example.org:80/", "http://user:word@example.org/"),
+    ("http://127.1/", "http://0x7f000001/x"), ("http://[::1]/", "http://[0:0:0:0:0:0:0:1]/"),
+    ("http://example.org/", "https://example.org:443/"), ("http://b\u00fccher.example/", "http://xn--bcher-kva.example/")])
+def test_one_host_has_one_spelling(one, other):
+    """A host is paced under one name, however it is spelled."""
+    config = config_of()
+    assert targets.read_url(one, config).host_name == targets.read_url(other, config).host_name
+
+
+def test_another_port_is_another_host():
+    """What listens at another port is another server."""
+    config = config_of()
+    assert targets.read_url("http://h.example:81/", config).host_name != targets.read_url("http://h.example/", config).host_name
+
+
+def test_request_holds_no_more_than_one_line_of_the_url():
+    """What a stranger writes into a URL cannot add a header, and neither can a user agent of two lines."""
+    for url in ("http://h.example/a\r\nX: y", "http://h.example/a b\tc?d\ne", "http://h.example/\u2028\u00e9"):
+        request = targets.read_url(url, config_of(user_agent="a\r\nB: c")).request.decode()
+        headers = [line.split(":")[0] for line in request.split("\r\n")[1:-2]]
+        assert headers == ["Host", "User-Agent", "Accept", "Accept-Encoding"]
+        assert request.split("\r\n")[0].count(" ") == 2
+
+
+def test_resolver_that_does_not_answer(monkeypatch):
+    """A name whose look-up hangs is `dns`, in time, and other names are found meanwhile."""
+    free = threading.Event()
+    monkeypatch.setattr(names, "RESOLVE_TIMEOUT_S", 0.3)
+
+    def hang(host, *arguments, **options):
+        free.wait(20)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    get = fetcher(fetch_timeout_s=10.0)
+    started = time.monotonic()
+    assert outcome(get, "http://silent.example/x") == ("dns", "the resolver does not answer")
+    assert time.monotonic() - started < 3
+    free.set()
+
+
+def test_names_are_looked_up_once(serve, monkeypatch):
+    """The answer of the resolver is kept, also among many rows that wait for the same one."""
+    asked = []
+    server = serve(lambda connection, path, server: connection.sendall(answer_with(IMAGE, "Connection: close")) or "close")
+
+    def resolve(host, *arguments, **options):
+        asked.append(host)
+        time.sleep(0.1)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    get = fetcher()
+    urls = [f"http://name.example:{server.port}/{n}" for n in range(20)]
+    assert {status for _, status in fetch_all(get, urls)} == {"ok"}
+    assert outcome(get, urls[0])[0] == "ok"
+    assert asked == ["name.example"]
+
+
+def test_names_are_forgotten(monkeypatch):
+    """A bounded number of names is kept, however many there are."""
+    monkeypatch.setattr(names, "KEPT_NAMES", 50)
+    monkeypatch.setattr(names, "ask_system", lambda host: [(socket.AF_INET, "93.184.216.34")])
+
+    async def look_up_many():
+        resolver = names.Resolver(allow_private=False)
+        for number in range(300):
+            await resolver.find(f"host{number}.example")
+        return resolver
+    resolver = asyncio.run(look_up_many())
+    assert len(resolver._answers) == 50 and not resolver._asked
+
+
+def test_next_address_is_tried(serve, monkeypatch):
+    """Where the first address of a name refuses, the image comes from the second."""
+    server = serve(send_image)
+    places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.99", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: places)
+    assert fetcher()(f"http://two.example:{server.port}/x") == IMAGE
+
+
+def test_private_addresses_of_a_public_name_are_left_out(serve, monkeypatch):
+    """Of a name's addresses only the public ones are tried."""
+    server = serve(send_image)
+    tried = []
+    places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "93.184.216.34")]
+
+    def connect(self, address):
+        tried.append(address[0])
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: places)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert outcome(fetcher(allow_private_hosts=False), f"http://two.example:{server.port}/x")[0] == "connect"
+    assert tried == ["93.184.216.34"] and server.seen == []
+
+
+# ── What a host will bear ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def serve_times(host, count, begin, gap_s):
+    """Let the host serve `count` images, one after the other; returns when the last has come."""
+    for number in range(count):
+        host.note_start(begin + number * gap_s)
+        host.in_flight -= 1
+        host.note_served(begin + (number + 1) * gap_s)
+    return begin + count * gap_s
+
+
+def test_no_more_than_allowed_at_once():
+    """A host is asked by so many fetches at a time as max_per_host says."""
+    host = hosts.Host("h", 2, 60.0)
+    for _ in range(2):
+        assert host.next_start() <= 0
+        host.note_start(0)
+    assert host.next_start() == math.inf
+
+
+def test_refusal_pauses_all_and_lowers_the_rate():
+    """After a refusal the host rests as long as it asks for, and then is asked at three quarters of what it had accepted."""
+    host = hosts.Host("h", 16, 60.0)
+    now = serve_times(host, 20, 0.0, 0.01)
+    assert host.note_refusal(now, now - 0.01, 5.0)
+    assert host.next_start() == pytest.approx(now + 5)
+    assert host.rate == pytest.approx(15)
+    host.note_start(now + 5)
+    host.in_flight -= 1
+    assert host.next_start() == pytest.approx(now + 5 + 1 / 15)
+
+
+def test_pauses_of_a_host_double_until_it_serves():
+    """A host that does not say when to come back rests for one second, two, four, and from one again once it has served."""
+    host = hosts.Host("h", 16, 600.0)
+    now = 0.0
+    for pause_s in (1, 2, 4, 8):
+        host.note_refusal(now, now, 0.0)
+        assert host.next_start() == pytest.approx(now + pause_s)
+        now += pause_s
+    host.note_served(now)
+    host.note_refusal(now, now, 0.0)
+    assert host.next_start() == pytest.approx(now + 1)
+
+
+def test_refusals_of_one_burst_count_once():
+    """Requests that were under way when the host refused tell nothing new."""
+    host = hosts.Host("h", 16, 60.0)
+    for number in range(10):
+        host.note_refusal(0.1 + number / 100, 0.0, 0.0)
+    assert host.next_start() == pytest.approx(1.1) and host.patience_s == pytest.approx(59)
+
+
+def test_rate_grows_again():
+    """While a host serves, its rate grows by two per cent a second."""
+    host = hosts.Host("h", 16, 60.0)
+    now = serve_times(host, 20, 0.0, 0.01)
+    host.note_refusal(now, now, 1.0)
+    before = host.rate
+    serve_times(host, 100, now, 0.1)
+    assert host.rate == pytest.approx(before * 1.02 ** 10, rel=0.01)
+
+
+def test_patience_ends_and_comes_back():
+    """Pauses use patience up, images give some back; a host without any is given up while it rests."""
+    host = hosts.Host("h", 16, 10.0)
+    assert host.note_refusal(0.0, 0.0, 8.0)
+    assert not host.is_given_up(1.0)
+    assert not host.note_refusal(8.0, 8.0, 8.0)
+    assert host.is_given_up(9.0)
+    serve_times(host, 30, 100.0, 1.0)
+    assert host.patience_s == pytest.approx(3.0)
+    assert not host.is_given_up(131.0)
+
+
+def test_dead_host_is_left_alone_and_then_tried_by_one():
+    """Five failures in a row to reach a host make it dead for a minute, and one fetch finds out whether it is back."""
+    host = hosts.Host("h", 16, 60.0)
+    for _ in range(4):
+        host.note_unreachable(1.0, "connect")
+    assert not host.is_dead(1.0)
+    host.note_answer()
+    for _ in range(5):
+        host.note_unreachable(2.0, "dns")
+    assert host.is_dead(61.0) and host.dead_status == "dns"
+    assert not host.is_dead(63.0)
+    host.note_start(63.0)
+    assert host.next_start() == math.inf
+    host.in_flight -= 1
+    host.note_answer()
+    host.note_start(64.0)
+    assert host.next_start() <= 64.0
+
+
+def test_hosts_are_forgotten(monkeypatch):
+    """What is known of hosts that nobody waits for stays bounded, and what is in use is kept."""
+    monkeypatch.setattr(hosts, "KEPT_HOSTS", 100)
+    known = hosts.Hosts(16, 60.0)
+    busy = known.find("busy.example")
+    busy.in_flight = 1
+    for number in range(1000):
+        known.rest(known.find(f"host{number}.example"))
+    known.rest(busy)
+    assert len(known) == 101
+    assert known.find("busy.example") is busy
+
+
+# ── Fetching ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_own_queue_costs_no_time(serve):
+    """A deadline counts from when a fetch has its turn: rows that wait for max_per_host do not time out."""
+    server = serve(lambda connection, path, server: time.sleep(0.2) or connection.sendall(answer_with(IMAGE)))
+    get = fetcher(max_per_host=1, fetch_timeout_s=1.0)
+    found = fetch_all(get, [f"{server.url}/{n}" for n in range(8)])
+    assert {status for _, status in found} == {"ok"}
+    assert found[-1][0] > 1.2
+
+
+def test_slow_host_holds_up_no_other(serve):
+    """A lump of a slow host's rows at the head of the table waits for itself alone."""
+    def answer(connection, path, server):
+        time.sleep(0.5)
+        send_image(connection, path, server)
+    slow = serve(answer)
+    quick = serve(send_image, "127.0.0.2")
+    get = fetcher(max_per_host=2, fetch_concurrency=4)
+    found = fetch_all(get, [f"{slow.url}/{n}" for n in range(8)] + [f"{quick.url}/{n}" for n in range(20)])
+    assert {status for _, status in found} == {"ok"}
+    assert max(seconds for seconds, _ in found[8:]) < min(2.0, found[7][0])
+
+
+@pytest.mark.slow
+def test_host_that_limits_its_requests(serve):
+    """All rows of a host that allows 20 requests a second are fetched, and those of others do not wait for it."""
+    log = collections.deque()
+    refused = []
+    lock = threading.Lock()
+
+    def answer(connection, path, server):
+        with lock:
+            now = time.monotonic()
+            while log and now - log[0] > 1:
+                log.popleft()
+            is_allowed = len(log) < 20
+            if is_allowed:
+                log.append(now)
+            else:
+                refused.append(path)
+        connection.sendall(answer_with(IMAGE) if is_allowed else answer_with(b"slow down", code="429 Too Many Requests"))
+    limited = serve(answer)
+    other = serve(send_image, "127.0.0.2")
+    found = fetch_all(fetcher(fetch_timeout_s=1.0), [f"{limited.url}/{n}" for n in range(80)]
+                      + [f"{other.url}/{n}" for n in range(100)])
+    assert {status for _, status in found} == {"ok"}
+    assert max(seconds for seconds, _ in found[80:]) < max(seconds for seconds, _ in found[:80])
+    assert len(refused) < 80
+
+
+def test_broken_page_costs_its_host_little(serve, monkeypatch):
+    """A URL that answers 503 for ever ends as http_5xx, and the other images of its host come."""
+    monkeypatch.setattr(hosts, "FIRST_PAUSE_S", 0.01)
+
+    def answer(connection, path, server):
+        connection.sendall(answer_with(b"", code="503 Unavailable") if path == "/broken" else answer_with(IMAGE))
+    server = serve(answer)
+    get = fetcher(fetch_retries=1, max_per_host=1)
+    assert outcome(get, f"{server.url}/broken") == ("http_5xx", "503")
+    assert len(server.seen) == 2
+    found = fetch_all(get, [f"{server.url}/{name}" for name in ("a", "broken", "b", "c", "d")])
+    assert [status for _, status in found] == ["ok", "http_5xx", "ok", "ok", "ok"]
+    assert server.seen.count("/broken") <= 2 + fetch.MOST_REFUSALS + 1
+
+
+def test_dead_host_is_asked_no_more():
+    """Rows of a host that could not be reached several times in a row fail at once, and their detail says why."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        get = fetcher(max_per_host=1)
+        details = [outcome(get, f"{url}/{n}") for n in range(8)]
+    assert {status for status, _ in details} == {"connect"}
+    assert [("left alone" in detail) for _, detail in details] == [False] * hosts.DEAD_AFTER + [True] * (8 - hosts.DEAD_AFTER)
+
+
+@pytest.mark.parametrize("before", [
+    b"HTTP/1.1 103 Early Hints\r\nLink: </s.css>; rel=preload\r\n\r\n", b"HTTP/1.1 102 Processing\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"])
+def test_early_hints_are_read_past(serve, before):
+    """Answers of 1xx before the image are no answers."""
+    server = serve(lambda connection, path, server: connection.sendall(before + answer_with(IMAGE)))
+    assert fetcher()(f"{server.url}/x") == IMAGE
+
+
+def test_endless_early_hints_end(serve):
+    """A server that sends nothing but early hints ends as connect."""
+    def answer(connection, path, server):
+        for _ in range(2000):
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n")
+    assert outcome(fetcher(), f"{serve(answer).url}/x")[0] == "connect"
+
+
+@pytest.mark.parametrize("head", [
+    b"HTTP/1.1 200 OK\nContent-Length: %d\n\n", b"HTTP/1.1 200\r\ncontent-length:%d\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Long: a\r\n  b\r\nContent-Length: %d\r\n\r\n"])
+def test_heads_of_odd_servers(serve, head):
+    """Bare newlines, no reason, HTTP/1.0 and folded headers are read as other clients read them."""
+    server = serve(lambda connection, path, server: connection.sendall(head % len(IMAGE) + IMAGE) or "close")
+    assert fetcher()(f"{server.url}/x") == IMAGE
+
+
+def test_connections_are_used_again(serve):
+    """One connection serves one URL after the other, also after an error page."""
+    connections = set()
+
+    def answer(connection, path, server):
+        connections.add(connection.fileno())
+        connection.sendall(answer_with(b"no", code="404 Not Found") if path == "/no" else answer_with(IMAGE))
+    server = serve(answer)
+    get = fetcher()
+    statuses = [outcome(get, f"{server.url}/{name}")[0] for name in ("a", "no", "b", "c")]
+    assert statuses == ["ok", "http_4xx", "ok", "ok"]
+    assert len(connections) == 1
+
+
+def test_bytes_nobody_asked_for_are_not_taken_for_the_next_image(serve):
+    """What a server sends beyond its answer ends the connection, and never becomes another row's image."""
+    other = answer_with(png("blue"))
+    server = serve(lambda connection, path, server: connection.sendall(answer_with(IMAGE) + other))
+    get = fetcher()
+    assert [get(f"{server.url}/{n}") for n in range(4)] == [IMAGE] * 4
+
+
+def test_closed_connection_is_no_failure(serve):
+    """A server that closes a kept connection without a word costs no row and no retry."""
+    server = serve(lambda connection, path, server: connection.sendall(answer_with(IMAGE)) or "close")
+    get = fetcher()
+    assert [get(f"{server.url}/{n}") for n in range(5)] == [IMAGE] * 5
+    assert len(server.seen) == 5
+
+
+def test_connections_stay_within_the_limit_on_open_files(serve, monkeypatch):
+    """Fetches and kept connections leave descriptors for everything else, whatever the limit is."""
+    for limit in (64, 256, 1024, 20_000):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
+        under_way, kept = fetch.count_connections(config_of())
+        assert under_way >= 1 and kept >= 1
+        assert under_way + kept <= max(8, limit - fetch.FILES_KEPT_BACK)
+    assert under_way == fetch.AUTO_CONCURRENCY
+    get = fetcher(max_per_host=64)
+    get.web.connections.most = 3
+    server = serve(send_image)
+    fetch_all(get, [f"{server.url}/{n}" for n in range(40)])
+    assert get.web.connections._count <= 3
+
+
+def test_too_many_open_files_are_told_and_cost_no_row(serve, monkeypatch, capfd):
+    """Where the system has no descriptor left, fewer are fetched at a time, one line says so, and every image comes."""
+    server = serve(send_image)
+    monkeypatch.setattr(fetch, "FULL_PAUSE_S", 0.02)
+    opened = []
+    connect = http_client._connect
+
+    async def connect_if_there_is_room(loop, family, address, port):
+        opened.append(port)
+        if len(opened) < 12:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await connect(loop, family, address, port)
+    monkeypatch.setattr(http_client, "_connect", connect_if_there_is_room)
+    get = fetcher()
+    assert {status for _, status in fetch_all(get, [f"{server.url}/{n}" for n in range(20)])} == {"ok"}
+    assert capfd.readouterr().err.count("too many open files (ulimit -n)") == 1
+    assert get.concurrency < 20
+
+
+def test_large_bodies_take_turns(serve, monkeypatch):
+    """Bodies beyond some size wait for room in memory, off their clock, and all arrive."""
+    monkeypatch.setattr(exchange, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(exchange, "MEDIUM_BYTES", 100_000)
+    monkeypatch.setattr(exchange, "MEDIUM_BUDGET", 200_000)
+    monkeypatch.setattr(exchange, "LARGE_BUDGET", 1_000_000)
+    body = bytes(400_000)
+
+    def answer(connection, path, server):
+        if path.startswith("/chunked"):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for start in range(0, len(body), 50_000):
+                connection.sendall(b"c350\r\n" + body[start:start + 50_000] + b"\r\n")
+            connection.sendall(b"0\r\n\r\n")
+        else:
+            connection.sendall(answer_with(body if path.startswith("/large") else bytes(60_000)))
+    server = serve(answer)
+    get = fetcher(max_image_bytes=500_000, fetch_timeout_s=1.0, max_per_host=64)
+    most = [0, 0]
+    released = []
+    done = queue.SimpleQueue()
+
+    def hold_a_moment(result):
+        most[0] = max(most[0], get.web.bytes._medium.taken)
+        most[1] = max(most[1], get.web.bytes._large.taken)
+        threading.Timer(0.05, lambda: (released.append(len(result.data)), get.release(result), done.put(result))).start()
+    urls = [f"{server.url}/{kind}/{n}" for n in range(8) for kind in ("large", "medium", "chunked")]
+    get.submit((url, hold_a_moment) for url in urls)
+    found = [done.get(timeout=20) for _ in urls]
+    assert {each.failure and each.failure.status for each in found} == {None}
+    assert most[0] <= 200_000 and most[1] <= 1_000_000
+    time.sleep(0.1)
+    assert (get.web.bytes._medium.taken, get.web.bytes._large.taken) == (0, 0)
+
+
+def test_body_that_breaks_off_gives_its_memory_back(serve, monkeypatch):
+    """What a failed attempt held is free again."""
+    monkeypatch.setattr(exchange, "SMALL_BYTES", 1000)
+
+    def answer(connection, path, server):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5000000\r\n\r\n" + bytes(100_000))
+        return "close"
+    get = fetcher()
+    assert outcome(get, f"{serve(answer).url}/x") == ("connect", "body shorter than promised")
+    assert (get.web.bytes._medium.taken, get.web.bytes._large.taken) == (0, 0)
+
+
+# ── Proxies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def use_proxy(monkeypatch):
+    """Have the environment name the server as its proxy, and public.example resolve to a public address."""
+    def use(server):
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy"):
+                monkeypatch.delenv(name)
+        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{server.port}")
+        resolve = socket.getaddrinfo
+
+        def public(host, *arguments, **options):
+            return resolve("93.184.216.34" if host == "public.example" else host, *arguments, **options)
+        monkeypatch.setattr(socket, "getaddrinfo", public)
+    return use
+
+
+def tunnel(connection, path, server):
+    """A proxy that agrees to every tunnel, and is itself what lies at its other end."""
+    if path.startswith("93."):
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+    elif path == "/drip":
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        while not server.closing.wait(0.1):
+            connection.sendall(b"X: y\r\n")
+    else:
+        connection.sendall(answer_with(IMAGE))
+
+
+def test_proxy_is_asked_for_the_checked_address(serve, use_proxy):
+    """The proxy gets the address, not a name that it would resolve again; the host's name goes through the tunnel."""
+    proxy = serve(tunnel)
+    use_proxy(proxy)
+    get = fetcher(use_environment_proxies=True, allow_private_hosts=False)
+    assert get("http://public.example/x") == IMAGE
+    assert proxy.seen == ["93.184.216.34:80", "/x"]
+    end_of_first = proxy.lines.index("GET /x HTTP/1.1")
+    assert not any("public.example" in line for line in proxy.lines[:end_of_first])
+    assert "Proxy-Authorization: Basic bWU6c2VjcmV0" in proxy.lines[:end_of_first]
+    assert "Host: public.example" in proxy.lines[end_of_first:]
+    assert not any("Authorization" in line for line in proxy.lines[end_of_first:])
+
+
+def test_proxied_head_that_drips_ends_in_time(serve, use_proxy):
+    """The deadline counts through a proxy as well."""
+    proxy = serve(tunnel)
+    use_proxy(proxy)
+    get = fetcher(use_environment_proxies=True, allow_private_hosts=False, fetch_timeout_s=0.8)
+    started = time.monotonic()
+    assert outcome(get, "http://public.example/drip")[0] == "timeout"
+    assert time.monotonic() - started < 2
+
+
+def test_private_url_is_refused_before_the_proxy(serve, use_proxy):
+    """A proxy does not make private addresses public."""
+    proxy = serve(tunnel)
+    use_proxy(proxy)
+    get = fetcher(use_environment_proxies=True, allow_private_hosts=False)
+    assert outcome(get, "http://10.0.0.1/x")[0] == "forbidden"
+    assert proxy.seen == []
+
+
+def test_proxy_that_refuses(serve, use_proxy):
+    """A proxy that allows no tunnel is connect, and the detail says so."""
+    proxy = serve(lambda connection, path, server: connection.sendall(answer_with(b"", code="403 Forbidden")))
+    use_proxy(proxy)
+    get = fetcher(use_environment_proxies=True, allow_private_hosts=False)
+    assert outcome(get, "http://public.example/x") == ("connect", "the environment's proxy refuses to connect (403)")
+
+
+# ── The cache ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def entries(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-3], lambda data: data + b"x", lambda data: b"", lambda data: IMAGE,
+    lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b"[]\n" + IMAGE, lambda data: b'{"kind": 7}\n' + IMAGE])
+def test_damaged_cache_entries_are_fetched_anew(serve, tmp_path, damage):
+    """An entry that is cut, changed or of another kind counts as not there, and is written anew."""
+    server = serve(send_image)
+    for _ in range(2):
+        assert fetcher(cache_path=str(tmp_path))(f"{server.url}/x") == IMAGE
+    assert len(server.seen) == 1
+    entry, = entries(tmp_path)
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    assert fetcher(cache_path=str(tmp_path))(f"{server.url}/x") == IMAGE
+    assert len(server.seen) == 2 and entry.read_bytes() == whole
+
+
+def test_entry_that_cannot_be_read_is_fetched_anew(serve, tmp_path):
+    """A folder where an entry should be costs nothing but the fetch."""
+    server = serve(send_image)
+    name = cache.Cache(str(tmp_path), 100, True)._path(f"{server.url}/x")
+    name.mkdir(parents=True)
+    assert fetcher(cache_path=str(tmp_path))(f"{server.url}/x") == IMAGE
+
+
+def test_full_disk_leaves_nothing_in_the_cache(serve, tmp_path, monkeypatch):
+    """A disk that is full in the middle of an entry keeps nothing of it, and the image comes."""
+    server = serve(send_image)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        assert fetcher(cache_path=str(tmp_path / "cache"))(f"{server.url}/x") == IMAGE
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_cache_respects_an_opt_out(serve, tmp_path):
+    """What was kept from a server that opts out is not used by a run that respects it."""
+    server = serve(lambda connection, path, server: connection.sendall(answer_with(IMAGE, "X-Robots-Tag: noai")))
+    assert fetcher(cache_path=str(tmp_path), respect_opt_out=False)(f"{server.url}/x") == IMAGE
+    assert outcome(fetcher(cache_path=str(tmp_path)), f"{server.url}/x") == ("opted_out", "X-Robots-Tag")
+    assert fetcher(cache_path=str(tmp_path), respect_opt_out=False)(f"{server.url}/x") == IMAGE
+    assert len(server.seen) == 1
+
+
+def test_opt_out_that_is_learnt_later_empties_the_cache(serve, tmp_path):
+    """Where an entry has to be fetched again and its server opts out by now, the entry goes."""
+    opts_out = threading.Event()
+
+    def answer(connection, path, server):
+        connection.sendall(answer_with(IMAGE, "X-Robots-Tag: noai") if opts_out.is_set() else answer_with(IMAGE))
+    server = serve(answer)
+    assert fetcher(cache_path=str(tmp_path))(f"{server.url}/x") == IMAGE
+    entry, = entries(tmp_path)
+    entry.write_bytes(b"damaged")
+    opts_out.set()
+    assert outcome(fetcher(cache_path=str(tmp_path)), f"{server.url}/x")[0] == "opted_out"
+    assert entries(tmp_path) == []
+
+
+# ── A whole run ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_late_images_hold_up_no_other_partition(serve, write_config, write_table, run_main, read_table, tmp_path):
+    """A row that never comes is told at the end of its partition, when those behind it have long been written."""
+    def answer(connection, path, server):
+        if path == "/late":
+            server.closing.wait(20)
+        send_image(connection, path, server)
+    server = serve(answer)
+    rows = [(f"{server.url}/late" if number == 1 else f"{server.url}/{number}", "c") for number in range(40)]
+    write_table([("url", "caption"), *rows])
+    config = write_config(image_path="url", allow_private_hosts=True, partition_rows=4, fetch_timeout_s=1.5)
+    result = run_main("--config", config)
+    assert result.code == 0, result.stderr
+    scores = read_table(tmp_path / "out/scores.csv")
+    assert [row["url"] for row in scores] == [url for url, _ in rows]
+    assert [row["status"] for row in scores] == ["timeout" if number == 1 else "ok" for number in range(40)]
+    ended = [json.loads(path.read_text())["ended"] for path in sorted((tmp_path / "out/parts").glob("part-*.json"))]
+    assert len(ended) == 10 and max(ended) == ended[0] and ended[0] - max(ended[1:]) > 0.5
+
+
+def test_each_url_is_fetched_once_for_a_partition(serve, write_config, write_table, run_main, tmp_path):
+    """Equal URLs of a partition are one fetch; those of different partitions are what a cache would have saved."""
+    server = serve(send_image)
+    write_table([("url", "caption"), *((f"{server.url}/{number % 5}", f"c {number}") for number in range(40))])
+    config = write_config(image_path="url", allow_private_hosts=True, partition_rows=20)
+    result = run_main("--config", config)
+    assert len(server.seen) == 10
+    profile = json.loads((tmp_path / "out/profile.json").read_text())
+    assert profile["fetching"]["fetches"] == 10 and profile["fetching"]["repeated_share"] == 0.5
+    assert "5 of 10 fetches, which a cache_path would save" in result.stderr
+    assert sum(profile["fetching"]["seconds"]["up_to"].values()) == 10
+
+
+def test_summary_names_the_hosts_that_failed(serve, write_config, write_table, run_main, tmp_path):
+    """The hosts with most failures are told with their statuses, the worst first; broken images are not their fault."""
+    def answer(connection, path, server):
+        code = path.split("/")[1]
+        body = b"<html>" if code == "page" else IMAGE
+        connection.sendall(answer_with(body, code="200 OK" if code in ("ok", "page") else f"{code} No"))
+    one = serve(answer)
+    two = serve(answer, "127.0.0.2")
+    urls = [f"{one.url}/404/{n}" for n in range(3)] + [f"{two.url}/404/{n}" for n in range(5)] + [f"{two.url}/500/x"]
+    urls += [f"http://127.0.0.3:{one.port}/ok", f"{one.url}/ok/1", f"{one.url}/page/1"]
+    write_table([("url", "caption"), *((url, "c") for url in urls)])
+    result = run_main("--config", write_config(image_path="url", allow_private_hosts=True, partition_rows=5, fetch_retries=0))
+    profile = json.loads((tmp_path / "out/profile.json").read_text())
+    assert profile["fetching"]["worst_hosts"] == [
+        {"host": "127.0.0.2", "failed": 6, "statuses": {"http_4xx": 5, "http_5xx": 1}},
+        {"host": "127.0.0.1", "failed": 3, "statuses": {"http_4xx": 3}},
+        {"host": "127.0.0.3", "failed": 1, "statuses": {"connect": 1}}]
+    assert "127.0.0.2: 5 http_4xx, 1 http_5xx" in result.stderr
+
+
+def test_second_pass_with_a_longer_deadline(serve, write_config, write_table, run_main, read_table, tmp_path):
+    """--retry-failed with a longer fetch_timeout_s scores what was too slow, and the report counts what is left."""
+    server = serve(lambda connection, path, server: time.sleep(0.8 if path == "/slow" else 0) or connection.sendall(
+        answer_with(IMAGE)))
+    write_table([("url", "caption"), *((f"{server.url}/{name}", "c") for name in ("a", "slow", "b"))])
+    config = write_config(image_path="url", allow_private_hosts=True, fetch_timeout_s=0.3)
+    assert run_main("--config", config).result["failed"] == {"timeout": 1}
+    again = run_main("--config", config, "--retry-failed", "--set", "fetch_timeout_s=5")
+    assert again.code == 0 and again.result["scored"] == 3, again.stderr
+    assert json.loads((tmp_path / "out/profile.json").read_text())["fetching"]["worst_hosts"] == []
+
+
+@pytest.mark.slow
+def test_scores_of_urls_are_those_of_files(serve, shapes, bundled_model, write_config, run_main, read_table, tmp_path):
+    """Images that come in any order get the scores that files get, but for rounding (1e-6)."""
+    folder = script.ADDONS.parent / "challenge_set/shapes"
+    waits = itertools.cycle([0.0, 0.03, 0.0, 0.01, 0.1])
+
+    def answer(connection, path, server):
+        time.sleep(next(waits))
+        connection.sendall(answer_with((folder / path.lstrip("/")).read_bytes()))
+    server = serve(answer)
+    assert run_main("--config", shapes(pretrained_model=bundled_model)).code == 0
+    files = read_table(tmp_path / "out/scores.csv")
+    table = tmp_path / "table.csv"
+    with table.open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *([f"{server.url}/{row[0]}", *row[1:]] for row in rows)])
+    config = write_config(image_path="url", allow_private_hosts=True, pretrained_model=bundled_model, partition_rows=70,
+                          max_per_host=64, output_path=str(tmp_path / "urls"))
+    assert run_main("--config", config).code == 0
+    urls = read_table(tmp_path / "urls/scores.csv")
+    assert [urllib.parse.urlsplit(row["url"]).path[1:] for row in urls] == [row["url"] for row in files]
+    assert {row["status"] for row in urls} == {"ok"}
+    for one, other in zip(files, urls, strict=True):
+        assert abs(float(one["similarity"]) - float(other["similarity"])) <= 1e-6
+
+
+@pytest.mark.slow
+def test_interruption_does_not_wait_for_the_web(serve, start_cli, write_config, write_table, tmp_path):
+    """Ctrl-C ends a run at once, whatever its fetches wait for, and the same command goes on from there."""
+    asked = threading.Event()
+
+    def answer(connection, path, server):
+        asked.set()
+        server.closing.wait(60)
+    server = serve(answer)
+    write_table([("url", "caption"), *((f"{server.url}/{number}", "c") for number in range(50))])
+    process = start_cli("--config", write_config(image_path="url", allow_private_hosts=True, fetch_timeout_s=60))
+    assert asked.wait(60)
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert time.monotonic() - since < 10
+    assert not list((tmp_path / "out/parts").glob("*.trying"))
+
+
+# ── The report ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_seconds_are_told_by_quantiles():
+    """Half, 90 and 99 % of the fetches took no longer than told, to within a fifth."""
+    counts = collections.Counter()
+    for number in range(1, 1001):
+        web_report.count_seconds(counts, number / 1000)
+    seconds = web_report.describe_seconds(counts)
+    for key, exact in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        assert exact <= seconds[key] <= 1.2 * exact
+
+
+def test_repeated_urls_are_estimated_from_a_sample():
+    """Of a table with more rows than the sample holds, the share of repeated URLs is found to within a few per cent."""
+    rows = 60 * web_report.SAMPLED_URLS // 10
+    urls = [f"http://h.example/{number % (rows * 3 // 4)}" for number in range(rows)]
+    reports = []
+    for start in range(0, rows, 10_000):
+        part = set(urls[start:start + 10_000])
+        reports.append({"seconds": {}, "hosts": {}, "urls": len(part), "sample": web_report.sample_urls(part, rows)})
+    total = web_report.add_up(reports, rows)
+    assert sum(len(report["sample"]) for report in reports) < 1.1 * web_report.SAMPLED_URLS
+    assert total["repeated_share"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_failing_hosts_are_counted_in_bounded_memory(monkeypatch):
+    """The worst hosts are found among more hosts than are remembered."""
+    monkeypatch.setattr(web_report, "HOSTS_IN_ALL", 100)
+    reports = []
+    for part in range(50):
+        failing = {f"h{part}-{n}.example": {"dns": 1} for n in range(20)} | {"worst.example": {"timeout": 3}}
+        reports.append({"seconds": {}, "hosts": failing, "urls": 23, "sample": []})
+    worst = web_report.add_up(reports, 1000)["worst_hosts"]
+    assert worst[0] == {"host": "worst.example", "failed": 150, "statuses": {"timeout": 150}} and len(worst) == 10
