@@ -273,8 +273,8 @@ def test_retries_on_a_flaky_server_are_killed(context, config, undisturbed, flak
     for number, rng in rounds(random.Random(SEED + 5 + processes), 0.2):
         out = tmp_path / f"flaky-{number}"
         urls = write_config("urls.yaml", csv_path=str(tmp_path / "urls.csv"), image_path="url", allow_private_hosts=True,
-                            fetch_retries=0, pretrained_model=bundled_model, partition_rows=4, save_embeddings="float16",
-                            parity_rows=12, output_path=str(out), max_per_host=32)
+                            fetch_retries=0, host_patience_s=0, pretrained_model=bundled_model, partition_rows=4,
+                            save_embeddings="float16", parity_rows=12, output_path=str(out), max_per_host=32)
         flaky.gone = set()
         flaky.share = 0.5
         assert forked.start(context, tmp_path / "log", "--config", urls).wait() == 0

@@ -93,7 +93,7 @@ def test_no_file_of_an_export_may_grow_beyond(scored, context, tmp_path, export)
 
 @pytest.fixture
 def server():
-    """A loopback server: every path ends in a picture's number; those in `busy` answer 503, those in `gone` 404."""
+    """A loopback server: every path ends in a picture's number; those in `busy` answer 500, those in `gone` 404."""
     pictures = {path.name: path.read_bytes() for path in (ROOT / "challenge_set/shapes").glob("*.png")}
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -101,7 +101,7 @@ def server():
 
         def do_GET(self):
             name = self.path.strip("/")
-            code = 503 if name in server.busy else 404 if name in server.gone else 200
+            code = 500 if name in server.busy else 404 if name in server.gone else 200
             body = pictures[name] if code == 200 else b""
             self.send_response(code)
             self.send_header("Content-Type", "image/png")

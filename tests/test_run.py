@@ -902,7 +902,7 @@ def test_full_gpu_halves_the_batch(shapes, run_main, read_table, monkeypatch, tm
     class Activations:
         pass
 
-    def embed(scorer, forward, batch):
+    def embed(scorer, forward, batch, with_norms=False):
         def full(model, part):
             mine = Activations()
             assert all(one() is None for one in held)
@@ -910,7 +910,7 @@ def test_full_gpu_halves_the_batch(shapes, run_main, read_table, monkeypatch, tm
                 held.append(weakref.ref(mine))
                 raise torch.OutOfMemoryError
             return forward(model, part)
-        return real(scorer, full if forward.__name__ != "full" else forward, batch)
+        return real(scorer, full if forward.__name__ != "full" else forward, batch, with_norms)
     monkeypatch.setattr(script.Scorer, "_embed", embed)
     monkeypatch.setattr(script, "usable_cores", lambda: 1)
     assert run_main("--config", config, "--fresh").code == 0

@@ -81,7 +81,7 @@ class WebPool:
         if self._threads:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def embed_partitions(self, begun: "Iterator[Begun]", scorer: Scorer | None, clock: Clock,
+    def embed_partitions(self, begun: "Iterator[Begun]", scorer: "Scorer | None", clock: Clock,
                          on_loaded: "collections.abc.Callable[[], None]") -> Iterator[tuple[PartitionRun, EmbeddedImages]]:
         """Load and encode the images of each partition; yields the partitions as they are complete, in any order."""
         has_more = True
@@ -110,7 +110,7 @@ class WebPool:
             return False
         return self._pending < PENDING_IMAGES or self._fetcher.is_hungry()
 
-    def _open_partition(self, begun: "Begun | None", scorer: Scorer | None, clock: Clock) -> _Open | None:
+    def _open_partition(self, begun: "Begun | None", scorer: "Scorer | None", clock: Clock) -> _Open | None:
         """Ask for the images of a partition; None at the end of all."""
         if begun is None:
             return None
@@ -166,7 +166,7 @@ class WebPool:
             raise arrival.bug
         return arrival
 
-    def _add(self, opened: _Open, arrival: _Arrival, scorer: Scorer | None, clock: Clock) -> None:
+    def _add(self, opened: _Open, arrival: _Arrival, scorer: "Scorer | None", clock: Clock) -> None:
         """Give the image to the model, and see to it that few images wait for it."""
         assert arrival.loaded
         opened.missing -= 1

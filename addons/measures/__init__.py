@@ -117,7 +117,7 @@ class Measure:
 
     scorer: Scorer  # not there in a dry run
 
-    def __init__(self, config: Config, plan: Plan, scorer: Scorer | None, loader: ImageLoader) -> None:
+    def __init__(self, config: Config, plan: Plan, scorer: "Scorer | None", loader: ImageLoader) -> None:
         """`loader` is the worker's, as the measures before this one have wrapped it."""
         self.config = config
         self.plan = plan
