@@ -107,6 +107,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
+Json = dict[str, Any]  # an object as the json module reads and writes it
+
 # memory_profiler (-m, mprof) and kernprof put `profile` among the builtins; without them it does nothing. Tracing two
 # profiled functions in two threads crashes the run, so PROFILED also turns the loader threads off; and where a profiled
 # function calls another, the caller's table shows wrong increments, so none of those marked here calls another.
@@ -817,7 +819,7 @@ class CsvReader:
     kind: str = "csv"
     suffixes: tuple[str, ...] = (".csv", ".tsv", ".txt")
 
-    def describe(self, config: Config, output: pathlib.Path) -> dict[str, Any]:
+    def describe(self, config: Config, output: pathlib.Path) -> Json:
         """Stage the table into `output`; returns what the manifest says of it."""
         return stage(config, output, self.kind, functools.partial(self.open_table, config))
 
@@ -839,11 +841,11 @@ class CsvReader:
         return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path),
                          lambda: literal.lines)
 
-    def open(self, manifest: dict[str, Any], config: Config, output: pathlib.Path) -> "StagedRows":
+    def open(self, manifest: Json, config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
         return StagedRows(output / "pairs.parquet")
 
-    def differences(self, manifest: dict[str, Any], config: Config) -> list[str]:
+    def differences(self, manifest: Json, config: Config) -> list[str]:
         """What differs between the table that was staged and the one that is there now, in words."""
         return same_text_table(manifest, config.csv_path)
 
@@ -936,7 +938,7 @@ class BadRows:
         self._writer.writerow((line, reason, escape_formula(text) if self._escape else text))
 
 
-def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> dict[str, Any]:
+def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> Json:
     """Stream a text table into pairs.parquet, and its malformed records into bad_rows.csv, both in `output`.
 
     `open_table(known)` opens it; where a batch has other columns than promised (JSON Lines: late lines have keys that the
@@ -994,7 +996,7 @@ def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple
     return found, rows, bad, staged.cuts
 
 
-def same_text_table(manifest: dict[str, Any], csv_path: str) -> list[str]:
+def same_text_table(manifest: Json, csv_path: str) -> list[str]:
     """What differs between the text table that was staged and the one that is there now, in words; nothing if it is the same.
 
     Size and both times answer at once (a write that keeps the modification time still moves the change time); otherwise the
@@ -1101,7 +1103,7 @@ class Plan:
 
     config: Config
     output: pathlib.Path
-    manifest: dict[str, Any]
+    manifest: Json
     partitions: list[Partition]
     table: "Rows"
     begins: bool = False  # nothing was scored yet when it was made: another model than before may be settled on
@@ -1117,7 +1119,7 @@ class Plan:
         count: int = self.manifest["rows"]
         return count
 
-    def resolve(self, resolved: dict[str, Any]) -> None:
+    def resolve(self, resolved: Json) -> None:
         """Take in what only a loaded model could tell."""
         self.manifest["resolved"] = resolved
         self.fingerprint = fingerprint_of(self.manifest)
@@ -1150,12 +1152,12 @@ def _planned_anew(output: pathlib.Path) -> Trouble:
     return Trouble(EXIT_CONFIG, f"{output} has been planned anew by another process: this run's parts are not for it")
 
 
-def _without_model(manifest: dict[str, Any]) -> str:
+def _without_model(manifest: Json) -> str:
     """The fingerprint of what was known before a model was loaded."""
     return fingerprint_of({key: value for key, value in manifest.items() if key != "resolved"})
 
 
-def fingerprint_of(manifest: dict[str, Any]) -> str:
+def fingerprint_of(manifest: Json) -> str:
     """A hash of everything in the manifest that decides a row or its score, in hexadecimal."""
     decisive = {key: value for key, value in manifest.items() if key not in ("version", "staged", "files")}
     decisive["files"] = [{key: value for key, value in file.items() if not key.endswith("time_ns")}
@@ -1212,7 +1214,7 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     return Plan(config, output, manifest, cut_rows(manifest, output), table, begins)
 
 
-def read_manifest(output: pathlib.Path) -> dict[str, Any] | None:
+def read_manifest(output: pathlib.Path) -> Json | None:
     """manifest.json as it was written, None where there is none; one of another format is not checked."""
     known = read_json(output / "manifest.json")
     if known is not None and known.get("format") != FORMAT:
@@ -1226,7 +1228,7 @@ def would_overwrite(source: pathlib.Path, output: pathlib.Path) -> bool:
     return is_own_file or source.resolve() in (output.resolve(), (output / "parts").resolve())
 
 
-def cut_rows(manifest: dict[str, Any], output: pathlib.Path) -> list[Partition]:
+def cut_rows(manifest: Json, output: pathlib.Path) -> list[Partition]:
     """The partitions of the run that `manifest` describes."""
     rows = manifest["rows"]
     # no partition crosses the edge of a tar, or a place where very long rows begin a new one
@@ -1243,7 +1245,7 @@ def has_parts(output: pathlib.Path) -> bool:
     return any((output / "parts").glob("part-*.parquet"))
 
 
-def refuse_other_format(manifest: dict[str, Any], output: pathlib.Path) -> None:
+def refuse_other_format(manifest: Json, output: pathlib.Path) -> None:
     """Raise Trouble (exit 2) for a folder that another version wrote in another format."""
     if manifest.get("format") != FORMAT:
         raise Trouble(EXIT_CONFIG, f"{output} was written by version {manifest.get('version', 'unknown')}, whose parts this "
@@ -1251,13 +1253,13 @@ def refuse_other_format(manifest: dict[str, Any], output: pathlib.Path) -> None:
                                    "or write elsewhere with --set output_path=...")
 
 
-def _settings_of(config: Config) -> dict[str, Any]:
+def _settings_of(config: Config) -> Json:
     """The keys that decide a score or a status."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS_KEYS}
 
 
-def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pathlib.Path,
-                    staged: dict[str, str]) -> dict[str, Any] | None:
+def _check_manifest(manifest: Json | None, config: Config, output: pathlib.Path,
+                    staged: dict[str, str]) -> Json | None:
     """The manifest of `output` if it describes this very run; None where another one can be planned without a loss.
 
     `staged` is what staging has left in `output`; where that is not what had been written, the table is staged again.
@@ -1288,7 +1290,7 @@ def _check_manifest(manifest: dict[str, Any] | None, config: Config, output: pat
     return manifest
 
 
-def _stage_again(manifest: dict[str, Any], config: Config, output: pathlib.Path) -> None:
+def _stage_again(manifest: Json, config: Config, output: pathlib.Path) -> None:
     """Write what staging writes once more, for a run that goes on; Trouble (exit 2) where the input gives other rows now."""
     say(f"{' and '.join(STAGED_FILES)} in {output} are not what had been written: the table is staged again")
     with output_disk(output):
@@ -1311,7 +1313,7 @@ def describe_staged(output: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
+def _write_manifest(config: Config, output: pathlib.Path) -> Json:
     """Describe (and stage) the input, and write the manifest of a new run."""
     with output_disk(output):
         forget_results(output)  # of a run whose table was empty
@@ -1329,7 +1331,7 @@ def _write_manifest(config: Config, output: pathlib.Path) -> dict[str, Any]:
     write_sealed(output / "manifest.json", manifest)
     if described["malformed"]:
         say(f"{described['malformed']} lines of {config.csv_path} are not rows: see {output / 'bad_rows.csv'}")
-    return typing.cast(dict[str, Any], json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
+    return typing.cast(Json, json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
 
 
 def settle(plan: Plan, scorer: "Scorer | None") -> None:
@@ -1354,7 +1356,7 @@ def settle(plan: Plan, scorer: "Scorer | None") -> None:
         forget_results(plan.output)
 
 
-def _settle_batch_size(scorer: "Scorer", recorded: dict[str, Any], may_change: bool) -> None:
+def _settle_batch_size(scorer: "Scorer", recorded: Json, may_change: bool) -> None:
     """Take the batch size that was found before; unless there is none, or `may_change` and the model or device is another."""
     own = scorer.batch_size
     if "batch_size" in recorded:
@@ -1378,7 +1380,7 @@ def name_other_libraries(before: dict[str, str], now: dict[str, str]) -> list[st
     return differences
 
 
-def refuse_other_model(output: pathlib.Path, resolved: dict[str, Any], recorded: dict[str, Any] | None) -> None:
+def refuse_other_model(output: pathlib.Path, resolved: Json, recorded: Json | None) -> None:
     """Trouble (exit 2) where a run was begun with another model or device than the one loaded now; changed files by name."""
     if recorded is None:
         return
@@ -2555,7 +2557,7 @@ class Family:
         """How images are resized and cropped for this model."""
         return ImageSettings.of(self.processor)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """What the manifest and profile.json say of this model besides."""
         return {}
 
@@ -2712,7 +2714,7 @@ def reason_of(error: Exception) -> str:
     return " ".join(sentence for sentence in sentences if not unwelcome.search(sentence))[:300]
 
 
-def check_weights(loading: dict[str, Any], name: str) -> None:
+def check_weights(loading: Json, name: str) -> None:
     """Raise Trouble (exit 6) where weights are missing or have another shape, which transformers fills with random numbers."""
     unused = sorted(loading["unexpected_keys"])
     if loading["missing_keys"]:
@@ -2824,7 +2826,7 @@ class Scorer:
         found: int = addon("models.batch_size", "batch_size: auto").find_batch_size(self)
         return found
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
         return {"model_type": self.family.kind, "weights": self.files.identity, "files": self.files.digests,
                 "adapter": self.files.has_adapter, "safetensors": (self.files.base or self.files).safetensors,
@@ -3074,7 +3076,7 @@ class PartitionRun:
     replaced: "Part | None" = None
 
     @property
-    def earlier(self) -> dict[str, Any]:
+    def earlier(self) -> Json:
         """The metadata of the part that --retry-failed replaces; {} otherwise."""
         return self.replaced.metadata if self.replaced else {}
 
@@ -3329,7 +3331,7 @@ def result_table(plan: Plan, rows: "pd.DataFrame", scored: Scored, scorer: Score
     import pyarrow as pa
     columns = result_columns(plan.config)
     has_score = np.isfinite(scored.cosines)
-    values: dict[str, Any] = {
+    values: Json = {
         "similarity": scored.cosines, "dissimilarity": np.float32(1) - scored.cosines, "truncated": scored.truncated,
         "probability": scorer.family.probabilities(scored.cosines) if scorer else None, **(measured or {})}
     names = output_names(rows.columns, column_names(columns))
@@ -3398,13 +3400,13 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, content: Json) -> None:
     """Write `content` to `path` atomically; Trouble (exit 5) where the disk refuses."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_bytes(path, text.encode("utf-8", "backslashreplace"))  # \udce9, of a name that is no text, is JSON for what it is
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+def read_json(path: pathlib.Path) -> Json | None:
     """The object in `path`, or None where there is none that can be read."""
     try:
         content = json.loads(path.read_bytes())
@@ -3413,18 +3415,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def write_sealed(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write_sealed(path: pathlib.Path, content: Json) -> None:
     """Write `content` as `write_json` does, with the sha256 by which `read_sealed` tells that nothing in it has changed."""
     write_json(path, seal(content))
 
 
-def seal(content: dict[str, Any]) -> dict[str, Any]:
+def seal(content: Json) -> Json:
     """`content` and, as its last key, the sha256 of what it holds besides."""
     bare = {key: value for key, value in content.items() if key != "sha256"}
     return bare | {"sha256": hashlib.sha256(json.dumps(bare).encode()).hexdigest()}
 
 
-def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
+def read_sealed(path: pathlib.Path) -> Json | None:
     """The object in `path` without its seal, or None where there is none that is as it was written."""
     content = read_json(path)
     if content is None or seal(content) != content:
@@ -3510,7 +3512,7 @@ class Part(NamedTuple):
     """A part as it was read back: its rows with their results, and the metadata of its footer."""
 
     table: "pa.Table"
-    metadata: dict[str, Any]
+    metadata: Json
 
 
 class PartSummary(NamedTuple):
@@ -3520,8 +3522,8 @@ class PartSummary(NamedTuple):
     statuses: dict[str, int]
 
 
-def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
-                  files: Mapping[pathlib.Path, bytes]) -> dict[str, Any]:
+def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, Json],
+                  files: Mapping[pathlib.Path, bytes]) -> Json:
     """The metadata of a part, all of it deterministic: what it belongs to, counts, what each measure has `kept`, its files."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -3536,7 +3538,7 @@ def describe_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dic
     }
 
 
-def encode_part(table: "pa.Table", metadata: dict[str, Any]) -> bytes:
+def encode_part(table: "pa.Table", metadata: Json) -> bytes:
     """The bytes of a part; the same for the same table and metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -3566,7 +3568,7 @@ def _file_sha256_of(data: bytes) -> str:
     return blank.hexdigest()
 
 
-def _metadata_in(footer: bytes) -> dict[str, Any] | None:
+def _metadata_in(footer: bytes) -> Json | None:
     """The JSON in a footer, if it is as it was written. Opening 10,000 files with pyarrow instead would take many seconds."""
     start = footer.rfind(_METADATA_START)
     place = footer.rfind(_DIGESTS_START)
@@ -3577,7 +3579,7 @@ def _metadata_in(footer: bytes) -> dict[str, Any] | None:
     file_sha256 = footer[at:at + 64].decode("ascii", "replace")
     if footer[place:end] != _digests(footer[start:place], file_sha256):
         return None
-    metadata: dict[str, Any] = json.loads(footer[start:end])
+    metadata: Json = json.loads(footer[start:end])
     return metadata
 
 
@@ -3609,14 +3611,14 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
             raise Trouble(EXIT_DISK, f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_part_metadata(plan: Plan, partition: Partition) -> dict[str, Any] | None:
+def read_part_metadata(plan: Plan, partition: Partition) -> Json | None:
     """What the footer of this run's part says; None where there is no part of this run, or its footer has changed."""
     footer = _read_footer(partition.parquet)
     metadata = _metadata_in(footer) if footer else None
     return metadata if metadata and _belongs(metadata, plan, partition) else None
 
 
-def _belongs(metadata: dict[str, Any], plan: Plan, partition: Partition) -> bool:
+def _belongs(metadata: Json, plan: Plan, partition: Partition) -> bool:
     """Whether a part with this metadata is this run's, and this partition's."""
     return metadata["run"] == plan.fingerprint and metadata["partition"] == partition.index
 
@@ -3627,7 +3629,7 @@ def part_is_done(plan: Plan, partition: Partition) -> bool:
     return metadata is not None and _find_flawed_file(partition, metadata) is None
 
 
-def _find_flawed_file(partition: Partition, metadata: dict[str, Any], thorough: bool = False) -> str | None:
+def _find_flawed_file(partition: Partition, metadata: Json, thorough: bool = False) -> str | None:
     """The name of a file next to the part that is missing or has another length or, when `thorough`, another sha256."""
     for name, written in metadata["files"].items():
         path = partition.folder / name
@@ -3677,7 +3679,7 @@ def remove_flawed_part(plan: Plan, partition: Partition, thorough: bool = False)
             remove_path(partition.parquet)
 
 
-def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, dict[str, Any]],
+def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[str, Json],
                 replaced: Part | None = None, files: Mapping[pathlib.Path, bytes] = MappingProxyType({})) -> PartSummary:
     """Write the part, whose existence is the mark of done, and the `files` that belong next to it.
 
@@ -3707,7 +3709,7 @@ def _name_of_next(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(path.name + ".next")
 
 
-def _finish_commit(part: pathlib.Path, metadata: dict[str, Any]) -> None:
+def _finish_commit(part: pathlib.Path, metadata: Json) -> None:
     """Give the files that waited for `part` their names."""
     for name, written in metadata["files"].items():
         path = part.with_name(name)
@@ -3730,7 +3732,7 @@ def finish_commits(output: pathlib.Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def write_times(partition: Partition, times: dict[str, Any]) -> None:
+def write_times(partition: Partition, times: Json) -> None:
     """Keep seconds, worker and peaks of a part; a disk that refuses costs these numbers and nothing else."""
     with contextlib.suppress(OSError):
         partition.times.write_text(json.dumps(seal(times)) + "\n", encoding="utf-8")
@@ -3740,7 +3742,7 @@ NO_TIMES = {"seconds": {}, "wall_s": 0.0, "ended": 0.0, "worker": "", "tried": 0
             "oom_halvings": 0}
 
 
-def read_times(partition: Partition) -> dict[str, Any]:
+def read_times(partition: Partition) -> Json:
     """What `write_times` kept; zeros where that is missing or has changed."""
     return read_sealed(partition.times) or dict(NO_TIMES)
 
@@ -3829,7 +3831,7 @@ class Worker:
         """Have the measures add theirs, commit the part, and keep its times."""
         clock = self.clock
         values: dict[str, np.ndarray] = {}
-        kept: dict[str, dict[str, Any]] = {}
+        kept: dict[str, Json] = {}
         files: dict[pathlib.Path, bytes] = {}
         uncounted_s = 0.0
         for measure in self.measures:
@@ -3941,7 +3943,7 @@ class Job:
         """Where `output_format` has the results go."""
         return self.plan.output / f"scores.{self.config.output_format}"
 
-    def read_profile(self) -> dict[str, Any]:
+    def read_profile(self) -> Json:
         """What profile.json says; {} where it is missing or has changed."""
         return read_sealed(self.plan.output / "profile.json") or {}
 
@@ -4026,10 +4028,10 @@ class Snapshot:
         self._digests = [self._digest_of(read_part_metadata(plan, partition)) for partition in plan.partitions]
 
     @staticmethod
-    def _digest_of(metadata: dict[str, Any] | None) -> str:
+    def _digest_of(metadata: Json | None) -> str:
         return metadata["sha256"] if metadata else ""
 
-    def metadata(self) -> Iterator[tuple[Partition, dict[str, Any]]]:
+    def metadata(self) -> Iterator[tuple[Partition, Json]]:
         """The metadata of every part that is there."""
         for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
             metadata = read_part_metadata(self.plan, partition) if digest else None
@@ -4146,13 +4148,13 @@ def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     rows.close()
 
 
-def summarise(snapshot: Snapshot) -> dict[str, Any]:
+def summarise(snapshot: Snapshot) -> Json:
     """Counts, scores, times and memory of all parts, and what each measure makes of them: the beginning of profile.json."""
     plan = snapshot.plan
     statuses = collections.Counter[str]()
     sums = collections.Counter[str]()
     similarity_sums: list[float] = []
-    times: list[dict[str, Any]] = []
+    times: list[Json] = []
     for partition, metadata in snapshot.metadata():
         statuses.update(metadata["statuses"])
         similarity_sums.append(metadata["similarity_sum"])
@@ -4170,7 +4172,7 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
             **{measure.name: measure.describe(total) for measure, total in snapshot.totals}}
 
 
-def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
+def add_up_times(times: list[Json]) -> Json:
     """Seconds per stage, rate and peaks of the parts; the rate is rows over the seconds in which anybody was at work."""
     wall_s = busy_time(times)
     tried = sum(part["tried"] for part in times)
@@ -4187,13 +4189,13 @@ def add_up_times(times: list[dict[str, Any]]) -> dict[str, Any]:
             "other_libraries": sorted(set[str]().union(*(part.get("other_libraries", []) for part in times)))}
 
 
-def add_up_fetches(times: list[dict[str, Any]], row_count: int) -> dict[str, Any]:
+def add_up_fetches(times: list[Json], row_count: int) -> Json:
     """How long fetches took and which hosts failed; nothing for a run that fetched nothing."""
     reports = [part["fetching"] for part in times if "fetching" in part]
     return {"fetching": addon("images.web_report", "image_path: url").add_up(reports, row_count)} if reports else {}
 
 
-def busy_time(times: list[dict[str, Any]]) -> float:
+def busy_time(times: list[Json]) -> float:
     """Seconds in which anybody was at work on the parts: interruptions and company count once."""
     busy_s = 0.0
     until = -math.inf
@@ -4203,7 +4205,7 @@ def busy_time(times: list[dict[str, Any]]) -> float:
     return busy_s
 
 
-def explain(totals: dict[str, Any]) -> dict[str, Any]:
+def explain(totals: Json) -> Json:
     """Times per pair, the stage that limits, each stage's own capacity, days for 100 million pairs, versions."""
     rate = totals["pairs_per_s"]
     seconds = totals["stage_seconds"]
@@ -4235,7 +4237,7 @@ def find_versions(packages: Iterable[str] = (*DECISIVE_LIBRARIES, "numpy", "pyar
     return versions
 
 
-def print_summary(config: Config, profile: dict[str, Any]) -> None:
+def print_summary(config: Config, profile: Json) -> None:
     """The table of time and memory on stderr, as the original work reports it."""
     times = profile["seconds_per_pair"]
 
@@ -4273,7 +4275,7 @@ RECORDED_KEYS = ("revision", "preprocess", "decode", "transparent_over", "exif_o
 
 
 @profile
-def finalize(job: Job, curve: "MemoryCurve | None" = None) -> dict[str, Any] | None:
+def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
     """Write scores.csv (or .parquet), profile.json and memory-time.png from the parts; print and return the summary."""
     plan = job.plan
     with locked(plan.output):
@@ -4294,7 +4296,7 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> dict[str, Any] | N
     return shown | {"output": str(job.results_path())}
 
 
-def write_results(job: Job) -> dict[str, Any]:
+def write_results(job: Job) -> Json:
     """Write the results file and profile.json from the parts; returns the content of the latter."""
     config = job.config
     plan = job.plan
@@ -4396,7 +4398,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def find_excess(job: Job, result: dict[str, Any]) -> Trouble | None:
+def find_excess(job: Job, result: Json) -> Trouble | None:
     """Trouble (exit 7) of a run that was not stopped: rows that nobody tried, or scores that drift by more than allowed."""
     config = job.config
     if "not_tried" in result["failed"]:
