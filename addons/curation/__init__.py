@@ -29,7 +29,7 @@ to the key `export` in `rules.Curation`.
 A column of a further measure needs nothing here: tables, exports and page take their columns from the script.
 """
 import pathlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from addons.curation.duplicates import ImageFacts, Neighbours
     from addons.curation.export import Exported, KeptRows
     from addons.curation.rules import ScoredRows
-
-JsonObject = dict[str, Any]  # read from a JSON file, or to be written to one
 
 
 class RowRule(Protocol):

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from addons.curation import JsonObject
 from addons.measures import random_pairs
 from image_text_sim_clip import (
     EXIT_INPUT,
@@ -15,6 +14,7 @@ from image_text_sim_clip import (
     Column,
     Config,
     FlawedPart,
+    Json,
     Plan,
     Snapshot,
     StagedRows,
@@ -45,8 +45,8 @@ class FinishedRun:
 
     plan: Plan  # with the settings that the rows were scored with
     snapshot: Snapshot  # its parts; PartsChanged where another process has replaced one since
-    parts: list[JsonObject]  # each part's metadata, without what its measures kept
-    profile: JsonObject  # profile.json
+    parts: list[Json]  # each part's metadata, without what its measures kept
+    profile: Json  # profile.json
     random_pairs: random_pairs.PairCounts | None  # histograms of random and matched pairs; None after a dry run
     names: list[str]  # the input's columns, as scores.csv names them
     source_name: str
@@ -171,7 +171,7 @@ def open_run(config: Config) -> FinishedRun:
                        shown_as[column_name(scored_with.caption_column)])
 
 
-def _verify_parts(snapshot: Snapshot) -> list[JsonObject]:
+def _verify_parts(snapshot: Snapshot) -> list[Json]:
     """Read every part in full, which finds any damage; returns their metadata without what their measures kept."""
     parts = []
     try:

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from addons.curation import JsonObject
 from addons.curation.export import Cell, none_for_nan
 from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
 from addons.curation.labels import BETS, ERROR_RATE, Cells, make_cells
 from addons.curation.rules import RULE_TEXTS, RULES, Choice
 from addons.measures.random_pairs import RESOLUTION
-from image_text_sim_clip import Config, RowFailure, atomic_file, decode_image, output_disk
+from image_text_sim_clip import Config, Json, RowFailure, atomic_file, decode_image, output_disk
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,7 +112,7 @@ class ShownRow:
     cell: int | None = None  # its cell (labels.Cells)
     turn: int | None = None  # the how-maniest of its cell to be marked; None: rows before it are not on the page
 
-    def for_page(self) -> JsonObject:
+    def for_page(self) -> Json:
         """The row as an object of the page's JSON."""
         shown = dataclasses.asdict(self)
         del shown["source"]
@@ -237,7 +236,7 @@ def make_thumbnail(data: bytes, config: Config) -> bytes:
 
 # ── The page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def pack_histogram(counts: np.ndarray) -> JsonObject:
+def pack_histogram(counts: np.ndarray) -> Json:
     """Counts per bin (BINS,) without the empty ends."""
     occupied = np.flatnonzero(counts)
     if not len(occupied):
@@ -246,7 +245,7 @@ def pack_histogram(counts: np.ndarray) -> JsonObject:
     return {"first": first, "counts": counts[first:int(occupied[-1]) + 1].tolist()}
 
 
-def embed_json(content: JsonObject) -> str:
+def embed_json(content: Json) -> str:
     """JSON that may stand inside a <script> element: no caption can close it, open a comment or end a line of script."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -254,7 +253,7 @@ def embed_json(content: JsonObject) -> str:
     return text.encode("utf-8", "replace").decode()  # a lone surrogate is no UTF-8
 
 
-def render_page(content: JsonObject) -> bytes:
+def render_page(content: Json) -> bytes:
     """The template with `content` in it and a policy that allows its own script and style and nothing else."""
     page = TEMPLATE.read_text(encoding="utf-8")
     policy = (f"default-src 'none'; img-src data:; script-src {_hash_element(page, 'script')}; "
@@ -270,7 +269,7 @@ def _hash_element(page: str, element: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode() + "'"
 
 
-def describe_run(profile: JsonObject) -> JsonObject:
+def describe_run(profile: Json) -> Json:
     """The page's facts, stages and memory, from profile.json."""
     failed = sum(profile["failed"].values())
     facts = [["pairs", f"{profile['rows']:,}"], ["scored", f"{profile['scored']:,}"], ["without a score", f"{failed:,}"],
@@ -288,7 +287,7 @@ def describe_run(profile: JsonObject) -> JsonObject:
     return {"facts": facts, "stages": stages, "memory_text": memory + "."}
 
 
-def describe_choice(choice: Choice, run: FinishedRun) -> JsonObject:
+def describe_choice(choice: Choice, run: FinishedRun) -> Json:
     """The page's title, its histograms, the chosen cut, and what each rule dropped."""
     random_counts = run.random_counts()
     counts = {"kept": choice.kept, **choice.dropped}
@@ -304,12 +303,12 @@ def describe_choice(choice: Choice, run: FinishedRun) -> JsonObject:
     }
 
 
-def describe_cells(cells: Cells) -> list[JsonObject]:
+def describe_cells(cells: Cells) -> list[Json]:
     """The page's cells, the best first: how many rows each holds, and the lowest similarity that can be in it."""
     return [{"rows": int(rows), "from": cells.threshold(cell)} for cell, rows in enumerate(cells.rows)]
 
 
-def describe_proof(cells: Cells) -> JsonObject:
+def describe_proof(cells: Cells) -> Json:
     """What the page needs to find the cut that its marks prove, as labels.prove_cut does."""
     return {"error_rate": ERROR_RATE, "bets": list(BETS.items()), "precision_errors": cells.precision_errors.tolist(),
             "recall_errors": cells.recall_errors.tolist()}
@@ -332,7 +331,7 @@ def tell_notes(shown: int, scored: int) -> list[str]:
             f"by row number (counted from 0); of rows without a score, the first {FAILURE_EXAMPLES} of each status."]
 
 
-def describe_failures(failures: dict[str, list[ShownRow]], counts: dict[str, int]) -> list[JsonObject]:
+def describe_failures(failures: dict[str, list[ShownRow]], counts: dict[str, int]) -> list[Json]:
     """The page's rows without a score: of each status how many there are (`counts`), and its examples."""
     described = []
     for status, examples in sorted(failures.items()):

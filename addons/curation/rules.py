@@ -13,9 +13,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from addons.curation import ImageRule, JsonObject, RowRule
+from addons.curation import ImageRule, RowRule
 from addons.curation.duplicates import ImageFacts
-from image_text_sim_clip import EXIT_CONFIG, Column, Trouble, setting
+from image_text_sim_clip import EXIT_CONFIG, Column, Json, Trouble, setting
 
 # Verdicts are the numbers of these names; a dropped row shows the first rule it fails.
 RULES = ("kept", "not_scored", "caption_length", "min_similarity", "min_contrast", "min_label", "max_label", "min_head",
@@ -145,7 +145,7 @@ def _last_segment(model: str) -> str:
     return model.rstrip("/").rsplit("/", 1)[-1]
 
 
-def check_columns(curation: Curation, measures: JsonObject, columns: Sequence[Column]) -> None:
+def check_columns(curation: Curation, measures: Json, columns: Sequence[Column]) -> None:
     """Trouble (exit 2) for a rule on a column that the scores do not have, and for a limit that is no number.
 
     `measures` is the section of that name that the rows were scored with, `columns` are those that it gave them.
@@ -466,15 +466,15 @@ class Choice:
     dropped: dict[str, int]  # by rule, those that dropped any
     cut_similarity: float | None  # the strictest cut
     random_pairs_at_cut: float | None  # the share of random pairs that reach it, in [0, 1]
-    random_pairs: JsonObject | None  # their entry in profile.json
+    random_pairs: Json | None  # their entry in profile.json
     model: str
-    curate: JsonObject  # the section, with the recipe's keys
+    curate: Json  # the section, with the recipe's keys
     alone: dict[str, int]  # by rule on one row: the scored rows that it would drop if it were the only one
     overlap: dict[str, dict[str, int]]  # by two such rules: the scored rows that fail both
     together: int  # the scored rows that fail any of these rules
     exported: int = 0
     not_exported: int = 0  # kept rows whose image is gone
-    labels: JsonObject | None = None  # the cut that marked pairs prove: a marks.ProvedCut
+    labels: Json | None = None  # the cut that marked pairs prove: a marks.ProvedCut
 
     def tell(self) -> str:
         """One line for people: how many rows stay, and what the cut means."""

@@ -50,6 +50,7 @@ from image_text_sim_clip import (
     Column,
     Config,
     ImageLoader,
+    Json,
     PartitionRun,
     Plan,
     Scored,
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-JsonObject = dict[str, Any]  # what json reads and writes
 Total = Any  # whatever the measure's own `add_up` returns
 
 
@@ -73,7 +73,7 @@ class Measured(NamedTuple):
     """What a measure found in one partition."""
 
     values: "dict[str, np.ndarray]"  # for each of its columns a value per row at hand, (n,); NaN or None for no value
-    kept: JsonObject  # goes into the part's metadata: JSON, and the same for the same rows on any machine
+    kept: Json  # goes into the part's metadata: JSON, and the same for the same rows on any machine
     files: Mapping[pathlib.Path, bytes] = MappingProxyType({})  # written next to the part when that is; its metadata binds them
 
 
@@ -146,12 +146,12 @@ class Measure:
         """Let go of what was held for the partitions begun; `begin` may follow again."""
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> Total | None:
+    def add_up(cls, parts: Iterable[Json]) -> Total | None:
         """The total of what the parts keep, given as the metadata of all of them; None where there is nothing to add up."""
         return None
 
     @classmethod
-    def describe(cls, total: Total) -> JsonObject | None:
+    def describe(cls, total: Total) -> Json | None:
         """The entry of profile.json under the measure's name, from what `add_up` returned, which may be None."""
         return None
 
@@ -161,14 +161,14 @@ class Measure:
         return table
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """One line for the summary on the screen, from the entry of profile.json; an empty one for none."""
         return ""
 
 
-def kept_by(measure: type[Measure], part: JsonObject) -> JsonObject | None:
+def kept_by(measure: type[Measure], part: Json) -> Json | None:
     """What `measure` put into a part, given the part's metadata; None where it had not been computed."""
-    kept: JsonObject | None = part.get("measures", {}).get(measure.name)
+    kept: Json | None = part.get("measures", {}).get(measure.name)
     return kept
 
 

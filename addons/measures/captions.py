@@ -7,8 +7,8 @@ import html
 from collections.abc import Iterable
 from typing import ClassVar
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
-from image_text_sim_clip import Config, PartitionRun, Scored, column_name
+from addons.measures import Measure, Measured, kept_by
+from image_text_sim_clip import Config, Json, PartitionRun, Scored, column_name
 
 
 class Captions(Measure):
@@ -36,7 +36,7 @@ class Captions(Measure):
         return Measured({}, {"partly_unknown": unknown, "with_html_entities": with_entities})
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> JsonObject | None:
+    def add_up(cls, parts: Iterable[Json]) -> Json | None:
         """The sums over all parts; None where no part has them."""
         entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
         if not entries:
@@ -44,12 +44,12 @@ class Captions(Measure):
         return {key: sum(kept[key] for kept in entries) for key in ("partly_unknown", "with_html_entities")}
 
     @classmethod
-    def describe(cls, total: JsonObject | None) -> JsonObject | None:
+    def describe(cls, total: Json | None) -> Json | None:
         """The sums themselves."""
         return total
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """One line, where there is anything to tell."""
         told = []
         if entry["partly_unknown"]:

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
+from addons.measures import Measure, Measured, kept_by
 from addons.measures.embeddings import pack, read_embeddings, unpack
 from addons.measures.moments import Moments, add_moments, tell_moments
-from image_text_sim_clip import Column, Config, ImageLoader, PartitionRun, Plan, Scored, Scorer, column_name, setting
+from image_text_sim_clip import Column, Config, ImageLoader, Json, PartitionRun, Plan, Scored, Scorer, column_name, setting
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -225,18 +225,18 @@ class Contrast(Measure):
         return captions
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> Moments | None:
+    def add_up(cls, parts: Iterable[Json]) -> Moments | None:
         """The moments of all contrasts; None where no part has any."""
         entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
         return add_moments(map(Moments.from_json, entries)) if entries else None
 
     @classmethod
-    def describe(cls, total: Moments | None) -> JsonObject | None:
+    def describe(cls, total: Moments | None) -> Json | None:
         """How many rows have a contrast and how many scored ones have none, with mean and standard deviation."""
         return None if total is None else total.describe()
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """The line of the summary."""
         text = tell_moments(entry)
         if entry["without"]:

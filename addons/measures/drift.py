@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from addons.measures import JsonObject
+from image_text_sim_clip import Json
 
 
-def compare_scores(scores: Sequence[float], references: Sequence[float]) -> JsonObject:
+def compare_scores(scores: Sequence[float], references: Sequence[float]) -> Json:
     """What a change of score comes to, of n rows scored both ways.
 
     `max_difference` and `p99_difference` are the largest and the 99th percentile of |score - reference|;
@@ -29,7 +29,7 @@ def compare_scores(scores: Sequence[float], references: Sequence[float]) -> Json
             "top_30_percent_changed": len(lost) / top}
 
 
-def compare_pairs(pairs: Sequence[Sequence[float]]) -> JsonObject:
+def compare_pairs(pairs: Sequence[Sequence[float]]) -> Json:
     """`compare_scores` of [score, reference] pairs."""
     return compare_scores([score for score, _ in pairs], [reference for _, reference in pairs])
 
@@ -49,7 +49,7 @@ def _correlate_ranks(first: np.ndarray, second: np.ndarray) -> float | None:
     return float(first_ranks.corr(second_ranks))
 
 
-def describe_drift(drift: JsonObject) -> str:
+def describe_drift(drift: Json) -> str:
     """One line of what `compare_scores` returns."""
     if not drift["rows"]:
         return "no row was scored"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
+from addons.measures import Measure, Measured, kept_by
 from addons.measures.drift import compare_pairs, describe_drift
-from image_text_sim_clip import Config, PartitionRun, Scored
+from image_text_sim_clip import Config, Json, PartitionRun, Scored
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -143,7 +143,7 @@ class SavedEmbeddings(Measure):
         return Measured({}, {"kind": kind, "drift": drift}, {run.partition.embeddings: buffer.getvalue()})
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> list[list[float]] | None:
+    def add_up(cls, parts: Iterable[Json]) -> list[list[float]] | None:
         """[score from what is saved, score] of the rows that were computed again; None where no part has saved embeddings."""
         entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
         if not entries:
@@ -154,12 +154,12 @@ class SavedEmbeddings(Measure):
         return pairs
 
     @classmethod
-    def describe(cls, total: list[list[float]] | None) -> JsonObject | None:
+    def describe(cls, total: list[list[float]] | None) -> Json | None:
         """The drift of scores computed from what is saved; None where nothing is."""
         return None if total is None else compare_pairs(total)
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """The line of the summary."""
         return describe_drift(entry)
 

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from addons.measures import JsonObject
 from addons.measures.image_columns import ImageColumns, check_column_name, is_same_model
 from image_text_sim_clip import (
     EXIT_CONFIG,
     Column,
     Config,
     ImageLoader,
+    Json,
     Plan,
     Scorer,
     Trouble,
@@ -232,7 +232,7 @@ class Heads(ImageColumns):
                      for name, head in cls.read_settings(config).items())
 
     @functools.cached_property
-    def files(self) -> JsonObject:
+    def files(self) -> Json:
         """The sha256 of each head's file."""
         found = {}
         for name, settings in self.read_settings(self.config).items():

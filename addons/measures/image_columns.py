@@ -8,12 +8,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
+from addons.measures import Measure, Measured, kept_by
 from addons.measures.moments import Moments, add_moments, tell_moments
 from image_text_sim_clip import (
     EXIT_CONFIG,
     Config,
     ImageLoader,
+    Json,
     PartitionRun,
     Plan,
     Scored,
@@ -39,7 +40,7 @@ class ImageColumns(Measure):
         return int(self.scorer.encode_texts(self.scorer.tokenize(["a"])[0]).shape[1])
 
     @functools.cached_property
-    def files(self) -> JsonObject:
+    def files(self) -> Json:
         """What the values depend on besides the config: a JSON object that a run must go on with."""
         return {}
 
@@ -81,7 +82,7 @@ class ImageColumns(Measure):
             return
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> MomentsByColumn | None:
+    def add_up(cls, parts: Iterable[Json]) -> MomentsByColumn | None:
         """The moments of each column over all parts; None where no part has any."""
         total: MomentsByColumn = {}
         for part in parts:
@@ -90,17 +91,17 @@ class ImageColumns(Measure):
         return total or None
 
     @classmethod
-    def describe(cls, total: MomentsByColumn | None) -> JsonObject | None:
+    def describe(cls, total: MomentsByColumn | None) -> Json | None:
         """For each column how many rows have a value, with mean and standard deviation."""
         return None if total is None else {name: moments.describe() for name, moments in total.items()}
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """The line of the summary."""
         return "; ".join(f"{name}: {tell_moments(column)}" for name, column in entry.items())
 
 
-def _name_changes(before: JsonObject, now: JsonObject) -> str:
+def _name_changes(before: Json, now: Json) -> str:
     """Which entries differ, by their names."""
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     return ", ".join(changed) + " changed"

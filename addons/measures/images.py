@@ -10,8 +10,8 @@ import urllib.parse
 from collections.abc import Iterable
 from typing import ClassVar
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
-from image_text_sim_clip import Config, PartitionRun, Scored, names_in_folder
+from addons.measures import Measure, Measured, kept_by
+from image_text_sim_clip import Config, Json, PartitionRun, Scored, names_in_folder
 
 COUNTS = ("rows_that_share_a_file", "images_with_exif_orientation")
 
@@ -37,7 +37,7 @@ class Images(Measure):
         return Measured({}, {name: count for name, count in kept.items() if count})
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> JsonObject:
+    def add_up(cls, parts: Iterable[Json]) -> Json:
         """The sums over all parts."""
         total = dict.fromkeys(COUNTS, 0)
         for part in parts:
@@ -46,12 +46,12 @@ class Images(Measure):
         return total
 
     @classmethod
-    def describe(cls, total: JsonObject) -> JsonObject | None:
+    def describe(cls, total: Json) -> Json | None:
         """The sums, for profile.json."""
         return total
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """What is not 0, in words."""
         shared, turned = (entry[name] for name in COUNTS)
         words = []

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from addons.measures import JsonObject
+from image_text_sim_clip import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Moments:
         return cls(len(present), float(present.sum()), float((present * present).sum()), int(is_scored.sum()) - len(present))
 
     @classmethod
-    def from_json(cls, content: JsonObject) -> "Moments":
+    def from_json(cls, content: Json) -> "Moments":
         """Read what `to_json` wrote."""
         return cls(content["count"], content["sum"], content["sum_of_squares"], content["without"])
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> Json:
         """An object for a part's metadata."""
         return {"count": self.count, "sum": self.total, "sum_of_squares": self.squares, "without": self.without}
 
-    def describe(self) -> JsonObject:
+    def describe(self) -> Json:
         """The entry of profile.json: how many rows have a value, the values' mean and standard deviation (None of none)."""
         if not self.count:
             return {"rows": 0, "without": self.without, "mean": None, "sd": None}
@@ -50,7 +50,7 @@ def add_moments(entries: Iterable[Moments]) -> Moments:
     return total
 
 
-def tell_moments(entry: JsonObject) -> str:
+def tell_moments(entry: Json) -> str:
     """A few words on what `Moments.describe` says: "mean 0.1234, sd 0.0567"."""
     if not entry["rows"]:
         return "no row has a value"

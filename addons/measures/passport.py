@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
+from addons.measures import Measure, Measured, kept_by
 from addons.measures.drift import compare_pairs, describe_drift
 from image_text_sim_clip import (
     Account,
     Config,
     ImageLoader,
+    Json,
     PartitionRun,
     Plan,
     RowFailure,
@@ -305,7 +306,7 @@ class Passport(Measure):
         self.reference.close()
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> list[list[float]] | None:
+    def add_up(cls, parts: Iterable[Json]) -> list[list[float]] | None:
         """[score, reference score] of all rows that were scored twice; None where no part has a passport."""
         entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
         if not entries:
@@ -316,12 +317,12 @@ class Passport(Measure):
         return pairs
 
     @classmethod
-    def describe(cls, total: list[list[float]] | None) -> JsonObject | None:
+    def describe(cls, total: list[list[float]] | None) -> Json | None:
         """The drift over all rows that were scored twice; None where no part has a passport."""
         return None if total is None else compare_pairs(total)
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """The line of the summary."""
         return describe_drift(entry)
 
@@ -332,7 +333,7 @@ def _earlier_pairs(run: PartitionRun) -> list[list[float]]:
     return list(kept["pairs"]) if kept else []
 
 
-def find_excess(drift: JsonObject | None, most: float) -> str | None:
+def find_excess(drift: Json | None, most: float) -> str | None:
     """What to say where a run drifted by more than `most`, or nothing was scored twice; None if all is well.
 
     `drift` is the entry `passport` of profile.json.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from addons.measures import JsonObject, Measure, Measured, kept_by
-from image_text_sim_clip import Config, PartitionRun, Scored
+from addons.measures import Measure, Measured, kept_by
+from image_text_sim_clip import Config, Json, PartitionRun, Scored
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -79,7 +79,7 @@ class Histogram:
         first = max(0, int(np.searchsorted(EDGES, cosine, "right")) - 1)
         return int(self.counts[first:].sum()) / self.count
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> Json:
         """A compact object for a part's metadata: the counts from the first occupied bin to the last, as one line of text."""
         occupied = np.flatnonzero(self.counts)
         first = int(occupied[0]) if len(occupied) else 0
@@ -88,7 +88,7 @@ class Histogram:
                 "sum": self.total, "sum_of_squares": self.squares}
 
     @classmethod
-    def from_json(cls, content: JsonObject) -> "Histogram":
+    def from_json(cls, content: Json) -> "Histogram":
         """Read what `to_json` wrote; ValueError for another number of bins."""
         if content["bins"] != BINS:
             raise ValueError(f"a histogram of {content['bins']} bins, not {BINS}")
@@ -226,7 +226,7 @@ class RandomPairs(Measure):
         return Measured({}, {"random": random.to_json(), "matched": matched.to_json()})
 
     @classmethod
-    def add_up(cls, parts: Iterable[JsonObject]) -> PairCounts | None:
+    def add_up(cls, parts: Iterable[Json]) -> PairCounts | None:
         """Both histograms of the whole run; None for a dry run, and where not every score is counted.
 
         The latter happens to a run that was begun without this file.
@@ -248,7 +248,7 @@ class RandomPairs(Measure):
         return PairCounts(random, matched)
 
     @classmethod
-    def describe(cls, total: PairCounts | None) -> JsonObject | None:
+    def describe(cls, total: PairCounts | None) -> Json | None:
         """Number, mean, sd and QUANTILES of the random pairs; None without any."""
         if total is None or not total.random.count:
             return None
@@ -271,7 +271,7 @@ class RandomPairs(Measure):
         return table
 
     @classmethod
-    def tell(cls, entry: JsonObject) -> str:
+    def tell(cls, entry: Json) -> str:
         """The line of the summary."""
         return (f"mean {entry['mean']:.4f}, sd {entry['sd']:.4f}; 95 % lie below {entry['q95']:.4f}, 99 % below "
                 f"{entry['q99']:.4f}, 99.9 % below {entry['q99.9']:.4f}")

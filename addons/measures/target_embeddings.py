@@ -19,10 +19,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from addons.measures import JsonObject
 from addons.measures.embeddings import read_embeddings, unpack
 from addons.measures.image_columns import ImageColumns, is_same_model
-from image_text_sim_clip import EXIT_CONFIG, Column, Config, ImageLoader, Plan, Scorer, Trouble, file_sha256, read_json
+from image_text_sim_clip import EXIT_CONFIG, Column, Config, ImageLoader, Json, Plan, Scorer, Trouble, file_sha256, read_json
 
 TILE = 4096  # target images in one matrix product
 
@@ -150,7 +149,7 @@ class TargetEmbeddings(ImageColumns):
         return path
 
     @functools.cached_property
-    def files(self) -> JsonObject:
+    def files(self) -> Json:
         """A sha256 over those of the target's files."""
         digest = hashlib.sha256()
         for file in self._target_files:
