@@ -2616,6 +2616,18 @@ class Family:
         """The length that a caption must be padded to whatever its neighbours; 0 where the longest of its batch will do."""
         return self.context_length
 
+    def stack(self, images: "list[np.ndarray]") -> "np.ndarray":
+        """Loaders' arrays of bytes (3, H, W) as the one (n, 3, H, W) that `features_of_bytes` reads."""
+        import numpy as np
+        return np.stack(images)
+
+    def features_of_bytes(self, model: Any, pixels: "torch.Tensor", levels: "torch.Tensor") -> "torch.Tensor":
+        """(n, 3, H, W) bytes -> (n, d) projected features; `levels` (3, 256) float32 is what each byte of a channel becomes."""
+        import torch
+        channel = torch.arange(3, device=levels.device).view(1, 3, 1, 1)
+        values = levels[channel, pixels.to(levels.device, non_blocking=True).long()]  # (n, 3, H, W)
+        return self.image_features(model, values.to(model.dtype))
+
     def image_features(self, model: Any, pixel_values: "torch.Tensor") -> "torch.Tensor":
         """(n, 3, H, W) normalised pixels -> (n, d) projected features; `model` is self.model or a copy in another dtype."""
         features: torch.Tensor = model.get_image_features(pixel_values=pixel_values).pooler_output
@@ -2741,9 +2753,6 @@ def find_family(files: ModelFiles, name: str) -> type[Family]:
         family: type[Family] | None = getattr(addon(f"models.{file}", f"pretrained_model {name!r}"), "FAMILY", None)
         if family:
             return family
-    if kind == "siglip2":
-        raise Trouble(EXIT_MODEL, f"{name} is a NaFlex SigLIP 2, which this program does not score; take one of a fixed "
-                                  "resolution, such as google/siglip2-base-patch16-224")
     raise Trouble(EXIT_MODEL, f"{name} is a {kind!r} model; this program scores with CLIP and SigLIP models")
 
 
@@ -2858,13 +2867,10 @@ class Scorer:
     @profile
     def encode_images(self, pixels: "torch.Tensor | Future[torch.Tensor]") -> "torch.Tensor":
         """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU; or see `to_unit`."""
-        import torch
         batch = pixels.result() if isinstance(pixels, Future) else pixels
-        channel = torch.arange(3, device=self.device).view(1, 3, 1, 1)
 
         def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
-            values = self._pixel_table[channel, part.to(self.device, non_blocking=True).long()]  # (n, 3, H, W)
-            return self.family.image_features(model, values.to(model.dtype))
+            return self.family.features_of_bytes(model, part, self._pixel_table)
         return self._embed(forward, batch, self.keeps_norms)
 
     @profile
@@ -2910,12 +2916,11 @@ class Scorer:
 
     def stack(self, batch: list[Any]) -> "torch.Tensor | Future[torch.Tensor]":
         """Loaders' arrays (3, H, W) as one uint8 tensor (n, 3, H, W) that `encode_images` takes, or a future of it."""
-        import numpy as np
         import torch
         if self.gpu_decoder:
             decoded: Future[torch.Tensor] = self.gpu_decoder.start(batch)
             return decoded
-        pixels = torch.from_numpy(np.stack(batch))
+        pixels = torch.from_numpy(self.family.stack(batch))
         return pixels.pin_memory() if self.device == "cuda" else pixels  # pinned, so that the upload need not wait
 
     def _embed(self, forward: "Callable[[Any, torch.Tensor], torch.Tensor]", batch: "torch.Tensor",

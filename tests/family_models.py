@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 
 import transformers
-from models import CORPUS, OPENAI_MEAN, OPENAI_STD, write_json, write_weights
+from models import CORPUS, OPENAI_MEAN, OPENAI_STD, write_json, write_siglip2_tokenizer, write_weights
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüß0123456789.,!?'-|<>[]()"
 CHINESE = "一只狗在雪地里的照片红色自行车猫坐沙发上山和海"
@@ -99,8 +99,23 @@ def align(folder: pathlib.Path) -> None:
     write_weights(folder, 24, temperature=0.0641)
 
 
+def siglip2(folder: pathlib.Path) -> None:
+    """google/siglip2-base-patch16-naflex: patches of images that keep their shapes, Gemma's tokenizer."""
+    tokens = write_siglip2_tokenizer(folder)
+    write_json(folder / "config.json", {
+        "architectures": ["Siglip2Model"], "initializer_factor": 1.0, "model_type": "siglip2",
+        "text_config": TOWER | {"model_type": "siglip2_text_model", "vocab_size": tokens, "projection_size": 64},
+        "vision_config": TOWER | {"model_type": "siglip2_vision_model", "num_patches": 256, "patch_size": 16}})
+    write_json(folder / "preprocessor_config.json", {
+        "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "Siglip2ImageProcessor", "image_std": [0.5, 0.5, 0.5], "max_num_patches": 256,
+        "patch_size": 16, "processor_class": "Siglip2Processor", "resample": 2, "rescale_factor": 0.00392156862745098})
+    write_weights(folder, 25, logit_scale=4.7244, logit_bias=-16.7714)
+
+
 FAMILIES: dict[str, Callable[[pathlib.Path], None]] = {
-    "chinese_clip": chinese_clip, "altclip": altclip, "metaclip_2": metaclip_2, "align": align}
+    "chinese_clip": chinese_clip, "altclip": altclip, "metaclip_2": metaclip_2, "align": align,
+    "siglip2": siglip2}
 
 
 class FamilyShelf:

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.slow  # the models are built first
 CLASSES = {"chinese_clip": (transformers.ChineseCLIPModel, transformers.BertTokenizer, 52),
            "altclip": (transformers.AltCLIPModel, transformers.XLMRobertaTokenizer, 77),
            "metaclip_2": (transformers.MetaClip2Model, transformers.XLMRobertaTokenizer, 77),
-           "align": (transformers.AlignModel, transformers.BertTokenizer, 64)}
+           "align": (transformers.AlignModel, transformers.BertTokenizer, 64),
+           "siglip2": (transformers.Siglip2Model, transformers.GemmaTokenizer, 64)}
+LOWER_CASED = ("siglip2",)  # by who calls the tokenizer
+UNMASKED = ("siglip2",)  # as they were trained
 WORDS = " ".join(CORPUS).split()
 CAPTIONS = ["cat", "A Photo Of TWO CATS", "a photo of a dog in the snow", "一只狗在雪地里的照片", "猫坐在沙发上",
             "two cats, on a sofa!", "ДВЕ КОШКИ", "!!!", "naïve 😀 and \t tabs",
@@ -49,14 +52,22 @@ class Reference:
     """transformers called as the model cards show it, in float32 on the CPU."""
 
     def __init__(self, name, folder):
+        self.name = name
         model, tokenizer, self.length = CLASSES[name]
         self.model = model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         self.tokenizer = tokenizer.from_pretrained(folder)
         self.images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
 
+    def prepare(self, caption):
+        return caption.lower() if self.name in LOWER_CASED else caption
+
+    def is_cut(self, caption):
+        return len(self.tokenizer(self.prepare(caption), padding=False, truncation=False)["input_ids"]) > self.length
+
     def cosine(self, path, caption):
         pixels = self.images(Image.open(path).convert("RGB"), return_tensors="pt")
-        text = self.tokenizer([caption], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        text = self.tokenizer([self.prepare(caption)], padding="max_length", truncation=True, max_length=self.length,
+                              return_tensors="pt", return_attention_mask=self.name not in UNMASKED)
         with torch.inference_mode():
             image = self.model.get_image_features(**pixels).pooler_output
             caption = self.model.get_text_features(**text).pooler_output
@@ -89,22 +100,22 @@ def test_similarity_is_what_transformers_says(name, batch_size, score, family_sh
     expected = [reference.cosine(images / row["url"], row["caption"]) for row in rows]
     assert np.abs(np.array(found) - expected).max() <= 1e-5
     assert np.std(expected) > 0.01  # a thousand times the difference that is allowed, or a mistake would not show
-    assert [row["truncated"] for row in rows] == [
-        str(len(reference.tokenizer(row["caption"])["input_ids"]) > reference.length).lower() for row in rows]
+    assert [row["truncated"] for row in rows] == [str(reference.is_cut(row["caption"])).lower() for row in rows]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_control_tokens_in_a_caption_are_text(name, family_shelf, images):
     """A caption that contains the tokenizer's own control tokens is read to its end."""
     scorer = script.Scorer(script.Config(pretrained_model=str(family_shelf(name)), use_cuda=False))
-    control = scorer.family.tokenizer.sep_token
+    tokenizer = scorer.family.tokenizer
+    control = tokenizer.sep_token or tokenizer.eos_token
     captions = [f"a photo {control} of two cats", f"a photo {control} of a dog", f"a photo {' '.join(control)} of a dog"]
     one, other, spaced = scorer.similarity([images / "0.png"] * 3, captions)
     assert abs(one - other) > 1e-4
     if name in ("altclip", "metaclip_2"):  # BERT's tokenizer splits them itself, in another way than at each letter
         assert abs(other - spaced) < 1e-6
     ids = scorer.tokenize(captions)[0]
-    assert all(row.count(scorer.family.tokenizer.sep_token_id) == 1 for row in ids)
+    assert all(row.count(tokenizer.convert_tokens_to_ids(control)) == 1 for row in ids)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -139,7 +150,8 @@ def test_loss_is_the_dissimilarity_and_has_a_gradient(name, family_shelf, images
     from addons.loss import DissimilarityLoss
     config = script.Config(pretrained_model=str(family_shelf(name)), use_cuda=False)
     loss = DissimilarityLoss(config, reduction="none")
-    image = Image.open(images / "2.png").convert("RGB")
+    side = 256 if name == "siglip2" else 64  # as the model reads it: floats are not rounded where they are resized
+    image = Image.open(images / "2.png").convert("RGB").resize((side, side))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div(255).requires_grad_()
     caption = "a photo of a dog in the snow"
     error = loss(pixels, [caption])
@@ -147,6 +159,55 @@ def test_loss_is_the_dissimilarity_and_has_a_gradient(name, family_shelf, images
     assert abs(error.item() - expected[0]) < 1e-4
     error.sum().backward()
     assert pixels.grad.abs().sum() > 0
+
+
+SHAPES = [(16, 16), (1, 300), (4000, 30), (1000, 3), (7, 5), (640, 480), (2000, 600), (255, 257)]  # (width, height)
+
+
+def test_naflex_patches_are_those_of_transformers(family_shelf):
+    """Bytes of images of every shape become the very patches, masks and shapes that transformers' processor makes."""
+    folder = family_shelf("siglip2")
+    scorer = script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False, preprocess="exact"))
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    rng = np.random.default_rng(2)
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SHAPES]
+    expected = processor(images, return_tensors="pt")
+    seen = {}
+
+    class Spy:
+        """Stands in for the model, and keeps what it is called with."""
+
+        dtype = torch.float32
+
+        def parameters(self):
+            return scorer.family.model.parameters()
+
+        def get_image_features(self, **inputs):
+            seen.update(inputs)
+            return scorer.family.model.get_image_features(**inputs)
+    packed = scorer.stack([scorer.resize(image) for image in images])
+    assert packed.dtype == torch.uint8
+    features = scorer.family.features_of_bytes(Spy(), packed, scorer._pixel_table)
+    assert torch.equal(seen["spatial_shapes"], expected["spatial_shapes"])
+    assert torch.equal(seen["pixel_attention_mask"], expected["pixel_attention_mask"])
+    assert (seen["pixel_values"] - expected["pixel_values"]).abs().max() < 1e-6
+    with torch.inference_mode():
+        assert (features - scorer.family.model.get_image_features(**expected).pooler_output).abs().max() < 1e-5
+
+
+def test_naflex_reads_as_many_patches_as_its_processor_says(family_shelf, tmp_path, score, images):
+    """A processor that asks for more patches is obeyed; one that cuts others than the model reads is refused."""
+    folder = family_shelf.copy("siglip2", tmp_path / "more")
+    file = folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"max_num_patches": 400}))
+    rows = score(folder)
+    reference = Reference("siglip2", folder)
+    expected = [reference.cosine(images / row["url"], row["caption"]) for row in rows]
+    assert np.abs(np.array([float(row["similarity"]) for row in rows]) - expected).max() <= 1e-5
+    file.write_text(json.dumps(settings | {"patch_size": 14}))
+    with pytest.raises(script.Trouble, match=r"patches of 14 pixels.*reads 16"):
+        script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
 
 
 def test_a_word_about_every_family_that_is_not_read(family_shelf, run_main, shapes, tmp_path):
@@ -158,9 +219,10 @@ def test_a_word_about_every_family_that_is_not_read(family_shelf, run_main, shap
     assert outcome.code == 6 and "owlvit" in outcome.stderr.splitlines()[-1]
 
 
-def test_killed_and_resumed_gives_the_same_scores(score, family_shelf, run_main, tmp_path):
+@pytest.mark.parametrize("name", ["altclip", "siglip2"])
+def test_killed_and_resumed_gives_the_same_scores(name, score, family_shelf, run_main, tmp_path):
     """A part that went away is done again to the same bytes."""
-    score(family_shelf("altclip"), partition_rows=7)
+    score(family_shelf(name), partition_rows=7)
     scores = (tmp_path / "out/scores.csv").read_bytes()
     next((tmp_path / "out/parts").glob("part-00001.parquet")).unlink()
     (tmp_path / "out/profile.json").unlink()

@@ -531,12 +531,6 @@ def test_a_token_without_an_embedding_is_refused(shelf, tmp_path, run_main, writ
     assert_refused((outcome.code, outcome.stdout, outcome.stderr), "a-model")
 
 
-def test_naflex_is_refused_by_name(shelf, run_main, shapes):
-    """A NaFlex SigLIP 2 is one line that names a model to take instead."""
-    outcome = run_main("--config", shapes(pretrained_model=str(shelf("siglip2-naflex")), rows=2))
-    assert_refused((outcome.code, outcome.stdout, outcome.stderr), "NaFlex", "google/siglip2-base-patch16-224")
-
-
 @pytest.mark.parametrize("name", ["no-such-folder", "./no-such-folder", "a/b/c", "a b/c", "", "..", "openai/",
                                   "/no/such/folder"])
 def test_a_name_that_is_none_is_refused(name, run_main, shapes, tmp_path, monkeypatch):

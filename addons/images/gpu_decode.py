@@ -73,6 +73,8 @@ def attach(scorer: Scorer, loader: ImageLoader) -> ImageLoader:
     try:
         if config.preprocess == "exact" or config.exif_orientation or not scorer.settings.knows_fast_resize():
             raise LookupError("exact resizes and turned images are Pillow's")
+        if not scorer.settings.crop and not scorer.settings.size:
+            raise LookupError("a model whose images keep their shapes takes them from Pillow")
         decode = find_decoder(scorer.device)
     except LookupError as error:
         say(f"decode: gpu cannot be used here, Pillow decodes: {error}")

@@ -4,7 +4,8 @@ A family is what the script must know of one kind of model: how to load it, whic
 are padded, how its two encoders are called, and whether a cosine tells a probability. It is a subclass of the script's
 `Family`, or of `Clip` or `Siglip` where only some of that differs. A run chooses it by `model_type` in the model's
 config.json: `clip` and `siglip` are the script's own, any other is looked for in the file of that name in this folder. What a
-family reads, beyond the methods that it overrides: `image_settings` (how images are resized), `describe` (what the manifest and
+family reads, beyond the methods that it overrides: `image_settings` (how images are resized), `stack` and `features_of_bytes`
+(where images have no common size), `describe` (what the manifest and
 profile.json say of it).
 
 To add one, drop one file into this folder, named after its model_type with `-` written as `_`:
@@ -25,6 +26,7 @@ The families here:
 
     chinese_clip.py  altclip.py  align.py    BERT's or XLM-R's text tower, masked (masked_text.py)
     metaclip_2.py                            CLIP's causal text tower with XLM-R's pieces (xlm_pieces.py)
+    siglip2.py                               SigLIP 2 NaFlex, whose images keep their shapes
     open_clip.py                             open_clip's format, which has no config.json of transformers'. Its parts:
                                              open_clip_files.py finds the model, open_clip_config.py reads every word of
                                              its config, open_clip_towers.py builds it out of transformers' blocks,

@@ -6,6 +6,7 @@ less than their noise (`tests/bench_stages.py` prints them), so the script keeps
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from image_text_sim_clip import Scorer, say
@@ -58,7 +59,7 @@ def find_batch_size(scorer: Scorer) -> int:
 def _measure_rate(scorer: Scorer, batch: int, allowed_bytes: float) -> float | None:
     """Images/s of the scorer's image encoder in batches of this size; None where that takes more memory than is allowed."""
     height, width = scorer.settings.crop or scorer.settings.resized(1, 1)
-    pixels = torch.zeros(batch, 3, height, width, dtype=torch.uint8).pin_memory()
+    pixels = scorer.stack([np.zeros((3, height, width), np.uint8)] * batch)
     scorer.batch_size = batch
     bytes_before = torch.cuda.memory_allocated()
     halvings_before = scorer.oom_halvings
