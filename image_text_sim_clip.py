@@ -57,7 +57,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import difflib
 import errno
@@ -76,10 +75,8 @@ import pickle
 import platform
 import re
 import signal
-import stat
 import struct
 import sys
-import threading
 import time
 import types
 import typing
@@ -100,6 +97,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from addons.images.guard import Guard
+    from addons.images.memory import Account
     from addons.inputs import Reader, Rows
     from addons.measures import Measure
     from addons.results.memory_curve import MemoryCurve
@@ -1201,7 +1199,8 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
         remove_leftovers(output)
         if fresh:
             discard_run(output)
-        finish_commits(output)
+        if ADDONS.is_dir():
+            addon("results.retry", "--retry-failed").finish_commits(output)
         manifest = read_manifest(output)
         if manifest is not None or has_parts(output):
             manifest = _check_manifest(manifest, config, output, staged)
@@ -1439,129 +1438,8 @@ def remove_path(path: pathlib.Path) -> None:
 # ── Images: find and decode ───────────────────────────────────────────────────────────────────────────────────────────
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-LARGE_BYTES = 160_000_000  # what an image takes while it is decoded; after a larger one the memory is given back at once
 MAX_ASPECT = 200  # a strip of 1 x 100,000 px would be resized to gigabytes before its centre is cut out; so that is cut first
 MAX_LONG_EDGE = 32_768  # and where the model squeezes the whole strip, it is first shrunk to at most this, in whole steps
-
-
-class ByteBudget:
-    """The bytes that all threads together may hold between reading an image and the end of its resizing.
-
-    Each image has an Account, from which it reserves. Who does not fit waits: first come, first served, and those who will
-    ask for no more go before those who will. Where everyone who holds something waits, the next one goes on all the same;
-    so no two can wait for each other, and an image that needs more than the whole budget is worked on alone.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.held = 0
-        self._working = 0  # accounts that hold something and do not wait
-        self._turns: list[tuple[bool, int]] = []  # of those who wait, in order
-        self._numbers = itertools.count()
-        self._changed = threading.Condition()
-
-    def reserve(self, account: "Account", count: int, is_last: bool) -> None:
-        """Have the account hold `count` bytes more, once they fit."""
-        with self._changed:
-            turn = (not is_last, next(self._numbers))
-            bisect.insort(self._turns, turn)
-            self._working -= account.held > 0
-            account.waits += 1
-            self._changed.notify_all()  # it may be the last of those who held and did not wait
-            self._changed.wait_for(lambda: self._turns[0] == turn and self._has_room(count))
-            account.waits -= 1
-            self._turns.remove(turn)
-            self._working += 1
-            account.held += count
-            self.held += count
-            self._changed.notify_all()  # the next one may fit as well
-
-    def _has_room(self, count: int) -> bool:
-        return self.held + count <= self.total or not self._working
-
-    def release(self, account: "Account", down_to: int) -> None:
-        """Give back what the account holds beyond `down_to` bytes."""
-        with self._changed:
-            self._working -= account.held > 0
-            self.held -= account.held - down_to
-            account.held = down_to
-            self._working += account.held > 0
-            self._changed.notify_all()
-
-
-class Account:
-    """What one image holds of a ByteBudget until it is resized; a context manager that gives it back."""
-
-    def __init__(self, budget: ByteBudget) -> None:
-        self.held = 0
-        self.waits = 0  # above 0: it waits for its turn, which is not the image's own time
-        self._budget = budget
-        self._is_closed = False
-
-    def reserve(self, count: int, is_last: bool = False) -> None:
-        """Hold `count` bytes more, and wait until they fit; with `is_last` the account will ask for no more."""
-        if self._is_closed:
-            raise RowFailure("crashed", "decoder did not return")  # the image has been given up, and nobody hears this
-        if count > 0:
-            self._budget.reserve(self, count, is_last)
-
-    def release(self, down_to: int = 0) -> None:
-        """Give back what is held beyond `down_to` bytes."""
-        if self.held - down_to > LARGE_BYTES:
-            trim_memory()
-        if self.held > down_to:
-            self._budget.release(self, down_to)
-
-    def __enter__(self) -> "Account":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._is_closed = True
-        self.release()
-
-
-class _Here(threading.local):
-    """What the calling thread is at."""
-
-    account: Account | None = None
-
-
-_HERE = _Here()
-
-
-def reserve_for_image(count: int) -> None:
-    """Before a source reads so many bytes of an image: wait until they fit into the budget of the run's images.
-
-    For the image that the calling thread is at, until it is resized; outside a loader nothing waits.
-    """
-    if _HERE.account:
-        _HERE.account.reserve(count)
-
-
-def machine_memory() -> int:
-    """The bytes of memory that this process may use: the machine's, or less where its container (cgroup) has a limit."""
-    import psutil
-    limits = [psutil.virtual_memory().total]
-    groups = pathlib.Path("/sys/fs/cgroup")
-    places = [groups, groups / "memory"]
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
-            controllers, _, path = line.partition(":")[2].partition(":")  # "" and a path with cgroup v2, "memory" with v1
-            places.append(pathlib.Path(f"{groups}/{controllers}{path}"))
-    for place, name in itertools.product(places, ("memory.max", "memory.limit_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # not there; "max"
-            limits.append(int((place / name).read_text(encoding="ascii")))
-    return min(limits)
-
-
-@functools.cache
-def image_memory(memory_budget_mib: int | str) -> ByteBudget:
-    """The budget of this process's images. `auto`: 1 GiB, or 64 MiB a core where that is more; never above a quarter of what
-    there is, which processes that a launcher started here share."""
-    if memory_budget_mib != "auto":
-        return ByteBudget(int(memory_budget_mib) * 2**20)
-    share = machine_memory() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return ByteBudget(min(share, max(2**30, usable_cores() * 2**26)))
 
 
 def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
@@ -1623,119 +1501,35 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
     names = names_in_folder(source)
     if not names:
         raise RowFailure("missing", "no file name")
+    read: Callable[[pathlib.Path, str, int], bytes | None] = \
+        addon("images.inside", "image_path").read_inside if ADDONS.is_dir() else read_inside
     for name in names:
-        handle = _open_inside(folder, name)
-        if handle is None:
-            continue
-        try:
-            return _read_regular(handle, max_bytes)
-        except OSError:
-            raise RowFailure("corrupt", "the disk cannot read the file") from None
-        finally:
-            os.close(handle)
+        data = read(folder, name, max_bytes)
+        if data is not None:
+            return data
     raise RowFailure("missing", "no such file in image_path")
 
 
-MAX_LINKS = 40  # followed on the way to one file, as Linux does
-_FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+def read_inside(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None:
+    """The bytes of `folder`/`name`, None where there is no such file; RowFailure for one that may not be read.
 
-
-def _open_inside(folder: pathlib.Path, name: str) -> int | None:
-    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read.
-
-    The path is walked step by step on descriptors, and links are read, not followed by the system: what is swapped on the
-    way cannot lead out between a check and the opening. Links that stay inside, absolute ones as well, are followed.
+    For a script alone: addons/images/inside.py leaves no moment between the check and the opening.
     """
-    here = -1
     try:
-        if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
-            return None  # at once: a URL may have thousands of endings
-        here = os.open(folder, _FOLDER_FLAGS)
-        root = os.fstat(here)
-        steps = collections.deque(_steps_of(name))
-        links = 0
-        while steps:
-            step = steps.popleft()
-            if not steps and step not in ("..", "/") and not _is_inside(here, root):
-                raise RowFailure("forbidden", "outside image_path")
-            found = _take_step(here, step, is_last=not steps)
-            if isinstance(found, str):
-                links += 1
-                if links > MAX_LINKS:
-                    return None
-                steps.extendleft(reversed(_steps_of(found)))
-                continue
-            os.close(here)
-            here = found
-        if stat.S_ISDIR(os.fstat(here).st_mode) and not _is_inside(here, root):
+        path = (folder / name).resolve(strict=True)
+        if not path.is_relative_to(folder):
             raise RowFailure("forbidden", "outside image_path")
-        opened = here
-        here = -1
-        return opened
-    except (FileNotFoundError, NotADirectoryError):
-        if here >= 0 and not _is_inside(here, root):
-            raise RowFailure("forbidden", "outside image_path") from None
-        return None
+        if not path.is_file():
+            raise RowFailure("forbidden", "not a regular file")
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
     except PermissionError:
         raise RowFailure("forbidden", "no permission to read the file") from None
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL
-        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
-            raise RowFailure("corrupt", "the disk cannot read the file") from None
+    except (OSError, ValueError, RuntimeError):  # none there; a name too long, or with a NUL; links in a circle
         return None
-    finally:
-        if here >= 0:
-            os.close(here)
-
-
-def _steps_of(path: str) -> list[str]:
-    """The names that a path goes through; "/" first where it is absolute."""
-    steps = [step for step in path.split("/") if step not in ("", ".")]
-    return ["/", *steps] if path.startswith("/") else steps
-
-
-def _take_step(here: int, step: str, is_last: bool) -> int | str:
-    """A descriptor of the folder or, at the end, of the file called `step` in the folder `here`; the text of a link."""
-    if step in ("..", "/"):
-        return os.open(step, _FOLDER_FLAGS, dir_fd=here)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if is_last else _FOLDER_FLAGS  # a FIFO must not block
-    try:
-        return os.open(step, flags, dir_fd=here)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):  # what systems say of a link that is not followed
-            raise
-        try:
-            return os.readlink(step, dir_fd=here)
-        except OSError:  # no link either, or no more
-            raise NotADirectoryError from None
-
-
-def _is_inside(here: int, root: os.stat_result) -> bool:
-    """Whether the folder `here` is `root` or lies below it, by going up from it."""
-    info = os.fstat(here)
-    climber = os.dup(here)
-    try:
-        while (info.st_dev, info.st_ino) != (root.st_dev, root.st_ino):
-            above = os.open("..", _FOLDER_FLAGS, dir_fd=climber)
-            os.close(climber)
-            climber = above
-            last = info
-            info = os.fstat(climber)
-            if (info.st_dev, info.st_ino) == (last.st_dev, last.st_ino):  # the top
-                return False
-        return True
-    finally:
-        os.close(climber)
-
-
-def _read_regular(handle: int, max_bytes: int) -> bytes:
-    info = os.fstat(handle)
-    if not stat.S_ISREG(info.st_mode):
-        raise RowFailure("forbidden", "not a regular file")
-    if info.st_size > max_bytes:
-        raise RowFailure("too_large", f"{info.st_size} bytes")
-    reserve_for_image(info.st_size)
-    with open(handle, "rb", closefd=False) as file:
-        return file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise RowFailure("too_large", f"more than {max_bytes} bytes")
+    return data
 
 
 class Remark(NamedTuple):
@@ -1750,33 +1544,26 @@ REMARK = "image_text_sim_clip remark"  # the key under which `info` of a decoded
 
 
 def decode_image(data: bytes, config: Config, target: tuple[int, int] | None = None,
-                 account: Account | None = None) -> "Image.Image":
+                 account: "Account | None" = None) -> "Image.Image":
     """Bytes to an 8-bit RGB image; raises RowFailure. `target` (width, height) lets `decode: scaled` shrink JPEGs.
 
     An image refused as corrupt is tried again without what lies around its pixels. What is to be said of an image that is
-    sound stands in its `info[REMARK]`. The memory that this takes is reserved first. A caller that goes on to work with the
-    image gives the `account`.
+    sound stands in its `info[REMARK]`. Where there is an `account`, the memory that this takes is reserved from it first.
     """
-    with Account(image_memory(config.memory_budget_mib)) as mine:
-        paying = account or mine
-        before = paying.held
-        try:
-            return _decode_as_it_is(data, config, target, paying)
-        except RowFailure as failure:
-            refusal = (failure.status, failure.detail)  # for another one: this one's traceback holds the image
-        if refusal[0] == "corrupt" and ADDONS.is_dir():
-            for copy, lacks_exif in addon("images.plain_pixels", "decode").without_metadata(data):
-                paying.release(before)
-                with contextlib.suppress(RowFailure):
-                    image = _decode_as_it_is(copy, config, target, paying)
-                    if lacks_exif and config.exif_orientation:
-                        image.info[REMARK] = Remark(detail=addon("images.exif", "exif_orientation").CANNOT_READ)
-                    return image
-        raise RowFailure(*refusal)
+    try:
+        return decode_as_it_is(data, config, target, account)
+    except RowFailure as failure:
+        refusal = (failure.status, failure.detail)  # for another one: this one's traceback holds the image
+    if refusal[0] == "corrupt" and ADDONS.is_dir():
+        decode = addon("images.plain_pixels", "decode").decode_without_metadata
+        image: Image.Image | None = decode(data, config, target, account)
+        if image:
+            return image
+    raise RowFailure(*refusal)
 
 
-def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None, account: Account) -> "Image.Image":
-    """`decode_image` of these very bytes; the memory that it takes is the account's."""
+def decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None, account: "Account | None") -> "Image.Image":
+    """`decode_image` of these very bytes."""
     from PIL import Image, UnidentifiedImageError
     _prepare_pillow(config.max_image_pixels)
     formats = (*ALLOWED_FORMATS, "AVIF") if config.avif else ALLOWED_FORMATS
@@ -1787,7 +1574,8 @@ def _decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None
                 raise RowFailure("bomb", f"{image.width} x {image.height} pixels")
             if config.decode == "scaled" and target and image.format == "JPEG":
                 image.draft(None, (2 * target[0], 2 * target[1]))  # never below twice the target: nearer shows in the score
-            account.reserve(decoding_bytes(image, pixels), is_last=True)
+            if account:
+                account.reserve_for_decoding(image, pixels)
             image.load()
             remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else NO_REMARK
             rgb = to_rgb(image, config)
@@ -1816,29 +1604,6 @@ def failing_its_row(doing: str) -> Iterator[None]:
         raise RowFailure("corrupt", type(error).__name__) from None
 
 
-# Bytes that a decoder takes for a pixel of the file besides the image: WebP's two canvases and their copy, the coefficients
-# of a progressive JPEG, a TIFF's tile in the file's own form.
-_WORK_BYTES = {"WEBP": 12, "AVIF": 12, "JPEG": 6, "TIFF": 8}
-
-
-def decoding_bytes(image: "Image.Image", stored_pixels: int) -> int:
-    """About the most bytes that an opened image will take until it is resized; `stored_pixels` are those of the file, of which
-    `decode: scaled` may decode fewer."""
-    pixels = image.width * image.height
-    if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        stored_pixels = max(stored_pixels, int(tags.get(322, 0)) * int(tags.get(323, 0)))  # of a tile
-    a_pixel = 4  # Pillow's RGB
-    if pixels > 4_000_000:
-        a_pixel += 6  # the copies that torch reads, because Pillow does not lend more than 16 MB
-    if image.mode != "RGB":
-        a_pixel += 5  # converted: the image again, and a mask
-    for_a_stored_pixel = _WORK_BYTES.get(image.format or "", 0)
-    if image.format == "JPEG" and not image.info.get("progressive"):
-        for_a_stored_pixel = 0
-    return pixels * a_pixel + stored_pixels * for_a_stored_pixel
-
-
 @functools.cache
 def _prepare_pillow(max_pixels: int) -> None:
     """Keep Pillow's own pixel limit from lying below ours, and its warnings about strangers' images off stderr."""
@@ -1846,12 +1611,6 @@ def _prepare_pillow(max_pixels: int) -> None:
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def trim_memory() -> None:
-    """Have the C library give freed memory back: without it, each thread keeps what its largest image took."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc has it, others do not
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _odd_images() -> types.ModuleType:
@@ -2046,7 +1805,7 @@ class ImageDecoder:
     settings: ImageSettings
 
     @profile
-    def __call__(self, data: bytes, account: Account | None = None) -> "Image.Image":
+    def __call__(self, data: bytes, account: "Account | None" = None) -> "Image.Image":
         """Decode one image; for `account` see `decode_image`."""
         image = decode_image(data, self.config, self.settings.target(), account)
         return trim_strip(image, self.settings)
@@ -2060,27 +1819,25 @@ class ImageLoader:
     """Source (URL or path) -> Loaded. Runs in loader threads; who wants another way makes a copy by dataclasses.replace."""
 
     read: Callable[[str], bytes]
-    decode: "Callable[[bytes, Account], Image.Image]"
+    decode: "Callable[[bytes, Account | None], Image.Image]"
     resize: "Callable[[Image.Image], np.ndarray]"
     on_gpu: Callable[[bytes, bytes], Any] | None = None  # (bytes, digest) -> OnGpu for what the GPU decodes, else None
-    memory: ByteBudget = dataclasses.field(default_factory=lambda: image_memory("auto"))
-    watch: "Callable[[Callable[[], Made], Account], Made] | None" = None  # does the work, and gives up in time
+    # these two by addons/images: what one image may take of the run's memory; what does the work, and gives up in time
+    open_account: "Callable[[], contextlib.AbstractContextManager[Account | None]]" = contextlib.nullcontext
+    watch: "Callable[[Callable[[], Made], Account], Made] | None" = None
 
     def __call__(self, source: str) -> Loaded:
         """Read, decode and resize one source; never raises for what is wrong with it."""
         loaded = Loaded()
         clock = Clock(loaded.seconds)
-        with Account(self.memory) as account:
-            _HERE.account = account
+        with self.open_account() as account:
             try:
                 self._load(source.strip(), loaded, clock, account)
             except RowFailure as failure:
                 loaded.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes
-            finally:
-                _HERE.account = None
         return loaded
 
-    def _load(self, source: str, loaded: Loaded, clock: "Clock", account: Account) -> None:
+    def _load(self, source: str, loaded: Loaded, clock: "Clock", account: "Account | None") -> None:
         if not source:
             raise RowFailure("missing", "no URL")
         with clock.stage("fetch"):
@@ -2094,7 +1851,7 @@ class ImageLoader:
         else:
             loaded.pixels, loaded.remark = self.make_pixels(data, account, clock)
 
-    def make_pixels(self, data: bytes, account: Account, clock: "Clock | None" = None) -> "Made":
+    def make_pixels(self, data: bytes, account: "Account | None", clock: "Clock | None" = None) -> "Made":
         """Decode and resize; raises RowFailure. `account` holds what it takes until its caller gives it back."""
         own = Clock()  # an image that is given up may go on, and must not touch what others read by then
 
@@ -2103,7 +1860,7 @@ class ImageLoader:
                 image = self.decode(data, account)
             with own.stage("resize", time.thread_time), failing_its_row("resize"):
                 return self.resize(image), image.info.get(REMARK, NO_REMARK)
-        made = self.watch(make, account) if self.watch else make()
+        made = self.watch(make, account) if self.watch and account else make()
         if clock:
             clock.add(own.seconds)
         return made
@@ -3573,7 +3330,7 @@ def _file_sha256_of(data: bytes) -> str:
     return blank.hexdigest()
 
 
-def _metadata_in(footer: bytes) -> Json | None:
+def metadata_in(footer: bytes) -> Json | None:
     """The JSON in a footer, if it is as it was written. Opening 10,000 files with pyarrow instead would take many seconds."""
     start = footer.rfind(_METADATA_START)
     place = footer.rfind(_DIGESTS_START)
@@ -3588,7 +3345,7 @@ def _metadata_in(footer: bytes) -> Json | None:
     return metadata
 
 
-def _read_footer(path: pathlib.Path) -> bytes | None:
+def read_footer(path: pathlib.Path) -> bytes | None:
     """The footer of a Parquet file that is whole in length; None for any other file, and where there is none."""
     with _reading(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -3618,8 +3375,8 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
 
 def read_part_metadata(plan: Plan, partition: Partition) -> Json | None:
     """What the footer of this run's part says; None where there is no part of this run, or its footer has changed."""
-    footer = _read_footer(partition.parquet)
-    metadata = _metadata_in(footer) if footer else None
+    footer = read_footer(partition.parquet)
+    metadata = metadata_in(footer) if footer else None
     return metadata if metadata and _belongs(metadata, plan, partition) else None
 
 
@@ -3662,7 +3419,7 @@ def read_part(plan: Plan, partition: Partition, thorough: bool = False) -> Part 
         if partition.parquet.exists():
             raise FlawedPart(partition.parquet.name)
         return None
-    metadata = _metadata_in(data)
+    metadata = metadata_in(data)
     if metadata is None or _file_sha256_of(data) != metadata["file_sha256"]:
         raise FlawedPart(partition.parquet.name)
     if not _belongs(metadata, plan, partition):
@@ -3697,44 +3454,14 @@ def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[
         plan.check_still_there()
         there = read_part_metadata(plan, partition) if part_is_done(plan, partition) else None
         if there is None or (replaced is not None and there["sha256"] == replaced.metadata["sha256"]):
-            for path, content in files.items():
-                write_bytes(_name_of_next(path) if there else path, content)
-            write_bytes(partition.parquet, data)
             if there and files:
-                _finish_commit(partition.parquet, metadata)
+                addon("results.retry", "--retry-failed").replace_part(partition, data, metadata, files)
+            else:
+                for path, content in files.items():
+                    write_bytes(path, content)
+                write_bytes(partition.parquet, data)
             there = metadata
     return PartSummary(there["rows"], there["statuses"])
-
-
-# A retry replaces a part and its files, which cannot both be renamed at once. Until the part is, the old files are what it
-# needs; so the new ones wait under another name, from which `finish_commits` takes them where a process died in between.
-
-def _name_of_next(path: pathlib.Path) -> pathlib.Path:
-    """Where a file waits for the part that it belongs to."""
-    return path.with_name(path.name + ".next")
-
-
-def _finish_commit(part: pathlib.Path, metadata: Json) -> None:
-    """Give the files that waited for `part` their names."""
-    for name, written in metadata["files"].items():
-        path = part.with_name(name)
-        with output_disk(path), contextlib.suppress(FileNotFoundError):
-            if file_sha256(_name_of_next(path)) == written["sha256"]:
-                _name_of_next(path).replace(path)
-
-
-def finish_commits(output: pathlib.Path) -> None:
-    """End what processes that died while they replaced a part had begun: its new files get their names, or go."""
-    waiting = list((output / "parts").glob("part-*.next"))
-    if not waiting:
-        return
-    with locked(output, COMMIT_LOCK):
-        for path in waiting:
-            part = path.with_name(path.name.split(".")[0] + ".parquet")
-            footer = _read_footer(part)
-            _finish_commit(part, (_metadata_in(footer) if footer else None) or {"files": {}})
-            with output_disk(path):
-                path.unlink(missing_ok=True)
 
 
 def write_times(partition: Partition, times: Json) -> None:
@@ -3769,8 +3496,7 @@ class Worker:
         clock.take()
         self.settings = self.scorer.settings if self.scorer else DRY_RUN_SETTINGS
         resize = self.scorer.resize if self.scorer else functools.partial(resize_pillow, settings=DRY_RUN_SETTINGS)
-        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize,
-                                  memory=image_memory(config.memory_budget_mib))
+        self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
         self._guard: Guard | None = None
         if ADDONS.is_dir():
             self._guard = addon("images.guard", "decode_timeout_s").Guard(config, self.settings)

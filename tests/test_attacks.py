@@ -13,7 +13,7 @@ import zoo
 from PIL import Image
 
 import image_text_sim_clip as script
-from addons.images import costs, fetch, guard
+from addons.images import costs, fetch, guard, memory
 
 CONFIG = script.Config(pretrained_model="none")
 MODEL_SIZES = script.DRY_RUN_SETTINGS
@@ -33,12 +33,12 @@ def run_all(*functions):
 
 def test_budget_is_kept_over_all_threads():
     """Whoever does not fit waits: never is more held than the budget has, and everybody gets a turn."""
-    budget = script.ByteBudget(100)
+    budget = memory.ByteBudget(100)
     most = []
 
     def work(size):
         for _ in range(20):
-            with script.Account(budget) as account:
+            with memory.Account(budget) as account:
                 account.reserve(size, is_last=True)
                 most.append(budget.held)
                 time.sleep(0.0002)
@@ -48,11 +48,11 @@ def test_budget_is_kept_over_all_threads():
 
 def test_what_exceeds_the_budget_is_worked_on_alone():
     """An image that needs more than the whole budget waits until nothing else is held, and then goes on."""
-    budget = script.ByteBudget(100)
+    budget = memory.ByteBudget(100)
     seen = []
 
     def work(size):
-        with script.Account(budget) as account:
+        with memory.Account(budget) as account:
             account.reserve(size, is_last=True)
             seen.append((size, budget.held))
             time.sleep(0.01)
@@ -62,12 +62,12 @@ def test_what_exceeds_the_budget_is_worked_on_alone():
 
 def test_those_who_hold_and_ask_again_do_not_wait_for_each_other():
     """Threads that all hold a part of the budget and all need more go on one after the other."""
-    budget = script.ByteBudget(100)
+    budget = memory.ByteBudget(100)
     together = threading.Barrier(5)
     most = []
 
     def work():
-        with script.Account(budget) as account:
+        with memory.Account(budget) as account:
             account.reserve(20)
             together.wait(10)
             account.reserve(50, is_last=True)
@@ -79,13 +79,13 @@ def test_those_who_hold_and_ask_again_do_not_wait_for_each_other():
 
 def test_who_asks_for_no_more_goes_first():
     """Of those who wait, an image that can be finished goes before one that will ask again."""
-    budget = script.ByteBudget(100)
+    budget = memory.ByteBudget(100)
     order = []
-    with script.Account(budget) as first:
+    with memory.Account(budget) as first:
         first.reserve(100, is_last=True)
 
         def work(name, is_last):
-            with script.Account(budget) as account:
+            with memory.Account(budget) as account:
                 account.reserve(60, is_last)
                 order.append(name)
         threads = [threading.Thread(target=work, args=("begins", False)), threading.Thread(target=work, args=("ends", True))]
@@ -100,38 +100,40 @@ def test_who_asks_for_no_more_goes_first():
 def test_files_are_reserved_before_they_are_read(tmp_path):
     """A file is not read before its bytes fit into the budget, together with those of the images that are being decoded."""
     (tmp_path / "a").write_bytes(b"x" * 60)
-    memory = script.ByteBudget(100)
+    budget = memory.ByteBudget(100)
     held = []
 
     def decode(data, account):
-        held.append((memory.held, account.held))
+        held.append((budget.held, account.held))
         return Image.new("RGB", (8, 8))
     loader = script.ImageLoader(functools.partial(script.read_file, tmp_path, max_bytes=1000), decode,
-                                functools.partial(script.resize_pillow, settings=MODEL_SIZES), memory=memory)
+                                functools.partial(script.resize_pillow, settings=MODEL_SIZES),
+                                open_account=functools.partial(memory.open_account, budget))
     run_all(*[functools.partial(loader, "a")] * 6)
-    assert held == [(60, 60)] * 6 and memory.held == 0
+    assert held == [(60, 60)] * 6 and budget.held == 0
 
 
 def test_fetched_bytes_count_while_they_are_decoded():
     """What a fetch has brought counts in the budget from the moment a thread decodes it, and a fetch itself waits for none."""
-    memory = script.ByteBudget(100)
+    budget = memory.ByteBudget(100)
     fetcher = fetch.Fetcher(CONFIG)
     held = []
 
     def decode(data, account):
-        held.append((memory.held, account.held))
+        held.append((budget.held, account.held))
         return Image.new("RGB", (8, 8))
-    loader = script.ImageLoader(fetcher, decode, functools.partial(script.resize_pillow, settings=MODEL_SIZES), memory=memory)
+    loader = script.ImageLoader(fetcher, decode, functools.partial(script.resize_pillow, settings=MODEL_SIZES),
+                                open_account=functools.partial(memory.open_account, budget))
     brought = fetch.Outcome(b"x" * 60)
     run_all(*[lambda: fetcher.call_with(brought, lambda: loader("http://example.org/a.png"))] * 6)
-    assert held == [(60, 60)] * 6 and memory.held == 0
+    assert held == [(60, 60)] * 6 and budget.held == 0
 
 
 def test_second_try_gives_back_what_the_first_took():
     """An image that is tried again without its metadata holds no more memory than one that is decoded at once."""
     plain = zoo.saved(zoo.photo(), "PNG")
     broken = plain[:-12] + zoo.png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(3_000_000))) + plain[-12:]  # found at its end
-    with script.Account(script.image_memory("auto")) as once, script.Account(script.image_memory("auto")) as twice:
+    with memory.Account(memory.image_memory("auto")) as once, memory.Account(memory.image_memory("auto")) as twice:
         script.decode_image(plain, CONFIG, None, once)
         script.decode_image(broken, CONFIG, None, twice)
         assert twice.held == once.held > 0
@@ -139,12 +141,12 @@ def test_second_try_gives_back_what_the_first_took():
 
 def test_image_that_was_given_up_takes_no_more_memory():
     """Whoever decodes an image that nobody waits for any more cannot take memory that would never be given back."""
-    memory = script.ByteBudget(100)
-    with script.Account(memory) as account:
+    budget = memory.ByteBudget(100)
+    with memory.Account(budget) as account:
         account.reserve(10)
     with pytest.raises(script.RowFailure):
         account.reserve(10)
-    assert memory.held == 0
+    assert budget.held == 0
 
 
 @pytest.mark.parametrize("is_guarded", [False, True])
@@ -167,14 +169,14 @@ def test_nothing_holds_on_to_the_bytes_of_an_image_that_failed(is_guarded):
 
 def test_auto_budget_stays_within_the_machine(monkeypatch):
     """`auto` is at most a quarter of what the machine or its container has, shared among the processes started here."""
-    monkeypatch.setattr(script, "machine_memory", lambda: 2 * 2**30)
-    script.image_memory.cache_clear()
-    assert script.image_memory("auto").total == 2**29
+    monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 2**30)
+    memory.image_memory.cache_clear()
+    assert memory.image_memory("auto").total == 2**29
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    script.image_memory.cache_clear()
-    assert script.image_memory("auto").total == 2**28
-    script.image_memory.cache_clear()
-    assert script.image_memory(64).total == 2**26
+    memory.image_memory.cache_clear()
+    assert memory.image_memory("auto").total == 2**28
+    memory.image_memory.cache_clear()
+    assert memory.image_memory(64).total == 2**26
 
 
 # ── Costs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,7 +218,7 @@ def test_tiff_cut_anywhere_is_for_the_decoder_to_judge(endian):
 def test_work_that_does_not_return_is_given_up():
     """A thread that hangs costs its image, and the images after it are decoded in processes of their own."""
     watched = guard.Guard(script.Config(pretrained_model="none", decode_timeout_s=0.3), MODEL_SIZES)
-    account = script.Account(script.ByteBudget(100))
+    account = memory.Account(memory.ByteBudget(100))
     release = threading.Event()
     with pytest.raises(script.RowFailure, match="crashed: decoder did not return"):
         watched.watch(lambda: release.wait(60), account)
@@ -229,9 +231,9 @@ def test_work_that_does_not_return_is_given_up():
 def test_waiting_for_memory_is_not_the_images_own_time():
     """An image that waits for its turn longer than the limit is not given up."""
     watched = guard.Guard(script.Config(pretrained_model="none", decode_timeout_s=0.3), MODEL_SIZES)
-    budget = script.ByteBudget(100)
-    with script.Account(budget) as account:
-        other = script.Account(budget)
+    budget = memory.ByteBudget(100)
+    with memory.Account(budget) as account:
+        other = memory.Account(budget)
         other.reserve(100)
         timer = threading.Timer(1.0, other.release)
         timer.start()
@@ -249,7 +251,7 @@ def test_doubtful_image_is_decoded_in_a_child_with_the_same_pixels():
     careful = guard.Guard(script.Config(pretrained_model="none", memory_budget_mib=64), MODEL_SIZES)
     data = zoo.tiled_tiff(32, 1200)
     assert costs.look(data, CONFIG.max_image_pixels)
-    with script.Account(script.image_memory(64)) as account:
+    with memory.Account(memory.image_memory(64)) as account:
         image = careful.decode(data, account)
         assert image.tobytes() == script.ImageDecoder(CONFIG, MODEL_SIZES)(data).tobytes()
     careful.close()
@@ -321,7 +323,7 @@ def test_hostile_zoo_in_one_run(tmp_path, write_config, write_table, start_cli):
         time.sleep(0.01)
     _, talk = process.communicate()
     assert process.returncode == 0, talk
-    budget = script.image_memory("auto").total
+    budget = memory.image_memory("auto").total
     assert peak - baseline < budget + 300e6, (peak, baseline, budget)
     with (tmp_path / "out" / "scores.csv").open(newline="") as file:
         found = {row["url"]: row["status"] for row in csv.DictReader(file)}

@@ -19,6 +19,8 @@ What lives here:
                      attempt, http_client.py HTTP, targets.py what a URL means, names.py names and addresses, hosts.py what
                      each host will bear, cache.py `cache_path`, web_report.py what the summary tells
     guard.py         a time limit around decoding; doubtful images, and all after a crash, go to child processes
+    memory.py        how much memory the images of a run may take together
+    inside.py        opens a file of `image_path` so that no link leads out of it
     costs.py         what a file will cost to decode, told from its structure
     isolate.py       decodes in a child process with limits of time and memory
     exif.py          which way up an image is, and what is said of one whose EXIF cannot be honoured
@@ -26,7 +28,7 @@ What lives here:
     odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
     gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
 
-The guard and the costs are part of every run; each of the others is imported only by the run that needs it.
+Guard, memory, inside and costs are part of every run; each of the others is imported only by the run that needs it.
 """
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -46,8 +48,9 @@ class ImageSource(Protocol):
 
         The function is called from `threads` loader threads at once (0: from the main thread alone). It raises RowFailure,
         with a status of STATUSES and a detail without times, addresses or absolute paths, for an image that cannot be had,
-        and it returns or raises within a bounded time. Before it reads many bytes it calls `reserve_for_image`, which waits
-        until they fit into the run's budget of memory. `open_source` itself raises Trouble for a mistake in the config.
+        and it returns or raises within a bounded time. Before it reads many bytes it calls `reserve_for_image` of memory.py,
+        which waits until they fit into the run's budget of memory. `open_source` itself raises Trouble for a mistake in the
+        config.
 
         Images of one partition are loaded in order. Where some may come late, what is returned can have two more methods, as
         Fetcher has: `open_pool(threads)`, which returns a pool that takes the place of the script's ImagePool, and

@@ -19,8 +19,9 @@ from addons.images.cache import Cache
 from addons.images.exchange import Attempt, BytesInFlight, Holding, PassingFailure, Redirected, Refused, Unreachable, Web
 from addons.images.hosts import DEAD_AFTER, Host, Hosts
 from addons.images.http_client import TooManyFiles
+from addons.images.memory import reserve_for_image
 from addons.images.targets import Target, can_be_split, read_url
-from image_text_sim_clip import Config, Loaded, RowFailure, reserve_for_image, say
+from image_text_sim_clip import Config, Loaded, RowFailure, say
 
 if TYPE_CHECKING:
     import pyarrow as pa

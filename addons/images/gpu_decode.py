@@ -16,7 +16,6 @@ from addons.images import costs
 from addons.images.exif import TURNS, find_orientation
 from image_text_sim_clip import (
     NO_REMARK,
-    Account,
     ImageLoader,
     ImageSettings,
     Remark,
@@ -191,7 +190,7 @@ class GpuDecoder:
         import torch
         self.fell_back += 1
         try:
-            with Account(self.loader.memory) as account:
+            with self.loader.open_account() as account:
                 pixels, _ = self.loader.make_pixels(image.data or b"", account)
         except RowFailure as failure:
             image.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes

@@ -7,6 +7,7 @@ every image of the run is decoded in child processes, so that this happens to a 
 """
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 import time
@@ -15,16 +16,15 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from addons.images import costs
 from addons.images.isolate import IsolatedDecoder
+from addons.images.memory import Account, image_memory, open_account
 from image_text_sim_clip import (
     PROFILED,
-    Account,
     Config,
     ImageDecoder,
     ImageLoader,
     ImageSettings,
     RowFailure,
     compute_in_one_thread,
-    image_memory,
     say,
     usable_cores,
 )
@@ -60,11 +60,13 @@ class Guard:
 
     def attach(self, loader: ImageLoader) -> ImageLoader:
         """A copy of the loader that is guarded. A line profiler wants all in one thread, which no other can watch."""
-        return dataclasses.replace(loader, decode=self.decode, watch=None if PROFILED else self.watch)
+        return dataclasses.replace(loader, decode=self.decode, watch=None if PROFILED else self.watch,
+                                   open_account=functools.partial(open_account, self._memory))
 
-    def decode(self, data: bytes, account: Account) -> "Image.Image":
+    def decode(self, data: bytes, account: Account | None) -> "Image.Image":
         """Do what ImageDecoder does, in this process or in a child; raises RowFailure."""
         if self.isolates_all or costs.look(data, self.max_pixels):
+            assert account is not None  # `attach` has seen to it
             # before a child is taken, or those who hold memory could wait for a child that waits for memory
             account.reserve(self._memory.total // CHILDS_SHARE, is_last=True)
             with _waiting(account), self._children.lend() as child:  # the child has a limit of its own

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, NamedTuple
 
+from addons.images.memory import image_memory
 from image_text_sim_clip import (
     EXIT_CONFIG,
     REMARK,
@@ -22,7 +23,6 @@ from image_text_sim_clip import (
     Remark,
     RowFailure,
     Trouble,
-    image_memory,
 )
 
 if TYPE_CHECKING:

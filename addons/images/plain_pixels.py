@@ -3,9 +3,18 @@
 A decoder that stumbles over those has not looked at the pixels yet. So where an image is refused as corrupt, it is tried
 again from such a copy. What decides the pixels stays: sizes, palettes, transparency, the kind of colours, animation.
 """
+import contextlib
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from addons.images import exif
+from image_text_sim_clip import REMARK, Config, Remark, RowFailure, decode_as_it_is
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from addons.images.memory import Account
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")  # besides those whose name begins with a capital letter
@@ -20,6 +29,18 @@ JPEG_LEAST_BYTES = {JPEG_JFIF: 14, JPEG_ADOBE: 12}  # of what libjpeg heeds in t
 
 # of texts about document, camera, page, software, date, artist and computer; XMP, copyright, IPTC, Photoshop, EXIF, ICC, GPS
 TIFF_METADATA_TAGS = (269, 270, 271, 272, 285, 305, 306, 315, 316, 700, 33432, 33723, 34377, 34665, 34675, 34853, 37724, 40965)
+
+
+def decode_without_metadata(data: bytes, config: Config, target: tuple[int, int] | None,
+                            account: "Account | None") -> "Image.Image | None":
+    """The image as the script decodes it, from the first copy of it that can be decoded; None where none can."""
+    for copy, lacks_exif in without_metadata(data):
+        with contextlib.suppress(RowFailure):
+            image = decode_as_it_is(copy, config, target, account)
+            if lacks_exif and config.exif_orientation:
+                image.info[REMARK] = Remark(detail=exif.CANNOT_READ)
+            return image
+    return None
 
 
 class Copy(NamedTuple):

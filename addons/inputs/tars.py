@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
+from addons.images.memory import reserve_for_image
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.columnar import is_textual, reading, to_text
 from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
 from addons.inputs.json_lines import NestedCaption, check_width, parse_object
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
-from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, reserve_for_image, say
+from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,10 +16,10 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
+from addons.images.memory import Account, image_memory
 from addons.measures import Measure, Measured, kept_by
 from addons.measures.drift import compare_pairs, describe_drift
 from image_text_sim_clip import (
-    Account,
     Config,
     ImageLoader,
     Json,
@@ -29,7 +29,6 @@ from image_text_sim_clip import (
     Scored,
     Scorer,
     decode_image,
-    image_memory,
     read_part_metadata,
     trim_strip,
 )

@@ -1,12 +1,26 @@
 """`--retry-failed`: score again the rows whose failure may have passed, and only those."""
+import contextlib
+import pathlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from image_text_sim_clip import Partition, Plan, read_part_metadata
+from image_text_sim_clip import (
+    COMMIT_LOCK,
+    Json,
+    Partition,
+    Plan,
+    file_sha256,
+    locked,
+    metadata_in,
+    output_disk,
+    read_footer,
+    read_part_metadata,
+    write_bytes,
+)
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -52,3 +66,43 @@ def failed_rows(rows: "pd.DataFrame", part_table: "pa.Table") -> "tuple[pd.DataF
     def merge(table: "pa.Table") -> "pa.Table":
         return pa.concat_tables([part_table, table]).take(places).combine_chunks()
     return rows[again], merge
+
+
+# ── Replacing a part and its files ────────────────────────────────────────────────────────────────────────────────────
+# A retry replaces a part and its files, which cannot both be renamed at once. Until the part is, the old files are what it
+# needs; so the new ones wait under another name, from which `finish_commits` takes them where a process died in between.
+
+def replace_part(partition: Partition, data: bytes, metadata: Json, files: Mapping[pathlib.Path, bytes]) -> None:
+    """Write a part's `data`, which has this `metadata`, and the `files` next to it, over those that are there."""
+    for path, content in files.items():
+        write_bytes(_name_of_next(path), content)
+    write_bytes(partition.parquet, data)
+    _finish_commit(partition.parquet, metadata)
+
+
+def _name_of_next(path: pathlib.Path) -> pathlib.Path:
+    """Where a file waits for the part that it belongs to."""
+    return path.with_name(path.name + ".next")
+
+
+def _finish_commit(part: pathlib.Path, metadata: Json) -> None:
+    """Give the files that waited for `part` their names."""
+    for name, written in metadata["files"].items():
+        path = part.with_name(name)
+        with output_disk(path), contextlib.suppress(FileNotFoundError):
+            if file_sha256(_name_of_next(path)) == written["sha256"]:
+                _name_of_next(path).replace(path)
+
+
+def finish_commits(output: pathlib.Path) -> None:
+    """End what processes that died while they replaced a part had begun: its new files get their names, or go."""
+    waiting = list((output / "parts").glob("part-*.next"))
+    if not waiting:
+        return
+    with locked(output, COMMIT_LOCK):
+        for path in waiting:
+            part = path.with_name(path.name.split(".")[0] + ".parquet")
+            footer = read_footer(part)
+            _finish_commit(part, (metadata_in(footer) if footer else None) or {"files": {}})
+            with output_disk(path):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""Opens a file inside a folder without a moment at which a link could lead out of it.
+
+The script alone resolves the path, looks whether it lies inside, and opens it; who can change the folder meanwhile could swap
+a folder for a link in between. Here nothing is opened by a path of more than one step.
+"""
+import collections
+import errno
+import os
+import pathlib
+import stat
+
+from addons.images.memory import reserve_for_image
+from image_text_sim_clip import RowFailure
+
+MAX_LINKS = 40  # followed on the way to one file, as Linux does
+_FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+
+
+def read_inside(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None:
+    """The bytes of `folder`/`name`, None where there is no such file; RowFailure for one that may not be read."""
+    handle = _open_inside(folder, name)
+    if handle is None:
+        return None
+    try:
+        return _read_regular(handle, max_bytes)
+    except OSError:
+        raise RowFailure("corrupt", "the disk cannot read the file") from None
+    finally:
+        os.close(handle)
+
+
+def _open_inside(folder: pathlib.Path, name: str) -> int | None:
+    """A descriptor of `folder`/`name`, None where there is none; RowFailure for one that may not be read.
+
+    The path is walked step by step on descriptors, and links are read, not followed by the system: what is swapped on the
+    way cannot lead out between a check and the opening. Links that stay inside, absolute ones as well, are followed.
+    """
+    here = -1
+    try:
+        if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
+            return None  # at once: a URL may have thousands of endings
+        here = os.open(folder, _FOLDER_FLAGS)
+        root = os.fstat(here)
+        steps = collections.deque(_steps_of(name))
+        links = 0
+        while steps:
+            step = steps.popleft()
+            if not steps and step not in ("..", "/") and not _is_inside(here, root):
+                raise RowFailure("forbidden", "outside image_path")
+            found = _take_step(here, step, is_last=not steps)
+            if isinstance(found, str):
+                links += 1
+                if links > MAX_LINKS:
+                    return None
+                steps.extendleft(reversed(_steps_of(found)))
+                continue
+            os.close(here)
+            here = found
+        if stat.S_ISDIR(os.fstat(here).st_mode) and not _is_inside(here, root):
+            raise RowFailure("forbidden", "outside image_path")
+        opened = here
+        here = -1
+        return opened
+    except (FileNotFoundError, NotADirectoryError):
+        if here >= 0 and not _is_inside(here, root):
+            raise RowFailure("forbidden", "outside image_path") from None
+        return None
+    except PermissionError:
+        raise RowFailure("forbidden", "no permission to read the file") from None
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+            raise RowFailure("corrupt", "the disk cannot read the file") from None
+        return None
+    finally:
+        if here >= 0:
+            os.close(here)
+
+
+def _steps_of(path: str) -> list[str]:
+    """The names that a path goes through; "/" first where it is absolute."""
+    steps = [step for step in path.split("/") if step not in ("", ".")]
+    return ["/", *steps] if path.startswith("/") else steps
+
+
+def _take_step(here: int, step: str, is_last: bool) -> int | str:
+    """A descriptor of the folder or, at the end, of the file called `step` in the folder `here`; the text of a link."""
+    if step in ("..", "/"):
+        return os.open(step, _FOLDER_FLAGS, dir_fd=here)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if is_last else _FOLDER_FLAGS  # a FIFO must not block
+    try:
+        return os.open(step, flags, dir_fd=here)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):  # what systems say of a link that is not followed
+            raise
+        try:
+            return os.readlink(step, dir_fd=here)
+        except OSError:  # no link either, or no more
+            raise NotADirectoryError from None
+
+
+def _is_inside(here: int, root: os.stat_result) -> bool:
+    """Whether the folder `here` is `root` or lies below it, by going up from it."""
+    info = os.fstat(here)
+    climber = os.dup(here)
+    try:
+        while (info.st_dev, info.st_ino) != (root.st_dev, root.st_ino):
+            above = os.open("..", _FOLDER_FLAGS, dir_fd=climber)
+            os.close(climber)
+            climber = above
+            last = info
+            info = os.fstat(climber)
+            if (info.st_dev, info.st_ino) == (last.st_dev, last.st_ino):  # the top
+                return False
+        return True
+    finally:
+        os.close(climber)
+
+
+def _read_regular(handle: int, max_bytes: int) -> bytes:
+    info = os.fstat(handle)
+    if not stat.S_ISREG(info.st_mode):
+        raise RowFailure("forbidden", "not a regular file")
+    if info.st_size > max_bytes:
+        raise RowFailure("too_large", f"{info.st_size} bytes")
+    reserve_for_image(info.st_size)
+    with open(handle, "rb", closefd=False) as file:
+        return file.read(max_bytes + 1)
