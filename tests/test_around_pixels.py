@@ -68,7 +68,8 @@ PNG_CHUNKS = {
     "broken text": png_chunk(b"zTXt", b"k\0\0junk"), "bad checksum": png_chunk(b"tEXt", b"k\0v", crc=1),
     "short gamma": png_chunk(b"gAMA", b"\0"), "short chromaticities": png_chunk(b"cHRM", b"\0\0"),
     "short density": png_chunk(b"pHYs", b""), "unknown method": png_chunk(b"zTXt", b"k\0\7" + BIG),
-    "no keyword": png_chunk(b"iTXt", b""), "broken exif": png_chunk(b"eXIf", b"junk")}
+    "no keyword": png_chunk(b"iTXt", b""), "broken exif": png_chunk(b"eXIf", b"junk"),
+    "short animation": png_chunk(b"acTL", b"\0\0"), "animation of no frame": png_chunk(b"acTL", bytes(8))}
 
 
 @pytest.mark.parametrize("config", [AS_STORED, UPRIGHT], ids=["as stored", "upright"])
@@ -135,7 +136,58 @@ def test_jpeg_keeps_what_decides_its_colours(photo, mode):
     assert len(copies) == 1 and (pixels_of(copies[0].data) == pixels_of(data)).all()
 
 
-@pytest.mark.parametrize("format_", ["PNG", "JPEG", "TIFF"])
+def webp_chunk(name, content):
+    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+
+def webp_file(flags, *chunks, size=(48, 32)):
+    """An extended WebP of these chunks; `flags` say what else than pixels it holds."""
+    canvas = bytes([flags, 0, 0, 0]) + b"".join(struct.pack("<I", side - 1)[:3] for side in size)
+    body = b"WEBP" + webp_chunk(b"VP8X", canvas) + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+WEBP_FAULTS = {
+    "longer by its header": lambda data, pixels: data[:4] + struct.pack("<I", len(data) + 1000) + data[8:],
+    "shorter by its header": lambda data, pixels: data[:4] + struct.pack("<I", 20) + data[8:],
+    "without a length": lambda data, pixels: data[:4] + bytes(4) + data[8:],
+    "cut within exif": lambda data, pixels: webp_file(8, pixels, webp_chunk(b"EXIF", bytes(5000)))[:-3000],
+    "cut within xmp": lambda data, pixels: webp_file(4, pixels, webp_chunk(b"XMP ", bytes(5000)))[:-1],
+    "junk for metadata": lambda data, pixels: webp_file(
+        0x2C, webp_chunk(b"ICCP", b"junk"), pixels, webp_chunk(b"EXIF", b"junk"), webp_chunk(b"XMP ", b"junk")),
+    "metadata that is not there": lambda data, pixels: webp_file(0x2C, pixels),
+    "an unknown chunk": lambda data, pixels: webp_file(0, webp_chunk(b"what", b"abc"), pixels)}
+
+
+@pytest.mark.parametrize("config", [AS_STORED, UPRIGHT], ids=["as stored", "upright"])
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("name", WEBP_FAULTS)
+def test_webp_metadata_refuses_nothing(photo, name, lossless, config):
+    """A wrong length in its header, and metadata that is broken or cut off, leave a WebP's pixels what they are."""
+    data = encoded(photo, "WEBP", lossless=lossless)
+    assert (pixels_of(WEBP_FAULTS[name](data, data[12:]), config) == pixels_of(data)).all()
+
+
+def test_webp_keeps_transparency_and_orientation(photo):
+    """Transparency and a sound orientation outlive the metadata that is left out; cut within its pixels a WebP is corrupt."""
+    photo.putalpha(90)
+    data = encoded(photo, "WEBP", exif=orientation_block(6), xmp=bytes(3000))
+    assert (pixels_of(data[:-1000]) == pixels_of(data)).all()
+    assert pixels_of(data[:-1000], UPRIGHT).shape == (48, 32, 3)
+    with pytest.raises(script.RowFailure, match="corrupt"):
+        script.decode_image(encoded(photo, "WEBP")[:-100], AS_STORED)
+
+
+def test_copies_of_an_animation_show_its_first_frame(photo):
+    """An animated PNG or WebP with broken metadata is the frame that it is with sound metadata."""
+    frames = {"save_all": True, "append_images": [photo.rotate(90), photo.rotate(180)]}
+    png = encoded(photo, "PNG", **frames)
+    webp = encoded(photo, "WEBP", lossless=True, **frames)
+    assert (pixels_of(with_chunks(png, PNG_CHUNKS["text of 3 MB"])) == np.asarray(photo)).all()
+    assert (pixels_of(webp[:4] + struct.pack("<I", len(webp)) + webp[8:]) == np.asarray(photo)).all()
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_copies_of_anything_raise_nothing(photo, format_):
     """Whatever bytes an image file is made of, its copies are made, and are no longer than it."""
     rng = random.Random(7)

@@ -1,7 +1,7 @@
-"""Copies of an image file without what lies around its pixels: text, colour profiles, thumbnails, EXIF.
+"""Copies of an image file without what lies around its pixels: text, colour profiles, thumbnails, EXIF, further frames.
 
 A decoder that stumbles over those has not looked at the pixels yet. So where an image is refused as corrupt, it is tried
-again from such a copy. What decides the pixels stays: sizes, palettes, transparency, the kind of colours, animation.
+again from such a copy. What decides the pixels stays: sizes, palettes, transparency, the kind of colours.
 """
 import contextlib
 import struct
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from addons.images.memory import Account
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")  # besides those whose name begins with a capital letter
+PNG_PIXEL_CHUNKS = (b"tRNS",)  # besides those whose name begins with a capital letter
 JPEG_START = b"\xff\xd8\xff"
 JPEG_JFIF = 0xE0
 JPEG_EXIF = 0xE1
@@ -26,6 +26,9 @@ JPEG_COMMENT = 0xFE
 JPEG_SCAN = 0xDA
 JPEG_NO_LENGTH = (0x01, *range(0xD0, 0xD9))
 JPEG_LEAST_BYTES = {JPEG_JFIF: 14, JPEG_ADOBE: 12}  # of what libjpeg heeds in them; shorter ones say nothing
+WEBP_PIXEL_CHUNKS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
+WEBP_EXIF_FLAG = 0x08  # in the first byte of VP8X, which says what else the file holds
+WEBP_METADATA_FLAGS = 0x20 | WEBP_EXIF_FLAG | 0x04  # colour profile, EXIF, XMP
 
 # of texts about document, camera, page, software, date, artist and computer; XMP, copyright, IPTC, Photoshop, EXIF, ICC, GPS
 TIFF_METADATA_TAGS = (269, 270, 271, 272, 285, 305, 306, 315, 316, 700, 33432, 33723, 34377, 34665, 34675, 34853, 37724, 40965)
@@ -51,7 +54,7 @@ class Copy(NamedTuple):
 
 
 def without_metadata(data: bytes) -> Iterator[Copy]:
-    """Copies of a PNG, JPEG or TIFF: one that keeps EXIF alone of what can be taken away, then one without, if there was any.
+    """Copies of a PNG, JPEG, WebP or TIFF: one that keeps EXIF alone of what can be taken away, then one without, if there was any.
 
     Nothing where nothing can be taken away, or for files of other formats.
     """
@@ -62,11 +65,13 @@ def without_metadata(data: bytes) -> Iterator[Copy]:
         strip = _strip_jpeg
     elif data[:4] in (b"II*\0", b"MM\0*"):
         strip = _strip_tiff
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        strip = _strip_webp
     else:
         return
     with_exif = strip(data, True)
     bare = strip(data, False)
-    if len(with_exif) < len(data):
+    if with_exif != data:
         yield Copy(with_exif, lacks_exif=False)
     if bare != with_exif:
         yield Copy(bare, lacks_exif=strip is not _strip_tiff)  # a TIFF's orientation is none of its EXIF
@@ -126,6 +131,30 @@ def _decides_jpeg_pixels(marker: int, size: int, start: bytes, keep_exif: bool) 
     if marker in JPEG_LEAST_BYTES:
         return size - 2 >= JPEG_LEAST_BYTES[marker]
     return marker != JPEG_COMMENT and not 0xE0 <= marker <= 0xEF
+
+
+def _strip_webp(data: bytes, keep_exif: bool) -> bytes:
+    """The chunks that decide the pixels, under a length that is right; the same file where one of those is cut off.
+
+    See "Extended File Format" in the WebP Container Specification: chunks are padded to an even length.
+    """
+    kept = []
+    place = 12
+    while place + 8 <= len(data):
+        name = data[place:place + 4]
+        (size,) = struct.unpack_from("<I", data, place + 4)
+        content = data[place + 8:place + 8 + size]
+        decides_pixels = name in WEBP_PIXEL_CHUNKS
+        if decides_pixels and len(content) < size:
+            return data
+        if name == b"VP8X" and content:
+            gone = WEBP_METADATA_FLAGS & ~WEBP_EXIF_FLAG if keep_exif else WEBP_METADATA_FLAGS
+            content = bytes([content[0] & ~gone]) + content[1:]
+        if decides_pixels or (keep_exif and name == b"EXIF" and len(content) == size):
+            kept.append(name + struct.pack("<I", size) + content + bytes(size % 2))
+        place += 8 + size + size % 2
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def _strip_tiff(data: bytes, keep_exif: bool) -> bytes:
