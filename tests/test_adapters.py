@@ -140,6 +140,28 @@ def test_the_base_may_lie_next_to_the_adapter(alone, score, tmp_path):
     assert score(folder, preprocess="exact")[1] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_folder_that_is_no_model_is_no_base(alone, score, tmp_path, monkeypatch):
+    """A namesake seen from here that holds no model does not stand in the way of the base next to the adapter."""
+    folder, expected = alone()
+    shutil.copytree(BUNDLED, tmp_path / "base")
+    (tmp_path / "work/base").mkdir(parents=True)
+    (tmp_path / "work/here").mkdir()
+    monkeypatch.chdir(tmp_path / "work/here")
+    set_base(folder, "../base")
+    assert score(folder, preprocess="exact")[1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_bases_of_one_name_are_refused(alone, score, tmp_path, monkeypatch):
+    """Where the base's name is one model seen from here and another one next to the adapter, neither is taken by chance."""
+    folder, _ = alone()
+    for place in ("base", "work/base"):
+        shutil.copytree(BUNDLED, tmp_path / place)
+    (tmp_path / "work/here").mkdir()
+    monkeypatch.chdir(tmp_path / "work/here")
+    set_base(folder, "../base")
+    assert_refused(score(folder)[0], "'../base'", "write the whole path")
+
+
 def test_the_passport_knows_the_adapter(beside, score, tmp_path):
     """In bfloat16 the score passport compares with the merged model in float32, not with the base."""
     folder, _ = beside()

@@ -64,7 +64,7 @@ def find_base(folder: pathlib.Path, name: str, safetensors_only: bool = False) -
     if own_weights and (folder / "config.json").is_file():
         return None
     named = str(config.get("base_model_name_or_path") or "")
-    local = _find_local_base(folder, named)
+    local = _find_local_base(folder, named, name)
     if local:
         base = find_in_folder(local, f"{named}, the base model of {name},")
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named):
@@ -77,10 +77,17 @@ def find_base(folder: pathlib.Path, name: str, safetensors_only: bool = False) -
     return base
 
 
-def _find_local_base(folder: pathlib.Path, named: str) -> pathlib.Path | None:
-    """The folder that `named` is: seen from here, or from the adapter's own folder."""
+def _find_local_base(folder: pathlib.Path, named: str, name: str) -> pathlib.Path | None:
+    """The model folder that `named` is: seen from here, as peft reads it, or from the adapter's own folder.
+
+    Raises Trouble (exit 6) where these are two models, of which nobody knows which one the adapter was trained on.
+    """
     candidates = [pathlib.Path(named), folder / named] if named else []
-    return next((path for path in candidates if path.is_dir()), None)
+    found = {path.resolve(): path for path in candidates if path.is_dir() and (path / "config.json").is_file()}
+    if len(found) > 1:
+        raise Trouble(EXIT_MODEL, f"{name} is an adapter, and the base model {named!r} that its {ADAPTER} names is one model seen "
+                                  "from here and another one seen from its folder: write the whole path there")
+    return next(iter(found.values()), next((path for path in candidates if path.is_dir()), None))
 
 
 @contextlib.contextmanager
