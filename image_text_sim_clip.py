@@ -1662,7 +1662,9 @@ class ImageSettings:
         pair = (size["height"], size["width"]) if size.get("height") and size.get("width") else None
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
         pads = getattr(processor, "do_pad", False)
-        if not processor.do_resize or size.get("longest_edge") or not (edge or pair) or pads:
+        sides = [*([edge] if edge else pair or [0]), *([crop["height"], crop["width"]] if crop else [])]
+        are_sides = all(type(side) is int and side > 0 for side in sides)
+        if not processor.do_resize or size.get("longest_edge") or not are_sides or pads:
             raise Trouble(EXIT_MODEL, f"the model's image processor asks for an unknown resize: {size}")
         return cls(edge, pair, (crop["height"], crop["width"]) if crop else None, int(processor.resample))
 
@@ -2232,18 +2234,13 @@ class Family:
         transformers.utils.logging.disable_progress_bar()
         adapters = addon("models.adapters", f"the adapter in {name}") if files.has_adapter else None
         one_place = FolderPlaces(files.folder, files.folder, files.folder)
-        try:
-            with adapters.open_places(files) if adapters else contextlib.nullcontext(one_place) as at:
-                model, loading = getattr(transformers, cls.architecture).from_pretrained(
-                    at.weights, dtype=torch.float32, attn_implementation=cls.attention, output_loading_info=True,
-                    use_safetensors=(files.base or files).safetensors, ignore_mismatched_sizes=True)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(at.tokenizer, trust_remote_code=False)
-                # explicit, because the default backend depends on what is installed, and the two differ slightly
-                processor = transformers.AutoImageProcessor.from_pretrained(at.images, backend="pil", trust_remote_code=False)
-        except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
-            raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
-        except Exception as error:  # a broken folder makes transformers raise nearly anything
-            raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {reason_of(error)}") from error
+        with telling_of_model(name), adapters.open_places(files) if adapters else contextlib.nullcontext(one_place) as at:
+            model, loading = getattr(transformers, cls.architecture).from_pretrained(
+                at.weights, dtype=torch.float32, attn_implementation=cls.attention, output_loading_info=True,
+                use_safetensors=(files.base or files).safetensors, ignore_mismatched_sizes=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(at.tokenizer, trust_remote_code=False)
+            # explicit, because the default backend depends on what is installed, and the two differ slightly
+            processor = transformers.AutoImageProcessor.from_pretrained(at.images, backend="pil", trust_remote_code=False)
         check_weights(loading, name)
         if adapters:
             model = adapters.merge(model, files, name)
@@ -2483,6 +2480,19 @@ def reason_of(error: Exception) -> str:
     return " ".join(sentence for sentence in sentences if not unwelcome.search(sentence))[:300]
 
 
+@contextlib.contextmanager
+def telling_of_model(name: str) -> Iterator[None]:
+    """Turn what libraries raise over the files of a broken model, which is nearly anything, into one line and exit 6."""
+    try:
+        yield
+    except Trouble:
+        raise
+    except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
+        raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
+    except Exception as error:
+        raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {reason_of(error)}") from error
+
+
 def check_weights(loading: Json, name: str) -> None:
     """Raise Trouble (exit 6) where weights are missing or have another shape, which transformers fills with random numbers."""
     unused = sorted(loading["unexpected_keys"])
@@ -2548,8 +2558,12 @@ class Scorer:
         self.device = choose_device(config)
         self.dtype = choose_dtype(config, self.device)
         self.batch_size = DEFAULT_BATCH[self.device] if config.batch_size == "auto" else config.batch_size
-        self.files = find_model(config)
-        self.family = find_family(self.files, config.pretrained_model).load(self.files, config.pretrained_model)
+        with telling_of_model(config.pretrained_model):
+            self.files = find_model(config)
+            self.family = find_family(self.files, config.pretrained_model).load(self.files, config.pretrained_model)
+            self.settings = self.family.image_settings()
+            levels = self._normalised_levels()
+            self._try_files()
         model = self.family.model
         self.quantization = "none"
         if config.quantization != "none":
@@ -2558,8 +2572,7 @@ class Scorer:
         self._compiled = addon("models.compiled", "compile") if config.compile else None
         if self._compiled:
             self._compiled.compile_encoders(model)
-        self.settings = self.family.image_settings()
-        self._pixel_table = torch.from_numpy(self._normalised_levels()).to(self.device)  # (3, 256) float32
+        self._pixel_table = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
         self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
@@ -2606,7 +2619,17 @@ class Scorer:
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         out = self.family.processor(ramp, do_resize=False, do_center_crop=False, do_convert_rgb=False,
                                     input_data_format="channels_first")
-        return np.ascontiguousarray(np.asarray(out["pixel_values"][0], dtype=np.float32)[:, 0])
+        levels = np.ascontiguousarray(np.asarray(out["pixel_values"][0], dtype=np.float32)[:, 0])
+        if not np.isfinite(levels).all() or not (np.diff(levels) > 0).all():
+            raise Trouble(EXIT_MODEL, f"{self.family.name}: its image processor does not make lighter pixels larger numbers: "
+                                      "its image_mean, image_std or rescale_factor is not the model's")
+        return levels
+
+    def _try_files(self) -> None:
+        """Resize an image and tokenize captions, so that settings at which a library stumbles are not met in the first row."""
+        from PIL import Image
+        self.resize(Image.new("RGB", (40, 30)))
+        self._pad(self.tokenize(["a", "a photo"])[0], 0)
 
     def resize(self, image: "Image.Image") -> "np.ndarray":
         """RGB image -> (3, H, W) uint8, the fast or the exact way (`preprocess`)."""

@@ -125,6 +125,18 @@ FAULTS = {
     "a shortest edge alone": ("siglip-base", images(size={"shortest_edge": 224}), ["size to a height and a width"]),
     "a longest edge": ("clip-base-patch32", images(size={"longest_edge": 224}), ["resize"]),
     "no resize": ("clip-laion-g", images(do_resize=False), ["resize"]),
+    "an edge that is a word": (None, images(size={"shortest_edge": "64"}), ["resize"]),
+    "an edge that is no whole number": (None, images(size={"shortest_edge": 64.5}), ["resize"]),
+    "a negative size": ("siglip-base", images(size={"height": -224, "width": 224}), ["resize"]),
+    # levels
+    "a mean of a word": (None, images(image_mean=[0.5, "x", 0.5]), ["cannot load"]),
+    "a mean of an object": ("clip-base-patch32", images(image_mean={}), ["cannot load"]),
+    "a deviation of nothing": (None, images(image_std=[0.5, 0, 0.5]), ["image_std"]),
+    "a negative deviation": ("siglip-base", images(image_std=[-0.5, -0.5, -0.5]), ["image_std"]),
+    "a factor of nothing": ("siglip2-base", images(rescale_factor=0), ["rescale_factor"]),
+    "a factor that is a word": ("siglip2-base", images(rescale_factor="1/255"), ["cannot load"]),
+    "a way of resampling that is a word": ("siglip-base", images(resample="bicubic"), ["cannot load"]),
+    "a way of resampling that Pillow lacks": (None, images(resample=9), ["cannot load"]),
     # files
     "no vocabulary": ("clip-base-patch32", remove("tokenizer*", "vocab.json"), ["vocabulary", "tokenizer.json"]),
     "merges without a vocabulary": ("clip-large-patch14", remove("tokenizer.json", "vocab.json"), ["vocabulary", "merges.txt"]),
@@ -142,6 +154,11 @@ FAULTS = {
     "a config that is no JSON": ("clip-base-patch32", write("config.json", "{"), ["config.json is not JSON"]),
     "a preprocessor that is no JSON": (
         "siglip-base", write("preprocessor_config.json", "size: 3"), ["preprocessor_config.json"]),
+    "a length that is a word": (
+        "siglip2-base", in_json("tokenizer_config.json", lambda c: c.update(model_max_length="")), ["cannot load"]),
+    "no token to pad with": ("siglip-base", in_json("tokenizer_config.json", lambda c: c.update(pad_token=None)), []),
+    "architectures that are a number": (None, in_json("config.json", lambda c: c.update(
+        architectures=1.5, model_type="no-such-model")), ["'no-such-model'"]),
     "a tokenizer config that is a list": (
         "clip-base-patch32", write("tokenizer_config.json", []), ["tokenizer_config.json"]),
     # weights

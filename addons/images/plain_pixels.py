@@ -54,7 +54,7 @@ class Copy(NamedTuple):
 
 
 def without_metadata(data: bytes) -> Iterator[Copy]:
-    """Copies of a PNG, JPEG, WebP or TIFF: one that keeps EXIF alone of what can be taken away, then one without, if there was any.
+    """Copies of a PNG, JPEG, WebP or TIFF: one that keeps EXIF alone of what can go, then one without, if there was any.
 
     Nothing where nothing can be taken away, or for files of other formats.
     """

@@ -85,8 +85,8 @@ def _find_local_base(folder: pathlib.Path, named: str, name: str) -> pathlib.Pat
     candidates = [pathlib.Path(named), folder / named] if named else []
     found = {path.resolve(): path for path in candidates if path.is_dir() and (path / "config.json").is_file()}
     if len(found) > 1:
-        raise Trouble(EXIT_MODEL, f"{name} is an adapter, and the base model {named!r} that its {ADAPTER} names is one model seen "
-                                  "from here and another one seen from its folder: write the whole path there")
+        raise Trouble(EXIT_MODEL, f"{name} is an adapter, and the base model {named!r} that its {ADAPTER} names is one model "
+                                  "seen from here and another one seen from its folder: write the whole path there")
     return next(iter(found.values()), next((path for path in candidates if path.is_dir()), None))
 
 

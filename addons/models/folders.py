@@ -93,7 +93,9 @@ def _read_object(path: pathlib.Path, name: str) -> dict[str, Any]:
 
 def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
     """Raise Trouble (exit 6) where a file asks for a class by code of its own, for which transformers would take another."""
-    named = [content.get("tokenizer_class"), content.get("image_processor_type"), *(content.get("architectures") or [])]
+    architectures = content.get("architectures")
+    named = [content.get("tokenizer_class"), content.get("image_processor_type"),
+             *(architectures if isinstance(architectures, list) else [])]
     if content.get("auto_map"):
         import transformers
         foreign = [str(one) for one in named if one and not hasattr(transformers, str(one))]
