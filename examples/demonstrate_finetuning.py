@@ -1,13 +1,13 @@
-"""Show, on one core and within an hour, that dissimilarity teaches: pictures before and after, two scorers, three seeds.
+"""Show, on one core and within an hour, that dissimilarity teaches: images before and after, two scorers, three seeds.
 
-    python examples/demonstrate_finetuning.py            # everything into scores/training/, the picture into readme_imgs/
+    python examples/demonstrate_finetuning.py            # everything into scores/training/, the image into readme_imgs/
 
 What it does, each step in a folder of its own; what is there already is not made again:
 
     judge/       a second shapes model, trained like the bundled one but from another seed: it watches and never trains
     pipeline/    a tiny text-to-image pipeline, trained on drawings (train_shapes_pipeline.py)
     seed-N/      that pipeline fine-tuned with the bundled shapes_clip as teacher (finetune_text_to_image.py)
-    plain/       seed 0 again, with the teacher looking at the pictures as they are: no random windows, no grain
+    plain/       seed 0 again, with the teacher looking at the images as they are: no random windows, no grain
     results.json, and readme_imgs/finetuned.png: the same prompts from the same noise, before and after
 
 The prompts that are scored are the captions of the bundled drawings of one large shape; nothing here trains on them, nor
@@ -45,8 +45,8 @@ SEEDS = (0, 1, 2)
 TEACHER = "challenge_set/shapes_clip"
 FREE_CAPTION = "a large red circle on a grey background"
 FINETUNING = ["--steps", "320", "--batch", "8", "--denoising-steps", "10", "--gradient-steps", "2", "--guidance", "2",
-              "--learning-rate", "1e-3", "--pictures", "2", "--evaluate-every", "80", "--save-every", "20", "--lora-targets",
-              # attention alone is too little of so small a UNet
+              "--learning-rate", "1e-3", "--images-per-prompt", "2", "--evaluate-every", "80", "--save-every", "20",
+              "--lora-targets",  # attention alone is too little of so small a UNet
               "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"]
 VARIED = ["--crop", "0.8", "--noise", "0.1"]
 UNVARIED = ["--crop", "1", "--noise", "0"]
@@ -85,8 +85,8 @@ def real_drawings(scorers: dict[str, Scorer], side: int) -> dict[str, float]:
     """Each scorer's mean dissimilarity of real drawings of the held-out scenes at this size: what there is to reach."""
     rng, known = random.Random(0), {caption(scene) for scene in held_out_scenes()}  # noqa: S311 - repeatable numbers
     scenes = [scene for scene in large_shapes() if caption(scene) in known] * 4
-    pictures = [draw(scene, side, rng, 4) for scene in scenes]
-    return {name: round(float(1 - scorer.similarity(pictures, map(caption, scenes)).mean()), 4)
+    images = [draw(scene, side, rng, 4) for scene in scenes]
+    return {name: round(float(1 - scorer.similarity(images, map(caption, scenes)).mean()), 4)
             for name, scorer in scorers.items()}
 
 
@@ -94,20 +94,20 @@ def optimise_free_image(loss: DissimilarityLoss, crop: float, noise: float, step
     """The first and the last of 64 x 64 free pixels that start as faint noise on grey and follow the loss alone."""
     generator = torch.Generator().manual_seed(0)
     pixels = (0.5 + 0.05 * torch.randn(1, 3, 64, 64, generator=generator)).requires_grad_()
-    optimiser, pictures = torch.optim.Adam([pixels], lr=0.03), []
+    optimiser, images = torch.optim.Adam([pixels], lr=0.03), []
     for step in range(steps + 1):
         if step in (0, steps):
             levels = (pixels.detach().clamp(0, 1)[0] * 255).round().byte()
-            pictures.append(Image.fromarray(levels.permute(1, 2, 0).numpy()))
+            images.append(Image.fromarray(levels.permute(1, 2, 0).numpy()))
         views = vary(pixels.clamp(0, 1).expand(8, -1, -1, -1), crop, noise, generator)
         optimiser.zero_grad()
         loss(views, [FREE_CAPTION] * 8).backward()
         optimiser.step()
-    return pictures
+    return images
 
 
 def measure_free_images(scorers: dict[str, Scorer]) -> tuple[dict[str, dict], list[Image.Image]]:
-    """Both scorers' similarity of free images and of real drawings with the caption, and the pictures."""
+    """Both scorers' similarity of free images and of real drawings with the caption, and the images."""
     rng = random.Random(0)  # noqa: S311
     scene = Scene((Thing("large", "red", "circle"),), "", "grey")
     real = [draw(scene, 64, rng, 4) for _ in range(20)]
@@ -115,12 +115,12 @@ def measure_free_images(scorers: dict[str, Scorer]) -> tuple[dict[str, dict], li
     start, varied = optimise_free_image(loss, 0.6, 0.1)
     _, unvaried = optimise_free_image(loss, 1, 0)
     kinds = {"start": [start], "unvaried": [unvaried], "varied": [varied], "real": real}
-    return {kind: {name: round(float(scorer.similarity(pictures, [FREE_CAPTION] * len(pictures)).mean()), 4)
-                   for name, scorer in scorers.items()} for kind, pictures in kinds.items()}, [start, unvaried, varied, real[0]]
+    return {kind: {name: round(float(scorer.similarity(images, [FREE_CAPTION] * len(images)).mean()), 4)
+                   for name, scorer in scorers.items()} for kind, images in kinds.items()}, [start, unvaried, varied, real[0]]
 
 
 def cut_cell(grid: Image.Image, number: int, side: int, columns: int = 8) -> Image.Image:
-    """Picture `number` of one of the fine-tuning's grids."""
+    """Image `number` of one of the fine-tuning's grids."""
     left, top = number % columns * (side + 2), number // columns * (side + 2)
     return grid.crop((left, top, left + side, top + side))
 
@@ -139,13 +139,13 @@ def draw_comparison(out: pathlib.Path, target: pathlib.Path, side: int, zoom: in
         top, grid = head + number * step + 8 * (number // 2), Image.open(path).convert("RGB")
         pen.text((4, top + step // 2 - 8), name, fill="black")
         for column, cell in enumerate(cells):
-            picture = cut_cell(grid, cell, side).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + column * step, top))
+            image = cut_cell(grid, cell, side).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
+            sheet.paste(image, (margin + column * step, top))
     sheet.save(target, optimize=True)
 
 
 def main() -> None:
-    """Make what is missing, measure, and write results.json and the picture."""
+    """Make what is missing, measure, and write results.json and the image."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scores/training"))
     out = parser.parse_args().out
@@ -163,14 +163,14 @@ def main() -> None:
     scorers = {name: Scorer(Config(pretrained_model=str(path), use_cuda=False))
                for name, path in (("teacher", TEACHER), ("judge", out / "judge"))}
     side = json.loads((out / "pipeline/unet/config.json").read_text())["sample_size"]
-    free, pictures = measure_free_images(scorers)
+    free, images = measure_free_images(scorers)
     results = {"real drawings": real_drawings(scorers, side), "free image": free}
     for name in (*(f"seed-{seed}" for seed in SEEDS), "plain"):
         looks = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines() if "teacher" in line]
         results[name] = {str(row["step"]): {k: round(sum(row[k]) / len(row[k]), 4) for k in scorers} for row in looks}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for picture, name in zip(pictures, ("start", "unvaried", "varied", "real"), strict=True):
-        picture.save(out / f"free-{name}.png")
+    for image, name in zip(images, ("start", "unvaried", "varied", "real"), strict=True):
+        image.save(out / f"free-{name}.png")
     draw_comparison(out, ROOT / "readme_imgs/finetuned.png", side)
     print(json.dumps(results))
 

@@ -1,338 +1,115 @@
 """Fine-tune a text-to-image pipeline with dissimilarity as the error.
 
-    python examples/finetune_text_to_image.py --model runwayml/stable-diffusion-v1-5 --prompts prompts.csv \\
+    python examples/finetune_text_to_image.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.csv \\
         --teacher config.yaml --judge judge.yaml --output tuned
 
-    prompts -> pipeline (the last K denoising steps with gradient) -> pictures -> DissimilarityLoss of the teacher
+    prompts -> pipeline (the last K denoising steps with gradient) -> images -> DissimilarityLoss of the teachers
                   ^                                                                     |
                   +------------------- only LoRA weights learn ------------------------+
 
-The gradient of 1 - cosine(picture, prompt) runs through the model that scores, the decoder and the last K denoising
-steps (DRaFT-K: Clark et al. 2024; AlignProp: Prabhudesai et al. 2023). A pipeline can learn to please its teacher with
-pixels that mean nothing to anybody else. So a second scorer, the judge, is asked about held-out prompts and never
-trains: where the teacher's number falls and the judge's does not, the pipeline is cheating. `--stay-near`, `--crop`
-and `--noise` make that harder, and so does stopping early.
+The pipeline may be any that `examples/pipelines/` has a file for. The gradient of 1 - cosine(image, prompt) runs through the
+models that score, the decoder and the last K denoising steps (DRaFT-K: Clark et al. 2024; AlignProp: Prabhudesai et al. 2023).
+A pipeline can learn to please its teachers with pixels that mean nothing to anybody else. So another scorer, the judge, is
+asked about held-out prompts and never trains: where the teacher's number falls and the judge's does not, the pipeline is
+cheating. Several teachers, `--stay-near`, `--hold-norm`, `--crop` and `--noise` make that harder; `--patience` stops in time.
 
-With --images FOLDER in place of --prompts it trains on a curated `imagefolder` (metadata.jsonl with file_name, text,
-dissimilarity), by the usual loss of diffusion models, in which pairs of low dissimilarity count more.
+With --images PATH in place of --prompts it trains on curated pairs, an `imagefolder` or a `webdataset`, by the usual loss of
+the family's models, in which better pairs count more.
 
-In --output: `log.jsonl` (both scores), `before.png` and `after.png` (same prompts, same noise), `held_out.csv` (both
-scores of every such picture), `pytorch_lora_weights.safetensors` for `pipeline.load_lora_weights`, and `state.pt`,
-from which the same command goes on. The last line on stdout is one JSON object.
+In --output: `report.html` (what it learnt), `log.jsonl` (scores and losses), `before.png` and `after.png` (same prompts, same
+noise), `held_out.csv` (the scores of every such image), `pytorch_lora_weights.safetensors` for the pipeline's
+`load_lora_weights`, `best/` with those that the judge liked best, and `state.pt`, from which the same command goes on. The
+last line on stdout is one JSON object.
 """
 import argparse
 import contextlib
 import csv
-import dataclasses
+import datetime
 import json
-import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 from image_text_sim_clip import (  # noqa: E402 - the script lies in the folder named just above
     EXIT_CONFIG,
+    EXIT_DISK,
     EXIT_FAILURES,
-    EXIT_INPUT,
     EXIT_MODEL,
-    Config,
-    RowFailure,
-    Scorer,
+    Json,
     Trouble,
     atomic_file,
-    decode_image,
-    load_config,
     output_disk,
     say,
 )
 
 try:
     import accelerate
-    import diffusers
-    import peft
+    import diffusers  # noqa: F401 - named in the message below where it is missing
+    import peft  # noqa: F401
     import torch
-    from diffusers.training_utils import cast_training_params
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from PIL import Image
 
-    from addons.loss import DissimilarityLoss
+    from examples.painter import ImitationDraws, Lora, Painter, Painting, Variation, vary  # noqa: F401 - `vary` is used from here
+    from examples.pipelines import Framing, load_family
+    from examples.teachers import Teachers, load_judge, pair_teachers
+    from examples.training_data import (
+        CuratedSet,
+        Pair,
+        Weighting,
+        check_temperature,
+        default_preference,
+        read_image,
+        read_prompts,
+        split_prompts,
+    )
+    from examples.watching import Journal, Patience, Watch, make_grid, mean
 except ImportError as missing:
     say(f"error: this example needs the package {missing.name} (pip install -r requirements.txt -r examples/requirements.txt)")
     sys.exit(EXIT_CONFIG)
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a UNet may say: the noise, the velocity, or the image itself
-# what may differ between a run and its resumption
-HARMLESS_OPTIONS = {"steps", "output", "evaluate_every", "save_every", "fresh", "gradient_checkpointing"}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# what may differ between a run and its resumption; of `batch` and `accumulate` only how many images they make together counts
+HARMLESS_OPTIONS = {"steps", "output", "evaluate_every", "save_every", "fresh", "gradient_checkpointing", "batch", "accumulate",
+                    "patience", "margin"}
+READING_THREADS = 8
 
 
-# ── What to train on ──────────────────────────────────────────────────────────────────────────────────────────────────
+class Average:
+    """The running average of the LoRA weights, which paints better than the last ones; decay 0: the weights themselves.
 
-def read_prompts(path: pathlib.Path, column: str) -> list[str]:
-    """The distinct, non-empty captions of a CSV's `column`, in order; raises Trouble (exit 3)."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            if column not in (rows.fieldnames or []):
-                raise Trouble(EXIT_INPUT, f"{path} has no column {column!r}; its columns: {', '.join(rows.fieldnames or [])}")
-            prompts = list(dict.fromkeys(row[column].strip() for row in rows if (row[column] or "").strip()))
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise Trouble(EXIT_INPUT, f"cannot read prompts from {path}: {error}") from None
-    if not prompts:
-        raise Trouble(EXIT_INPUT, f"{path} holds no prompt in its column {column!r}")
-    return prompts
-
-
-def split_prompts(prompts: list[str], held_out: list[str]) -> tuple[list[str], list[str]]:
-    """Prompts to train with and prompts only watched: `held_out`, or a tenth (at most 64), evenly out of `prompts`."""
-    if not held_out:
-        held_out = prompts[::max(10, math.ceil(len(prompts) / 64))]
-    training = [prompt for prompt in prompts if prompt not in set(held_out)]
-    if not training:
-        raise Trouble(EXIT_INPUT, "no prompt is left to train with: all are held out")
-    return training, held_out
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """One row of a curated set: its file, caption, and how much it counts (1 on average)."""
-
-    path: pathlib.Path
-    caption: str
-    weight: float
-
-
-def read_imagefolder(folder: pathlib.Path, temperature: float) -> list[Pair]:
-    """The rows of `folder`/train/metadata.jsonl (as curate.py writes it), or of `folder`/metadata.jsonl.
-
-    Weights are exp(-dissimilarity / temperature), divided by their mean; an infinite temperature makes all count alike.
+    Its decay grows with the steps, min(decay, (1 + step) / (10 + step)), as in diffusers' EMAModel.
     """
-    table = folder / "train/metadata.jsonl"
-    table = table if table.is_file() else folder / "metadata.jsonl"
-    try:
-        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-        known = [(table.parent / row["file_name"], row["text"], float(row["dissimilarity"])) for row in rows]
-    except OSError as error:
-        raise Trouble(EXIT_INPUT, f"cannot read {table}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise Trouble(EXIT_INPUT, f"{table}: every line must be an object with file_name, text and dissimilarity "
-                                  f"({type(error).__name__}: {error})") from None
-    if not known:
-        raise Trouble(EXIT_INPUT, f"{table} is empty")
-    lowest = min(row[2] for row in known)
-    weights = [math.exp((lowest - dissimilarity) / temperature) for *_, dissimilarity in known]
-    mean = sum(weights) / len(weights)
-    return [Pair(path, text, w / mean) for (path, text, _), w in zip(known, weights, strict=True)]
 
-
-def read_picture(path: pathlib.Path, side: int, config: Config) -> torch.Tensor:
-    """(3, side, side) in [-1, 1]: the centre square of the image, resized. Raises Trouble (exit 3) naming the file.
-
-    It is decoded as `config`, the scorer's, says (EXIF orientation, colour under transparency, AVIF): what is trained on is
-    what was scored.
-    """
-    import numpy as np
-    try:
-        picture = decode_image(path.read_bytes(), config)
-    except (OSError, RowFailure) as error:
-        raise Trouble(EXIT_INPUT, f"cannot read the picture {path}: {error}") from None
-    edge = min(picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    square = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-# ── The pipeline, as something to differentiate ───────────────────────────────────────────────────────────────────────
-
-def load_pipeline(name: str, revision: str, dtype: torch.dtype) -> Any:
-    """A frozen StableDiffusionPipeline from a folder or the Hub, with a DDIM scheduler; raises Trouble (exit 6)."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, revision=revision, dtype=dtype, safety_checker=None,
-                                                               requires_safety_checker=False, use_safetensors=True)
-    except Exception as error:  # a broken folder makes diffusers raise nearly anything
-        raise Trouble(EXIT_MODEL, f"cannot load the pipeline {name}: {type(error).__name__}: {str(error)[:300]}") from error
-    if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
-        raise Trouble(EXIT_MODEL, f"{name} is a {type(pipeline).__name__}; this example trains a StableDiffusionPipeline")
-    prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise Trouble(EXIT_MODEL, f"{name}: its scheduler has the prediction_type {prediction!r}; this example knows "
-                                  f"{', '.join(PREDICTIONS)}")
-    # deterministic, so that a picture hangs on its noise alone, and differentiable in every step
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False)
-    return pipeline
-
-
-class Painter:
-    """A pipeline with LoRA weights: prompts and noise in, pictures out, with a gradient through the last steps."""
-
-    def __init__(self, pipeline: Any, options: argparse.Namespace, device: torch.device) -> None:
-        self.pipeline, self.options, self.device = pipeline.to(device), options, device
-        torch.manual_seed(options.seed)  # of the LoRA weights' start
-        pipeline.unet.add_adapter(peft.LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank,
-                                                  init_lora_weights="gaussian", target_modules=options.lora_targets))
-        cast_training_params(pipeline.unet, torch.float32)
-        if options.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        pipeline.unet.train()  # or its checkpointing would stay off
-
-    def lora(self) -> dict[str, torch.nn.Parameter]:
-        """The weights that learn, by name; no others ever change."""
-        return {name: p for name, p in self.pipeline.unet.named_parameters() if "lora_" in name}
-
-    def side(self) -> int:
-        """Width and height of a picture in pixels."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-
-    def noise(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """(count, C, h, w) float32: where pictures start. Drawn on the CPU, so that a seed means the same everywhere."""
-        config = self.pipeline.unet.config
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
-        return torch.randn(shape, generator=generator).to(self.device)
+    def __init__(self, weights: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.weights = weights
+        self.decay = decay
+        self.shadow = {name: weight.detach().clone() for name, weight in weights.items()} if decay else {}
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        """Text states for one call of the UNet: (n, tokens, d), or (2n, tokens, d) with the empty prompt first if guided."""
-        guided = self.options.guidance != 1
-        states, empty = self.pipeline.encode_prompt(prompts, self.device, 1, guided)
-        return torch.cat([empty, states]) if guided else states
-
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """What the UNet makes of float32 latents (n, C, h, w), guided by `--guidance`, in float32."""
-        copies = len(states) // len(latents)
-        inputs = torch.cat([latents] * copies).to(states.dtype)
-        out = self.pipeline.unet(inputs, timestep, encoder_hidden_states=states).sample.float()
-        if copies == 1:
-            return out
-        empty, heard = out.chunk(2)
-        return empty + self.options.guidance * (heard - empty)
-
-    def paint(self, prompts: list[str], noise: torch.Tensor, gradient_steps: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures (n, 3, H, W) float32 in [0, 1], and how far the last steps strayed from the base model's (a scalar).
-
-        Only the last `gradient_steps` denoising steps are remembered for the gradient. The distance is the mean squared
-        difference to what the UNet says without its LoRA weights, and 0 where `--stay-near` does not ask for it.
-        """
-        scheduler, states, latents = self.pipeline.scheduler, self.encode_prompts(prompts), noise
-        scheduler.set_timesteps(self.options.denoising_steps, device=self.device)
-        strayed = torch.zeros((), device=self.device)
-        for number, timestep in enumerate(scheduler.timesteps):
-            remembered = number >= self.options.denoising_steps - gradient_steps
-            with torch.set_grad_enabled(remembered):
-                out = self.predict(latents, timestep, states)
-                if remembered and self.options.stay_near:
-                    with torch.no_grad(), self.without_lora():
-                        base = self.predict(latents, timestep, states)
-                    strayed = strayed + (out - base).square().mean() / gradient_steps
-                latents = scheduler.step(out, timestep, latents).prev_sample
-        with torch.set_grad_enabled(gradient_steps > 0):
-            vae = self.pipeline.vae
-            decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-            return (decoded / 2 + 0.5).clamp(0, 1), strayed
+    def update(self, step: int) -> None:
+        """After the step of this number, from 0 on."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, mean_weight in self.shadow.items():
+            mean_weight.lerp_(self.weights[name], 1 - decay)
 
     @contextlib.contextmanager
-    def without_lora(self) -> Iterator[None]:
-        """The base model, while it lasts."""
-        self.pipeline.unet.disable_adapters()
+    def in_place(self) -> Iterator[None]:
+        """The pipeline with the average, while it lasts."""
+        last = {name: self.weights[name].detach().clone() for name in self.shadow}
+        self._set(self.shadow)
         try:
             yield
         finally:
-            self.pipeline.unet.enable_adapters()
+            self._set(last)
 
-    def imitation_errors(self, pictures: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
-        """(n,): the usual loss of a diffusion model for pictures (n, 3, H, W) in [-1, 1], at one random time each."""
-        vae, scheduler = self.pipeline.vae, self.pipeline.scheduler
-        with torch.no_grad():
-            encoded = vae.encode(pictures.to(self.device, vae.dtype))
-            # AutoencoderKL gives a distribution, AutoencoderTiny the latents themselves
-            latents = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents).float()
-            latents = latents * vae.config.scaling_factor
-            states, _ = self.pipeline.encode_prompt(captions, self.device, 1, False)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(self.device)
-        if scheduler.config.prediction_type == "v_prediction":
-            wanted = scheduler.get_velocity(latents, noise, times)
-        else:
-            wanted = {"epsilon": noise, "sample": latents}[scheduler.config.prediction_type]
-        out = self.predict(scheduler.add_noise(latents, noise, times), times, states)
-        return (out - wanted).square().mean(dim=(1, 2, 3))
-
-
-def vary(images: torch.Tensor, crop: float, noise: float, generator: torch.Generator) -> torch.Tensor:
-    """Each picture (n, 3, H, W) cut to a random window, of `crop` to 1 of its side, and stretched back; then grain is added.
-
-    What pleases the teacher at one exact place in the pixels is lost by this, what is drawn is not.
-    """
-    count = len(images)
-    scale = 1 - (1 - crop) * torch.rand(count, 1, generator=generator)
-    centre = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - scale)
-    window = torch.zeros(count, 2, 3)
-    window[:, 0, 0] = window[:, 1, 1] = scale[:, 0]
-    window[:, :, 2] = centre
-    places = torch.nn.functional.affine_grid(window.to(images), list(images.shape), align_corners=False)
-    cut = torch.nn.functional.grid_sample(images, places, padding_mode="border", align_corners=False)
-    return (cut + noise * torch.randn(images.shape, generator=generator).to(images)).clamp(0, 1)
-
-
-# ── Watching ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-class Watch:
-    """Paints the held-out prompts, always from the same noise, and has the scorers score that as they would saved files."""
-
-    def __init__(self, painter: Painter, teacher: Scorer, judge: Scorer | None, prompts: list[str],
-                 options: argparse.Namespace) -> None:
-        self.painter, self.prompts, self.options = painter, prompts * options.pictures, options
-        self.scorers = {"teacher": teacher} | ({"judge": judge} if judge else {})
-
-    def look(self) -> tuple[list[Any], dict[str, list[float]]]:
-        """The pictures as 8-bit RGB, and each scorer's dissimilarity for each."""
-        noise = self.painter.noise(len(self.prompts), torch.Generator().manual_seed(self.options.seed))
-        pictures: list[Any] = []
-        for start in range(0, len(self.prompts), self.options.batch):
-            part = slice(start, start + self.options.batch)
-            images, _ = self.painter.paint(self.prompts[part], noise[part])
-            levels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures += [Image.fromarray(one) for one in levels]
-        return pictures, {name: [round(1 - float(cosine), 6) for cosine in scorer.similarity(pictures, self.prompts)]
-                          for name, scorer in self.scorers.items()}
-
-
-def make_grid(pictures: list[Any], columns: int = 8, most: int = 32) -> Any:
-    """Up to `most` pictures of one size in rows, a white line of two pixels between them."""
-    shown = pictures[:most]
-    width, height = shown[0].width + 2, shown[0].height + 2
-    grid = Image.new("RGB", (min(columns, len(shown)) * width - 2, math.ceil(len(shown) / columns) * height - 2), "white")
-    for i, picture in enumerate(shown):
-        grid.paste(picture, (i % columns * width, i // columns * height))
-    return grid
-
-
-class Journal:
-    """log.jsonl: one object a line, either of a step or of a look at the held-out prompts."""
-
-    def __init__(self, path: pathlib.Path, up_to: int) -> None:
-        self.path, self.rows = path, []
-        if path.exists():  # what was logged after the saved step will happen again
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= up_to]
-        with output_disk(path):
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        self.rows.append(row)
-        with output_disk(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def looks(self) -> list[dict[str, Any]]:
-        """The rows that hold a look at the held-out prompts, oldest first."""
-        return [row for row in self.rows if "teacher" in row]
+    @torch.no_grad()
+    def _set(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.weights[name].copy_(value)
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,193 +118,391 @@ class Trainer:
     """Everything that one run needs, put together from the options; `run` trains and returns the summary."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out = options, options.output
-        self.pairs = read_imagefolder(options.images, options.temperature) if options.images else []
-        prompts = read_prompts(options.prompts, options.column) if options.prompts else \
-            list(dict.fromkeys(pair.caption for pair in self.pairs))
-        held_out = read_prompts(options.held_out, options.column) if options.held_out else []
-        self.prompts, self.held_out = split_prompts(prompts, held_out)
-        self.pairs = [pair for pair in self.pairs if pair.caption in set(self.prompts)]
-        self.accelerator = accelerate.Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu)
-        dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+        self.options = options
+        self.out: pathlib.Path = options.output
+        self._load_data()
+        waiting = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))  # others wait while one looks
+        self.accelerator = accelerate.Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu,
+                                                  kwargs_handlers=[waiting])
         device = self.accelerator.device
-        self.loss = DissimilarityLoss(_on_device(load_config(options.teacher), device)).to(device)
-        judge = Scorer(_on_device(load_config(options.judge), device)) if options.judge else None
-        if judge and judge.files.identity == self.loss.scorer.files.identity:
-            raise Trouble(EXIT_CONFIG, "the judge has the teacher's weights: it would only repeat what the teacher says")
-        self.painter = Painter(load_pipeline(options.model, options.revision, dtype), options, device)
+        self.teachers = Teachers(pair_teachers(options.teacher, options.teacher_weights, options.objective), device)
+        self.judge = load_judge(options.judge, self.teachers, device) if options.judge else None
+        family = load_family(options.model, options.revision, DTYPES[options.mixed_precision])
+        if options.hold_norm and not family.predicts_velocity:
+            raise Trouble(EXIT_CONFIG, f"--hold-norm is for models of flow matching, and {options.model} is a "
+                                       f"{family.pipeline_class}: use --stay-near")
+        side = options.resolution or family.usual_side
+        if side % family.side_multiple:
+            raise Trouble(EXIT_CONFIG, f"--resolution must be a multiple of {family.side_multiple} for a "
+                                       f"{family.pipeline_class}, got {side}")
+        guidance = family.usual_guidance if options.guidance is None else options.guidance
+        lora = Lora(options.lora_rank, tuple(options.lora_targets or family.lora_targets), options.seed)
+        self.painter = Painter(family, Painting(side, options.denoising_steps, guidance), lora, device,
+                               options.gradient_checkpointing)
         self.optimiser = self.accelerator.prepare(torch.optim.AdamW(
             self.painter.lora().values(), lr=options.learning_rate, weight_decay=options.weight_decay))
-        self.watch = Watch(self.painter, self.loss.scorer, judge, self.held_out, options)
+        self.average = Average(self.painter.lora(), options.ema)
+        self.patience = Patience(options.patience, options.margin)
+        self.watch = Watch(self.painter, self.teachers, self.judge, self.held_out, options.images_per_prompt, options.batch,
+                           options.seed)
 
-    def run(self) -> dict[str, Any]:
+    def _load_data(self) -> None:
+        """`prompts`, or `curated`; and `held_out`."""
+        options = self.options
+        held_out = read_prompts(options.held_out, options.column) if options.held_out else []
+        self.curated: CuratedSet | None = None
+        self.prompts: list[str] = []
+        if options.images:
+            preference = options.prefer or default_preference(options.weight_by)
+            weighting = Weighting(options.weight_by, preference, options.temperature)
+            self.curated = CuratedSet(options.images, weighting, held_out, options.seed)
+            self.held_out = self.curated.held_out
+            if self.curated.left_out:
+                say(f"{self.curated.left_out} pairs are left out: their {options.weight_by} is empty")
+        else:
+            self.prompts, self.held_out = split_prompts(read_prompts(options.prompts, options.column), held_out)
+        self._stream: Iterator[Pair] = iter(())
+        self._stream_at = -1  # the step whose pairs the stream gives next
+
+    @property
+    def images_per_step(self) -> int:
+        """By all processes together."""
+        return int(self.options.batch * self.options.accumulate * self.accelerator.num_processes)
+
+    def run(self) -> Json:
         """Train up to `--steps`, from the saved state if there is one; returns the summary."""
         begun = self.load()
         main = self.accelerator.is_main_process
         journal = Journal(self.out / "log.jsonl", begun) if main else None
+        reason = None
         for step in range(begun, self.options.steps + 1):
-            if journal and (step % self.options.evaluate_every == 0 or step == self.options.steps):
+            looking = step % self.options.evaluate_every == 0 or step == self.options.steps
+            if journal and looking:
                 self.evaluate(journal, step)
-            if main and step > begun and (step % self.options.save_every == 0 or step == self.options.steps):
+            if looking:
+                reason = self._agree(journal)
+            last = reason is not None or step == self.options.steps
+            if main and (last or (step > begun and step % self.options.save_every == 0)):
                 self.save(step)
-            if step < self.options.steps:
-                row = self.advance(step)
-                if journal:
-                    journal.write({"step": step + 1, **row})
+            if last:
+                break
+            row = self.advance(step)
+            if journal:
+                journal.write({"step": step + 1, **row})
         self.accelerator.wait_for_everyone()
-        return self.summarise(journal) if journal else {}
+        return self.summarise(journal, reason) if journal else {}
+
+    def _agree(self, journal: Journal | None) -> str | None:
+        """Why to stop now, or None; the first process knows, and tells all."""
+        told = [self.patience.reason_to_stop(journal.looks(), self.watch.names[-1]) if journal else None]
+        accelerate.utils.broadcast_object_list(told)
+        return told[0]
 
     def advance(self, step: int) -> dict[str, float]:
-        """One step of the optimiser. Its prompts and noise hang on seed, step and process alone: no state to save for them."""
-        place = (self.options.seed * 1_000_003 + step) * self.accelerator.num_processes + self.accelerator.process_index
-        generator = torch.Generator().manual_seed(place)
-        with self.accelerator.autocast():
-            values = self.imitate(generator) if self.pairs else self.please_teacher(generator)
-        if not torch.isfinite(values["loss"]):
-            raise Trouble(EXIT_FAILURES, f"the loss is not finite at step {step}; try a lower --learning-rate")
+        """One step of the optimiser. Its data and noise depend on seed and step alone, however many processes share them.
+
+        Where there is no room for it, or its loss is not finite, the state before it is saved and Trouble raised.
+        """
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
         self.optimiser.zero_grad()
-        self.accelerator.backward(values["loss"])
+        try:
+            parts = self._imitate(step, generator) if self.curated else self._please_teachers(generator)
+            sums: dict[str, float] = {}
+            for values in parts:
+                if not torch.isfinite(values["loss"]):
+                    raise Trouble(EXIT_FAILURES, f"the loss is not finite at step {step}; try a lower --learning-rate")
+                self.accelerator.backward(values["loss"] / self.options.accumulate)
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / self.options.accumulate
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._save_before_trouble(step)
+            raise Trouble(EXIT_MODEL, self._no_room(step)) from None
+        except Trouble:
+            self._save_before_trouble(step)
+            raise
+        self._learn(step)
+        return {name: round(value, 6) for name, value in sums.items()}
+
+    def _learn(self, step: int) -> None:
+        """Average the gradients over the processes, and step."""
         weights = list(self.painter.lora().values())
-        for weight in weights:  # so few that averaging them by hand is cheaper than wrapping the UNet
-            weight.grad = self.accelerator.reduce(weight.grad, "mean")
+        for weight in weights:  # so few that averaging them by hand is cheaper than wrapping the denoiser
+            if weight.grad is not None:  # of a layer that this pipeline does not use
+                weight.grad = self.accelerator.reduce(weight.grad, "mean")
         self.accelerator.clip_grad_norm_(weights, 1.0)
         self.optimiser.step()
-        return {name: round(value.item(), 6) for name, value in values.items()}
+        self.average.update(step)
 
-    def please_teacher(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Paint a batch of prompts; the loss is the teacher's dissimilarity, plus what `--stay-near` adds."""
-        chosen = torch.randint(len(self.prompts), (self.options.batch,), generator=generator)
-        prompts = [self.prompts[i] for i in chosen]
-        noise = self.painter.noise(len(prompts), generator)
-        images, strayed = self.painter.paint(prompts, noise, self.options.gradient_steps)
-        dissimilarity = self.loss(vary(images, self.options.crop, self.options.noise, generator), prompts)
-        return {"loss": dissimilarity + self.options.stay_near * strayed, "dissimilarity": dissimilarity, "strayed": strayed}
+    def _parts(self) -> list[slice]:
+        """Which of a step's images this process takes, one slice for each time that it adds to the gradient."""
+        batch = self.options.batch
+        world = self.accelerator.num_processes
+        starts = [(turn * world + self.accelerator.process_index) * batch for turn in range(self.options.accumulate)]
+        return [slice(start, start + batch) for start in starts]
 
-    def imitate(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Learn a batch of curated pictures, each counted by its weight."""
-        chosen = torch.randint(len(self.pairs), (self.options.batch,), generator=generator)
-        pairs = [self.pairs[i] for i in chosen]
-        config = self.loss.scorer.config
-        pictures = torch.stack([read_picture(pair.path, self.painter.side(), config) for pair in pairs])
-        errors = self.painter.imitation_errors(pictures, [pair.caption for pair in pairs], generator)
-        weights = torch.tensor([pair.weight for pair in pairs], device=errors.device)
-        return {"loss": (weights * errors).mean(), "unweighted": errors.mean()}
+    def _please_teachers(self, generator: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
+        """Paint a batch of prompts; the loss is the teachers' error, plus what staying near the base model adds."""
+        options = self.options
+        chosen = torch.randint(len(self.prompts), (self.images_per_step,), generator=generator)
+        noise = self.painter.noise(self.images_per_step, generator)
+        side = self.painter.painting.side
+        variation = Variation.draw(self.images_per_step, (side, side), generator)
+        for part in self._parts():
+            prompts = [self.prompts[i] for i in chosen[part]]
+            with self.accelerator.autocast():
+                painted = self.painter.paint(prompts, noise[part], options.gradient_steps,
+                                             bool(options.stay_near or options.hold_norm))
+                views = variation.part(part).apply(painted.images, options.crop, options.noise)
+                error, own_losses = self.teachers(views, prompts)
+            loss = error + options.stay_near * painted.strayed + options.hold_norm * painted.norm_strayed
+            values = {"loss": loss, "dissimilarity": error, "strayed": painted.strayed}
+            if options.hold_norm:
+                values["norm_strayed"] = painted.norm_strayed
+            if len(own_losses) > 1:
+                values |= {f"loss_{number}": value for number, value in enumerate(own_losses, 1)}
+            yield values
+
+    def _imitate(self, step: int, generator: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
+        """Learn a batch of curated images, each counted by its weight."""
+        assert self.curated
+        side = self.painter.painting.side
+        pairs = self._next_pairs(step)
+        draws = ImitationDraws.draw(self.painter.family, len(pairs), side, self.options.drop_captions, generator)
+        config = self.teachers.scorers[0].config
+        for part in self._parts():
+            with ThreadPoolExecutor(READING_THREADS) as pool:
+                images = list(pool.map(lambda pair: read_image(pair, side, config), pairs[part]))
+            framing = Framing(torch.tensor([image.original_size for image in images]),
+                              torch.tensor([image.crop_corner for image in images]))
+            with self.accelerator.autocast():
+                errors = self.painter.imitation_errors(torch.stack([image.pixels for image in images]).to(self.painter.device),
+                                                       [pair.caption for pair in pairs[part]], draws.part(part), framing)
+            weights = torch.tensor([self.curated.weight(pair) for pair in pairs[part]]).to(errors)
+            yield {"loss": (weights * errors).mean(), "unweighted": errors.mean()}
+
+    def _next_pairs(self, step: int) -> list[Pair]:
+        """The pairs of this step; the stream is begun anew where it is not there already."""
+        assert self.curated
+        if step != self._stream_at:
+            self._stream = self.curated.stream(step * self.images_per_step)
+        self._stream_at = step + 1
+        return [next(self._stream) for _ in range(self.images_per_step)]
 
     def evaluate(self, journal: Journal, step: int) -> None:
-        """Log both scores of the held-out prompts, and keep the first and the latest pictures."""
+        """Log the scores of the held-out prompts; keep the first and the latest images, and the weights of the best look."""
         if any(row["step"] == step for row in journal.looks()):
             return  # of an earlier start
-        pictures, scores = self.watch.look()
-        journal.write({"step": step, **scores})
-        say(f"step {step}: held-out dissimilarity " + ", ".join(f"{name} {_mean(v):.4f}" for name, v in scores.items()))
+        try:
+            with self.average.in_place():
+                look = self.watch.look()
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._save_before_trouble(step)
+            raise Trouble(EXIT_MODEL, self._no_room(step)) from None
+        journal.write({"step": step, **look.for_log()})
+        told = ", ".join(f"{name} {mean(values):.4f}" for name, values in look.scores.items())
+        say(f"step {step}: held-out dissimilarity {told}")
+        name = "before" if step == 0 else "after"
+        looks = journal.looks()
         with output_disk(self.out):
-            make_grid(pictures).save(self.out / ("before.png" if step == 0 else "after.png"))
+            make_grid(look.images).save(self.out / f"{name}.png")
+            if looks[self.patience.best(looks, self.watch.names[-1])]["step"] == step:
+                self._save_weights(self.out / "best")
+
+    def _no_room(self, step: int) -> str:
+        where = "the GPU" if self.painter.device.type == "cuda" else "memory"
+        painting = self.painter.painting
+        return (f"no room in {where} at step {step} for {self.options.batch} images of {painting.side} px through "
+                f"{self.options.gradient_steps} steps; the state is saved: try a smaller --batch (with --accumulate), "
+                "--gradient-checkpointing, --mixed-precision bf16 or a smaller --resolution")
+
+    # ── What is kept ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _save_weights(self, folder: pathlib.Path) -> None:
+        """The average's LoRA weights, for diffusers."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.average.in_place():
+            self.painter.family.save_lora(folder)
+
+    def _save_before_trouble(self, step: int) -> None:
+        """The weights as the last whole step left them; a disk that is full as well is not the trouble to tell."""
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(Trouble):
+                self.save(step)
 
     def save(self, step: int) -> None:
         """Write the LoRA weights for diffusers, then `state.pt`, whose presence means that the step is complete."""
-        layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.painter.pipeline.unet))
-        with output_disk(self.out), atomic_file(self.out / "state.pt") as file:
-            diffusers.StableDiffusionPipeline.save_lora_weights(self.out, unet_lora_layers=layers)
-            torch.save({"step": step, "lora": {name: p.data for name, p in self.painter.lora().items()},
-                        "optimiser": self.optimiser.state_dict()}, file)
+        scaler = self.accelerator.scaler
+        with output_disk(self.out):
+            self._save_weights(self.out)
+            with atomic_file(self.out / "state.pt") as file:
+                torch.save({"step": step, "lora": {name: p.data for name, p in self.painter.lora().items()},
+                            "average": self.average.shadow, "optimiser": self.optimiser.state_dict(),
+                            "scaler": scaler.state_dict() if scaler else {}}, file)
+
+    def settings(self) -> dict[str, str]:
+        """What decides the weights, as text: a resumption must have the same."""
+        options = {name: str(value) for name, value in vars(self.options).items() if name not in HARMLESS_OPTIONS}
+        sources = {"images_per_step": str(self.images_per_step), "resolution": str(self.painter.painting.side),
+                   "guidance": str(self.painter.painting.guidance), "held_out_prompts": digest_of(self.held_out),
+                   "teacher_weights_files": " ".join(scorer.files.identity for scorer in self.teachers.scorers),
+                   "judge_weights_files": self.judge.files.identity if self.judge else "",
+                   "training_data": self.curated.digest() if self.curated else digest_of(self.prompts)}
+        if "sigmoid" in (self.options.objective or []):  # its loss compares the images of a batch
+            sources["batch"] = str(self.options.batch)
+        return options | sources
 
     def load(self) -> int:
-        """Take up the state of an earlier start with the same options and return its step; 0 where there is none."""
-        options = {k: str(v) for k, v in vars(self.options).items() if k not in HARMLESS_OPTIONS}
-        known, state_path = self.out / "options.json", self.out / "state.pt"
+        """Take up the state of an earlier start with the same settings and return its step; 0 where there is none."""
+        settings = self.settings()
+        known = self.out / "options.json"
+        state_path = self.out / "state.pt"
         if state_path.exists() and not self.options.fresh:
             earlier = json.loads(known.read_text(encoding="utf-8"))
-            for name, value in options.items():
+            for name, value in settings.items():
                 if earlier.get(name) != value:
                     raise Trouble(EXIT_CONFIG, f"{self.out} was begun with another {name} ({earlier.get(name)}, now {value}): "
                                                "discard it with --fresh, or write elsewhere with --output")
-            state = torch.load(state_path, map_location=self.accelerator.device, weights_only=True)
-            if state["step"] > self.options.steps:
-                raise Trouble(EXIT_CONFIG, f"{self.out} holds {state['step']} steps already, more than --steps "
-                                           f"{self.options.steps}: discard them with --fresh, or write elsewhere with --output")
-            for name, weight in self.painter.lora().items():
-                weight.data.copy_(state["lora"][name])
-            self.optimiser.load_state_dict(state["optimiser"])
-            return state["step"]
+            return self._take_up(state_path)
         self.accelerator.wait_for_everyone()  # all have looked before anything is removed
         if self.accelerator.is_main_process:
             with output_disk(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
                 for name in ("state.pt", "log.jsonl"):
                     (self.out / name).unlink(missing_ok=True)
-                known.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+                with atomic_file(known) as file:
+                    file.write((json.dumps(settings, indent=2) + "\n").encode())
         return 0
 
-    def summarise(self, journal: Journal) -> dict[str, Any]:
+    def _take_up(self, state_path: pathlib.Path) -> int:
+        """Load `state.pt`; returns its step."""
+        try:
+            state = torch.load(state_path, map_location=self.accelerator.device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise Trouble(EXIT_DISK, f"cannot read {state_path}: {type(error).__name__}; discard it with --fresh") from None
+        if state["step"] > self.options.steps:
+            raise Trouble(EXIT_CONFIG, f"{self.out} holds {state['step']} steps already, more than --steps "
+                                       f"{self.options.steps}: discard them with --fresh, or write elsewhere with --output")
+        for name, weight in self.painter.lora().items():
+            weight.data.copy_(state["lora"][name])
+        for name, value in self.average.shadow.items():
+            value.copy_(state["average"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return int(state["step"])
+
+    def summarise(self, journal: Journal, reason: str | None) -> Json:
         """Write held_out.csv and return the means before and after."""
-        before, after = journal.looks()[0], journal.looks()[-1]
-        names = list(self.watch.scorers)
+        looks = journal.looks()
+        names = [name for name in looks[0] if name not in ("step", "diversity")]
         with output_disk(self.out), open(self.out / "held_out.csv", "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["prompt", *(f"{name}_{when}" for name in names for when in ("before", "after"))])
             for i, prompt in enumerate(self.watch.prompts):
-                table.writerow([prompt, *(row[name][i] for name in names for row in (before, after))])
-        scores = {name: {"before": round(_mean(before[name]), 4), "after": round(_mean(after[name]), 4)} for name in names}
-        return {"steps": self.options.steps, "prompts": len(self.prompts), "held_out": len(self.held_out), **scores,
-                "output": str(self.out)}
+                table.writerow([prompt, *(row[name][i] for name in names for row in (looks[0], looks[-1]))])
+        scores = {name: {"before": round(mean(looks[0][name]), 4), "after": round(mean(looks[-1][name]), 4)} for name in names}
+        best = looks[self.patience.best(looks, self.watch.names[-1])]
+        if reason:
+            say(f"stopped: {reason}")
+        return {"steps": looks[-1]["step"], "prompts": self.curated.count if self.curated else len(self.prompts),
+                "held_out": len(self.held_out), **scores, "best_step": best["step"], "stopped": reason, "output": str(self.out)}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def digest_of(texts: Sequence[str]) -> str:
+    """A name for a list of texts, which changes with it."""
+    import hashlib
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
-def _on_device(config: Config, device: torch.device) -> Config:
-    return dataclasses.replace(config, use_cuda=device.type == "cuda")
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or this machine's memory was exhausted (on the CPU torch says so by a plain RuntimeError)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-RANGES = {"steps": (1, 10**9), "batch": (1, 10**6), "pictures": (1, 10**6), "denoising_steps": (1, 1000),
-          "lora_rank": (1, 4096), "guidance": (1, 100), "stay_near": (0, math.inf), "crop": (0.1, 1), "noise": (0, 1),
-          "temperature": (1e-6, math.inf), "evaluate_every": (1, 10**9), "save_every": (1, 10**9)}
+RANGES = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6), "images_per_prompt": (1, 10**6),
+          "denoising_steps": (1, 1000), "resolution": (8, 2**16), "lora_rank": (1, 4096), "guidance": (0, 100),
+          "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "stay_near": (0, 1e9), "hold_norm": (0, 1e9), "crop": (0.1, 1),
+          "noise": (0, 1), "drop_captions": (0, 1), "ema": (0, 0.999999), "patience": (0, 10**9), "margin": (0, 2),
+          "evaluate_every": (1, 10**9), "save_every": (1, 10**9), "seed": (0, 2**40)}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; what is out of range is Trouble (exit 2)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, path = parser.add_argument, pathlib.Path
-    add("--model", required=True, help="a StableDiffusionPipeline: a folder, or a Hub id")
+    add_sources(parser)
+    add_training(parser)
+    options = parser.parse_args(arguments)
+    if bool(options.prompts) == bool(options.images):
+        raise Trouble(EXIT_CONFIG, "give either --prompts or --images")
+    for name, (low, high) in (RANGES | {"gradient_steps": (1, options.denoising_steps)}).items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise Trouble(EXIT_CONFIG, f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {value}")
+    check_temperature(options.temperature)
+    if options.patience and not options.judge:
+        raise Trouble(EXIT_CONFIG, "--patience stops when the judge finds no more to praise: give a --judge")
+    if options.images and (options.stay_near or options.hold_norm):
+        raise Trouble(EXIT_CONFIG, "--stay-near and --hold-norm go with --prompts: curated images hold the model themselves")
+    pair_teachers(options.teacher, options.teacher_weights, options.objective)
+    return options
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """What is trained, on what, and who scores."""
+    add = parser.add_argument
+    path = pathlib.Path
+    add("--model", required=True, help="a text-to-image pipeline: a folder, or a Hub id")
     add("--revision", default="main", help="of the Hub's model")
     add("--prompts", type=path, help="a CSV of prompts to train with")
-    add("--images", type=path, help="or: a curated imagefolder to train on")
-    add("--temperature", type=float, default=0.1, help="with --images: weights are exp(-dissimilarity / this); inf: none")
+    add("--images", type=path, help="or: a curated imagefolder or webdataset to train on")
+    add("--weight-by", default="dissimilarity", help="with --images: the column that weights pairs")
+    add("--prefer", choices=("low", "high"), help="whether its low or high cells count more; low for a dissimilarity")
+    add("--temperature", type=float, default=0.1, help="weights are exp(-+ cell / this), 1 on average; inf: all alike")
+    add("--drop-captions", type=float, default=0.1, help="share of captions that are not heard, for guidance")
     add("--column", default="caption", help="of the prompts' CSV")
     add("--held-out", type=path, help="a CSV of prompts that are only watched; without it a tenth of the prompts")
-    add("--pictures", type=int, default=1, help="painted of each held-out prompt")
-    add("--teacher", type=path, required=True, help="a config.yaml: the scorer that trains")
+    add("--images-per-prompt", type=int, default=1, help="painted of each held-out prompt")
+    add("--teacher", type=path, nargs="+", required=True, help="a config.yaml, or several: the scorers that train")
+    add("--teacher-weights", type=float, nargs="+", help="how much each teacher's loss counts; all alike without it")
+    add("--objective", nargs="+", choices=("cosine", "sigmoid"), help="each teacher's loss; sigmoid is SigLIP's own")
     add("--judge", type=path, help="a config.yaml with another model: the scorer that only watches")
     add("--output", type=path, default=path("tuned"))
     add("--fresh", action="store_true", help="discard an earlier run in --output")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """How it is trained."""
+    add = parser.add_argument
     add("--steps", type=int, default=200)
-    add("--batch", type=int, default=4, help="pictures of one step, for each process")
+    add("--batch", type=int, default=4, help="images at a time, for each process")
+    add("--accumulate", type=int, default=1, help="batches whose gradients make one step")
+    add("--resolution", type=int, help="side in pixels; the pipeline's own without it")
     add("--learning-rate", type=float, default=1e-4)
     add("--weight-decay", type=float, default=1e-4)
     add("--denoising-steps", type=int, default=20)
     add("--gradient-steps", type=int, default=1, help="K: through how many of them the gradient runs")
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance; 1: none")
-    add("--stay-near", type=float, default=0.0, help="weight of the distance to the base model")
-    add("--crop", type=float, default=0.9, help="the teacher sees random windows of this to all of a picture's side")
+    add("--guidance", type=float, help="1: none; without it the family's usual value")
+    add("--stay-near", type=float, default=0.0, help="weight of the distance of predictions to the base model's")
+    add("--hold-norm", type=float, default=0.0, help="weight of the change of the velocity's norm (flow matching)")
+    add("--patience", type=int, default=0, help="stop after so many looks in which the judge found nothing better; 0: never")
+    add("--margin", type=float, default=0.0, help="better means: by more than this")
+    add("--ema", type=float, default=0.0, help="decay of the running average of weights, which is what is saved; 0: none")
+    add("--crop", type=float, default=0.9, help="the teachers see random windows of this to all of an image's side")
     add("--noise", type=float, default=0.02, help="and grain of this strength")
     add("--lora-rank", type=int, default=8)
-    add("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers of the UNet that get them")
+    add("--lora-targets", nargs="+", help="layers of the denoiser that get them; without it those of diffusers' scripts")
     add("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--cpu", action="store_true", help="also where there is a GPU")
     add("--evaluate-every", type=int, default=50)
     add("--save-every", type=int, default=50)
     add("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if bool(options.prompts) == bool(options.images):
-        raise Trouble(EXIT_CONFIG, "give either --prompts or --images")
-    for name, (low, high) in (RANGES | {"gradient_steps": (1, options.denoising_steps)}).items():
-        if not low <= getattr(options, name) <= high:
-            raise Trouble(EXIT_CONFIG, f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {getattr(options, name)}")
-    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

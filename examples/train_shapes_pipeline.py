@@ -102,7 +102,7 @@ def build_unet(text_width: int) -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """A noise schedule with nothing of the picture left at its end, sampled from that end."""
+    """A noise schedule with nothing of the image left at its end, sampled from that end."""
     return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
                          rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 

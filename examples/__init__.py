@@ -1,0 +1,1 @@
+"""Training with dissimilarity: README.md tells what each program does."""
