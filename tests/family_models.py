@@ -5,7 +5,15 @@ import shutil
 from collections.abc import Callable
 
 import transformers
-from models import CORPUS, OPENAI_MEAN, OPENAI_STD, write_json, write_siglip2_tokenizer, write_weights
+from models import (
+    CORPUS,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    write_clip_tokenizer,
+    write_json,
+    write_siglip2_tokenizer,
+    write_weights,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüß0123456789.,!?'-|<>[]()"
 CHINESE = "一只狗在雪地里的照片红色自行车猫坐沙发上山和海"
@@ -113,9 +121,32 @@ def siglip2(folder: pathlib.Path) -> None:
     write_weights(folder, 25, logit_scale=4.7244, logit_bias=-16.7714)
 
 
+def aimv2(folder: pathlib.Path) -> None:
+    """apple/aimv2-large-patch14-224-lit: CLIP's tokenizer, RMS norms, gated layers, a logit scale that is held down."""
+    write_clip_tokenizer(folder)
+    text = TOWER | {"model_type": "aimv2_text_model", "vocab_size": 49408, "max_position_embeddings": 77,
+                    "eos_token_id": 49407}
+    write_json(folder / "config.json", {
+        "architectures": ["Aimv2Model"], "model_type": "aimv2", "projection_dim": 48, "text_config": text,
+        "vision_config": TOWER | {"model_type": "aimv2_vision_model", "image_size": 64, "patch_size": 16}})
+    write_clip_preprocessor(folder, 64)
+    write_weights(folder, 26, logit_scale=4.7)
+
+
+def vision_text_dual_encoder(folder: pathlib.Path) -> None:
+    """clip-italian/clip-italian: CLIP's image tower and BERT, joined by two projections."""
+    tokens = write_bert_tokenizer(folder)
+    write_json(folder / "config.json", {
+        "architectures": ["VisionTextDualEncoderModel"], "model_type": "vision-text-dual-encoder", "projection_dim": 48,
+        "text_config": TOWER | {"model_type": "bert", "vocab_size": tokens, "max_position_embeddings": 512},
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 64, "patch_size": 16}})
+    write_clip_preprocessor(folder, 64)
+    write_weights(folder, 27, logit_scale=3.0)
+
+
 FAMILIES: dict[str, Callable[[pathlib.Path], None]] = {
     "chinese_clip": chinese_clip, "altclip": altclip, "metaclip_2": metaclip_2, "align": align,
-    "siglip2": siglip2}
+    "siglip2": siglip2, "aimv2": aimv2, "vision_text_dual_encoder": vision_text_dual_encoder}
 
 
 class FamilyShelf:

@@ -21,7 +21,9 @@ CLASSES = {"chinese_clip": (transformers.ChineseCLIPModel, transformers.BertToke
            "altclip": (transformers.AltCLIPModel, transformers.XLMRobertaTokenizer, 77),
            "metaclip_2": (transformers.MetaClip2Model, transformers.XLMRobertaTokenizer, 77),
            "align": (transformers.AlignModel, transformers.BertTokenizer, 64),
-           "siglip2": (transformers.Siglip2Model, transformers.GemmaTokenizer, 64)}
+           "siglip2": (transformers.Siglip2Model, transformers.GemmaTokenizer, 64),
+           "aimv2": (transformers.Aimv2Model, transformers.CLIPTokenizer, 77),
+           "vision_text_dual_encoder": (transformers.VisionTextDualEncoderModel, transformers.BertTokenizer, 512)}
 LOWER_CASED = ("siglip2",)  # by who calls the tokenizer
 UNMASKED = ("siglip2",)  # as they were trained
 WORDS = " ".join(CORPUS).split()

@@ -26,6 +26,8 @@ The families here:
 
     chinese_clip.py  altclip.py  align.py    BERT's or XLM-R's text tower, masked (masked_text.py)
     metaclip_2.py                            CLIP's causal text tower with XLM-R's pieces (xlm_pieces.py)
+    aimv2.py                                 CLIP's captions, AIMv2's towers
+    vision_text_dual_encoder.py              two towers of any kind, joined by projections
     siglip2.py                               SigLIP 2 NaFlex, whose images keep their shapes
     open_clip.py                             open_clip's format, which has no config.json of transformers'. Its parts:
                                              open_clip_files.py finds the model, open_clip_config.py reads every word of
