@@ -50,7 +50,7 @@ RULE_TEXTS = {
 class Curation:
     """Every key of config.yaml's section `curate`, which says in a comment what each is for."""
 
-    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30", "s-cliploss-l14-top30",
+    recipe: Literal["laion-400m", "laion-2b", "datacomp-l14-top30", "dfn-top15", "s-cliploss-l14-top30",
                     "stable-diffusion-v1-2"] | None = None
     recipe_for_any_model: bool = False
     min_similarity: float | None = setting(None, -1, 1)
@@ -109,10 +109,15 @@ class Recipe:
 
 
 RECIPES = {
-    "laion-400m": Recipe({"min_similarity": 0.30}, "openai/clip-vit-base-patch32", "LAION-400M (Schuhmann et al. 2021)"),
-    "laion-2b": Recipe({"min_similarity": 0.28}, "openai/clip-vit-base-patch32", "LAION-5B, its English part (2022)"),
+    "laion-400m": Recipe({"min_similarity": 0.30}, "openai/clip-vit-base-patch32",
+                         "LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114)"),
+    "laion-2b": Recipe({"min_similarity": 0.28}, "openai/clip-vit-base-patch32",
+                       "LAION-5B, its English part (Schuhmann et al. 2022, arXiv 2210.08402)"),
     "datacomp-l14-top30": Recipe({"keep_fraction": 0.3}, "openai/clip-vit-large-patch14",
-                                 "DataComp, CLIP score (L/14 30 %) (Gadre et al. 2023)"),
+                                 "DataComp, CLIP score L/14 (Gadre et al. 2023, arXiv 2304.14108)"),
+    # the share of each of DataComp's pools that its published lists hold; its filter is a ViT-B/32 of its own
+    "dfn-top15": Recipe({"keep_fraction": 0.15}, "apple/DFN-public",
+                        "Data Filtering Networks, DFN-2B (Fang et al. 2023, arXiv 2309.17425)"),
     "s-cliploss-l14-top30": Recipe({"keep_fraction": 0.3, "by": "contrast"}, "openai/clip-vit-large-patch14",
                                    "s-CLIPLoss on the scores of OpenAI's L/14 (Wang et al. 2024, arXiv 2405.19547)"),
     # its third condition, a watermark probability below 0.5, came with LAION-5B's own table: max_label, or a column there
@@ -131,7 +136,7 @@ def apply_recipe(curation: Curation, model: str) -> Curation:
     if curation.recipe is None:
         return curation
     recipe = RECIPES[curation.recipe]
-    if _last_segment(model) != _last_segment(recipe.model) and not curation.recipe_for_any_model:
+    if not is_made_for(recipe, model) and not curation.recipe_for_any_model:
         raise ValueError(f"recipe {curation.recipe} was made for {recipe.model}, and these scores are from {model}: cosines of "
                          "two models do not compare (max_random_rate does; recipe_for_any_model: true insists)")
     defaults = Curation()
@@ -139,6 +144,11 @@ def apply_recipe(curation: Curation, model: str) -> Curation:
         if getattr(curation, key) not in (getattr(defaults, key), value):
             raise ValueError(f"recipe {curation.recipe} sets {key} to {value}; leave {key} out, or the recipe")
     return dataclasses.replace(curation, **recipe.keys)  # type: ignore[arg-type]  # values of these very keys
+
+
+def is_made_for(recipe: Recipe, model: str) -> bool:
+    """Whether the recipe speaks of this model's cosines."""
+    return _last_segment(model) == _last_segment(recipe.model)
 
 
 def _last_segment(model: str) -> str:
