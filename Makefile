@@ -27,9 +27,10 @@ lint: .venv/ready-for-tests  ## ruff and mypy
 bench: .venv/ready  ## time this script, a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
 	$(BIN)/python tests/bench.py --out scores/bench --plot readme_imgs/throughput.png
 
-bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray on the same dry run; MB/s of staging
+bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray on the same dry run; MB/s of staging; rows/s of scores.csv and curate
 	$(BIN)/python tests/bench_scale.py
 	$(BIN)/python tests/bench_inputs.py
+	$(BIN)/python tests/bench_ends.py
 
 bench-web: .venv/ready-for-tests  ## images/s from a loopback web with hosts that fail, next to img2dataset (IMG2DATASET=its command)
 	$(BIN)/python tests/bench_web.py

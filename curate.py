@@ -37,11 +37,11 @@ from addons.curation.images import RunImages
 from addons.curation.overlaps import Overlaps
 from addons.curation.semantic import SavedImages
 from addons.measures import random_pairs
+from addons.results.csv_rows import ArrowCsvRows
 from image_text_sim_clip import (
     EXIT_CONFIG,
     EXIT_VERIFY,
     Config,
-    CsvRows,
     Parser,
     PartsChanged,
     Trouble,
@@ -88,12 +88,11 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
     overlaps = Overlaps()
     further = list(curation.needs_columns)
     for first_row, table in run.chunks([run.source_name, run.caption_name, "similarity", "status", *further]):
-        sources = table[run.source_name].to_pylist()
-        captions = table[run.caption_name].to_pylist()
         similarities = read_similarities(table)
         is_ok = pc.equal(table["status"], "ok").to_numpy()
         values = {name: read_values(table, name) for name in further}
-        failures = rules.find_failures(row_rules, rules.ScoredRows(first_row, similarities, is_ok, captions, values))
+        failures = rules.find_failures(row_rules, rules.ScoredRows(first_row, similarities, is_ok,
+                                                                     table[run.caption_name].to_pylist, values))
         overlaps.add(failures)
         judged = rules.judge_failures(failures, len(similarities))
         fingerprints = saved.numbers_of(first_row, len(judged)) if saved else np.zeros(len(judged), np.uint64)
@@ -103,6 +102,8 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
         verdicts[first_row:first_row + len(judged)] = judged
         if neighbour_rules:
             left = np.flatnonzero(judged == rules.KEPT)
+            sources = table[run.source_name].to_pylist()
+            captions = table[run.caption_name].to_pylist()
             candidates.add(first_row + left, rules.order_keys(similarities[left]),
                            [duplicates.hash_bytes(sources[i].encode()) for i in left],
                            [duplicates.hash_bytes(captions[i].strip().encode()) for i in left], fingerprints[left])
@@ -149,14 +150,15 @@ def write_tables(run: FinishedRun, verdicts: np.ndarray, folder: pathlib.Path, e
     columns = [*run.names, *column_names(run.result_columns)]
     reason = find_free_name("dropped_by", columns)
     counts = np.zeros(len(rules.RULES), np.int64)
+    rule_names = pa.array(rules.RULES, pa.string())
     with atomic_file(folder / "kept.csv") as kept_file, atomic_file(folder / "dropped.csv") as dropped_file:
-        kept = CsvRows(kept_file, columns, escape, results)
-        dropped = CsvRows(dropped_file, [*columns, reason], escape, results + 1)
+        kept = ArrowCsvRows(kept_file, columns, escape, results)
+        dropped = ArrowCsvRows(dropped_file, [*columns, reason], escape, results + 1)
         for _, table, judged in run.judged_chunks(verdicts):
             counts += np.bincount(judged, minlength=len(counts))
             is_kept = judged == rules.KEPT
             kept.write(table.filter(pa.array(is_kept)))
-            dropped_by = pa.array([rules.RULES[verdict] for verdict in judged[~is_kept]], pa.string())
+            dropped_by = rule_names.take(pa.array(judged[~is_kept]))
             dropped.write(table.filter(pa.array(~is_kept)).append_column(reason, dropped_by))
         kept.close()
         dropped.close()

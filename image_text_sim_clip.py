@@ -3896,7 +3896,8 @@ def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     plan = snapshot.plan
     results = column_names(result_columns(plan.config))
     names = [*output_names(plan.manifest["columns"], results), *results]
-    rows = CsvRows(file, names, plan.config.escape_formulas, len(results))
+    writer: type[CsvRows] = addon("results.csv_rows", "scores.csv").ArrowCsvRows if ADDONS.is_dir() else CsvRows
+    rows = writer(file, names, plan.config.escape_formulas, len(results))
     for table in result_tables(snapshot):
         rows.write(table)
     rows.close()

@@ -61,7 +61,7 @@ def test_two_limits_of_one_rule_are_one(tmp_path, run_curate):
     choice, _ = run_curate()
     assert (choice["alone"], choice["overlap"], choice["together"]) == ({}, {}, 0)
     columns = {"a": np.array([0.4, 0.6, 0.5], np.float32), "b": np.array([2, 0.1, np.nan], np.float32)}
-    rows = rules.ScoredRows(0, np.zeros(3, np.float32), np.ones(3, bool), ["", "", ""], columns)
+    rows = rules.ScoredRows(0, np.zeros(3, np.float32), np.ones(3, bool), lambda: ["", "", ""], columns)
     limits = [rules.ColumnOutside("max_label", "a", most=0.5), rules.ColumnOutside("max_label", "b", most=1)]
     failures = rules.find_failures(limits, rows)
     assert {name: fails.tolist() for name, fails in failures.items()} == {"max_label": [True, True, True]}

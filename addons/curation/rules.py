@@ -297,7 +297,7 @@ class ScoredRows(NamedTuple):
     first_row: int  # its number in the input
     similarities: np.ndarray  # float32 (n,), NaN for none
     is_ok: np.ndarray  # bool (n,): whether the status is ok
-    captions: list[str]  # n
+    captions: Callable[[], list[str]]  # gives n, to the rules that read them
     further: Mapping[str, np.ndarray] = types.MappingProxyType({})  # columns of measures: float32 (n,), NaN for none
 
     def values(self, column: str) -> np.ndarray:
@@ -326,7 +326,7 @@ class CaptionLength:
 
     def fails(self, rows: ScoredRows) -> np.ndarray:
         """Tell which captions are too short or too long: bool (n,)."""
-        lengths = np.fromiter((len(caption.strip()) for caption in rows.captions), np.int64, len(rows.captions))
+        lengths = np.fromiter((len(caption.strip()) for caption in rows.captions()), np.int64, len(rows.is_ok))
         most = math.inf if self.most is None else self.most
         return (lengths < self.fewest) | (lengths > most)
 

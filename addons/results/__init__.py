@@ -1,5 +1,6 @@
 """Results: what a run can do with its parts besides writing scores.csv, and what it shows on its way there.
 
+    csv_rows.py      the fast writer of scores.csv and of what curate.py writes; the same bytes as the script's own
     parquet.py       `output_format: parquet`: scores.parquet instead of scores.csv
     progress.py      the progress bar, or lines in a log
     memory_curve.py  memory-time.png
