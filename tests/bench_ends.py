@@ -44,13 +44,18 @@ def make_run(output, rows):
 
 
 def write_scores(plan, path, writer):
-    """Seconds that scores.csv takes with this class of writer."""
+    """Write scores.csv with this class of writer."""
     csv_rows.ArrowCsvRows = writer
-    started = time.perf_counter()
     with script.atomic_file(path) as file:
         script.write_csv(script.Snapshot(plan), file)
     csv_rows.ArrowCsvRows = FAST
-    return time.perf_counter() - started
+
+
+def time_end(work):
+    """Seconds by the clock and of the processor that `work()` takes; the latter count nobody else who is at work."""
+    started, before = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - started, time.process_time() - before
 
 
 def main():
@@ -63,18 +68,19 @@ def main():
         folder = pathlib.Path(name)
         config, plan = make_run(folder / "out", options.rows)
         chosen = dataclasses.replace(config, curate={"keep_fraction": 0.3, "min_caption_chars": 5})
-        seconds, loads = {"plain": [], "scores.csv": [], "curate": []}, []
+        ends = {"plain": lambda: write_scores(plan, folder / "plain.csv", script.CsvRows),
+                "scores.csv": lambda: write_scores(plan, folder / "fast.csv", FAST),
+                "curate": lambda: curate.curate(chosen)}
+        seconds, loads = {end: [] for end in ends}, []
         for _ in range(options.rounds):
-            seconds["plain"].append(write_scores(plan, folder / "plain.csv", script.CsvRows))
-            seconds["scores.csv"].append(write_scores(plan, folder / "fast.csv", FAST))
-            started = time.perf_counter()
-            choice, _ = curate.curate(chosen)
-            seconds["curate"].append(time.perf_counter() - started)
+            for end, work in ends.items():
+                seconds[end].append(time_end(work))
             loads.append(os.getloadavg()[0])
         for end, values in seconds.items():
-            print(f"{end:12} {options.rows / statistics.median(values):12,.0f} rows/s")
+            wall, cpu = (options.rows / statistics.median(column) for column in zip(*values, strict=True))
+            print(f"{end:12} {wall:12,.0f} rows/s, {cpu:12,.0f} a second of one core")
         is_same = script.file_sha256(folder / "plain.csv") == script.file_sha256(folder / "fast.csv")
-        print("the same bytes" if is_same else "DIFFERENT bytes", f"; kept {choice.kept:,} of {choice.scored:,}; load",
+        print("the same bytes;" if is_same else "DIFFERENT bytes;", "load",
               " ".join(f"{load:.1f}" for load in loads), f"on {len(os.sched_getaffinity(0))} cores")
 
 
