@@ -211,6 +211,7 @@ def addon(name: str, key: str) -> types.ModuleType:
         if missing.split(".")[0] == "addons":
             raise Trouble(EXIT_CONFIG, f"{key} needs {missing.replace('.', '/')}, which is not next to the script") from error
         file = "addons/requirements-scale.txt" if name.startswith("engines.") else "requirements.txt"
+        file = "addons/requirements-cloud.txt" if name.startswith("stores") else file
         raise Trouble(EXIT_CONFIG, f"{key} needs the package {missing} (pip install -r {file})") from error
 
 
@@ -279,6 +280,7 @@ class Config:
     allow_private_hosts: bool = False
     # the run
     output_path: str = "scores"
+    storage_options: dict[str, Any] | None = dataclasses.field(default=None, repr=False)  # it may hold secrets
     batch_size: int | Literal["auto"] = setting("auto", 1, 65536)
     partition_rows: int | Literal["auto"] = setting("auto", 1, 10_000_000)
     loader_threads: int | Literal["auto"] = setting("auto", 0, 1024)
@@ -306,6 +308,8 @@ class Config:
             path = expand_home(key, getattr(self, key) or "")
             check_path(key, path)
             object.__setattr__(self, key, path if getattr(self, key) is not None else None)  # the class is frozen
+        if self.storage_options:
+            addon("stores", "storage_options").set_storage_options(self.storage_options)
         if self.caption_template.count("{}") != 1:
             raise Trouble(EXIT_CONFIG, f"caption_template must hold {{}} exactly once, got {self.caption_template!r}")
         if self.max_score_drift is not None and self.parity_rows == 0:
@@ -331,15 +335,15 @@ class Config:
 # Keys that may differ between a run and its resumption, because no score depends on them, and no status but those of servers
 # that are late at one time and not at another. `use_cuda` is here because the device that was really used is recorded, and
 # compared, in the manifest's `resolved`.
-HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "output_format", "loader_threads", "engine", "ray_address",
-                 "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
+HARMLESS_KEYS = {"csv_path", "use_cuda", "output_path", "storage_options", "output_format", "loader_threads", "engine",
+                 "ray_address", "ray_workers", "ray_gpus", "slurm_offset", "slurm_total",
                  "max_failure_rate", "user_agent", "safetensors_only", "max_per_host", "cache_path",
                  "use_environment_proxies", "curate", "parity_rows", "max_score_drift", "fetch_timeout_s", "fetch_retries",
                  "fetch_concurrency", "host_patience_s", "memory_budget_mib", "decode_timeout_s"}
 
 
 PATH_KEYS = ("csv_path", "image_path", "output_path", "pretrained_model", "cache_path")
-REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.I)  # s3://bucket, also with a slash too few
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 
 
 def expand_home(key: str, value: str) -> str:
@@ -351,11 +355,23 @@ def expand_home(key: str, value: str) -> str:
     return path
 
 
+def as_path(text: str) -> pathlib.Path:
+    """The path that `text` names, on a disk or, where it begins with a scheme, in an object store (addons/stores)."""
+    if URL.match(text):
+        found: pathlib.Path = addon("stores.paths", repr(text)).StorePath(text)
+        return found
+    return pathlib.Path(text)
+
+
+def in_store(path: pathlib.Path) -> bool:
+    """Whether the path lies in an object store."""
+    return URL.match(str(path)) is not None
+
+
 def check_path(key: str, value: str) -> None:
-    """Raise Trouble (exit 2) for a path that no file system takes, and for one in an object store where files are made."""
-    if REMOTE.match(value) and key in ("output_path", "cache_path", "pretrained_model"):
-        raise Trouble(EXIT_CONFIG, f"{key} {value!r}: remote paths and object stores are not read or written yet; "
-                                   "it must lie on a local disk, or one that is mounted here")
+    """Raise Trouble (exit 2) for a path that no file system or object store takes."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", value, re.I):  # s3://bucket, also with a slash too few
+        addon("stores", key).check_url(key, value)
     path = value.encode("utf-8", "surrogatepass")
     if b"\0" in path or max(len(name) for name in path.split(b"/")) > 255:
         raise Trouble(EXIT_CONFIG, f"{key} holds what no file name can: a NUL, or more than 255 bytes between two /")
@@ -387,7 +403,8 @@ def _in_words(kind: Any) -> str:
 def check_value(field: "dataclasses.Field[Any]", value: object, section: str = "") -> None:
     """Raise Trouble (exit 2) unless `value` is of the field's type and within its range; `section` is named before it."""
     if not _accepts(field.type, value):
-        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}, got {repr(value)[:300]}")
+        shown = f", got {repr(value)[:300]}" if field.repr else ""
+        raise Trouble(EXIT_CONFIG, f"{section}{field.name} must be {_in_words(field.type)}{shown}")
     low = field.metadata.get("low", -math.inf)
     high = field.metadata.get("high", math.inf)
     if isinstance(value, (int, float)) and not low <= value <= high:
@@ -943,7 +960,7 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
     first ones lack), it is opened again and told those columns. Returns what the manifest says of the input: kind, columns,
     rows, malformed, files (name, rows, bytes, time, sha256) and, where there are very long rows, cuts.
     """
-    path = pathlib.Path(config.csv_path)
+    path = as_path(config.csv_path)
     info = path.stat()
     table = open_table([])
     found, rows, bad, cuts = _stage_once(config, output, table)
@@ -1000,7 +1017,7 @@ def same_text_table(manifest: Json, csv_path: str) -> list[str]:
     Size and both times answer at once (a write that keeps the modification time still moves the change time); otherwise the
     sha256 decides.
     """
-    path = pathlib.Path(csv_path)
+    path = as_path(csv_path)
     file = manifest["files"][0]
     if not path.is_file():
         return [f"the input {path} is gone"]
@@ -1141,7 +1158,7 @@ class Plan:
         if mark == self._known_mark:
             return
         known = read_manifest(self.output)
-        if known is None or fingerprint_of(known) != self.fingerprint:
+        if known is None or fingerprint_of(known) != self.fingerprint or known["settings"] != self.manifest["settings"]:
             raise _planned_anew(self.output)
         self._known_mark = mark
 
@@ -1151,14 +1168,17 @@ def _planned_anew(output: pathlib.Path) -> Trouble:
 
 
 def _without_model(manifest: Json) -> str:
-    """The fingerprint of what was known before a model was loaded."""
-    return fingerprint_of({key: value for key, value in manifest.items() if key != "resolved"})
+    """The fingerprint of what was known before a model was loaded, and where the images are."""
+    bare = {key: value for key, value in manifest.items() if key != "resolved"}
+    return f"{fingerprint_of(bare)} {manifest['settings'].get('image_path')}"
 
 
 def fingerprint_of(manifest: Json) -> str:
-    """A hash of everything in the manifest that decides a row or its score, in hexadecimal."""
+    """A hash of everything in the manifest that decides a row or its score, in hexadecimal; not where the same files lie."""
     decisive = {key: value for key, value in manifest.items() if key not in ("version", "staged", "files")}
-    decisive["files"] = [{key: value for key, value in file.items() if not key.endswith("time_ns")}
+    if manifest["settings"].get("image_path") != "url":
+        decisive["settings"] = manifest["settings"] | {"image_path": ""}
+    decisive["files"] = [{key: value for key, value in file.items() if not key.endswith(("time_ns", "version"))}
                          for file in manifest["files"]]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -1188,10 +1208,10 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     Raises Trouble: exit 2 if the folder holds another run, 3 for the input, 5 for the output disk. A process that `joins`
     others at work on the run leaves what they have settled.
     """
-    output = pathlib.Path(config.output_path)
+    output = as_path(config.output_path)
     if fresh or not has_parts(output):
         check_input(config.csv_path)
-    if would_overwrite(pathlib.Path(config.csv_path), output):
+    if would_overwrite(as_path(config.csv_path), output):
         raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where results go in output_path {config.output_path!r}: "
                                    "write elsewhere with --set output_path=...")
     staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
@@ -1453,9 +1473,9 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
         if config.image_path in getattr(module, "SOURCES", ()):
             source: Callable[[str], bytes] = module.open_source(config, threads)
             return source
-    if REMOTE.match(config.image_path):
-        raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: object stores are not read yet; name a folder on a local "
-                                  "disk, or set image_path: url to fetch each row's http(s) URL")
+    if URL.match(config.image_path):
+        prefix: Callable[[str], bytes] = addon("stores.images", "image_path").open_source(config, threads)
+        return prefix
     raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/)")
 
 

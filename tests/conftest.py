@@ -243,3 +243,20 @@ def shelf(tmp_path_factory):
     """Model folders by the name of a published architecture, each built on first use: shelf("siglip-base"), see models.py."""
     from models import ModelShelf
     return ModelShelf(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """The URL of an S3 server on loopback."""
+    import store_server
+    with store_server.s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch):
+    """A new bucket, which the script finds as it would find one of AWS."""
+    import store_server
+    for name, value in {**store_server.CREDENTIALS, "AWS_ENDPOINT_URL": s3_endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return store_server.Bucket(s3_endpoint)

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import sys
 
 import pytest
 
@@ -62,30 +63,36 @@ def test_runs_in_the_home_folder(home, write_config, run_main, picture_bytes, re
     assert run_main("--config", "~/config.yaml").result["scored"] == 1
 
 
-@pytest.mark.parametrize("key", FOLDER_KEYS)
-@pytest.mark.parametrize("path", ["s3://bucket/x", "gs://b", "hf://a/b", "https://example.org/x", "S3:/bucket/x", "file:///x"])
-def test_remote_folder_is_told(home, key, path, write_config, run_main):
-    """A folder for results or a cache, or a model, at a remote place is one line and exit 2; nothing is made for it."""
-    outcome = run_main("--config", write_config(csv_path="t.csv", **{key: path}))
-    assert outcome.code == 2 and outcome.stderr.startswith(f"error: {key} '{path}'") and len(outcome.stderr.splitlines()) == 1
-    assert "not read or written yet" in outcome.stderr
+@pytest.mark.parametrize("path", ["s3://bucket/x", "hf://a/b", "S3:/bucket/x", "https://example.org/x"])
+def test_remote_model_is_told(home, path, write_config, run_main):
+    """A model in an object store is one line and exit 2; nothing is made for it."""
+    outcome = run_main("--config", write_config(csv_path="t.csv", pretrained_model=path))
+    assert outcome.code in (2, 3) and len(outcome.stderr.splitlines()) == 1 and names_in(pathlib.Path()) == []
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/pairs.parquet", "gs://b/shards/{00000..00003}.tar", "hf://datasets/a/b/x.parquet",
-                                  "https://example.org/pairs.csv", "S3://b/pairs.csv", "az://b/*.parquet", "file:///x/pairs.csv"])
-def test_remote_table_is_told(home, path, write_config, run_main):
-    """A table at a remote place is one line and exit 3 before anything is made."""
-    outcome = run_main("--config", write_config(csv_path=path, output_path="out"))
-    assert outcome.code == 3 and "are not read yet" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
-    assert names_in(pathlib.Path()) == []
+@pytest.mark.parametrize(("key", "path", "says"), [
+    ("output_path", "S3:/bucket/x", "with two slashes"), ("cache_path", "gs:/b", "with two slashes"),
+    ("output_path", "https://example.org/x", "nothing can be written there"), ("csv_path", "s3://", "names no bucket"),
+    ("output_path", "file:///x", "are not read yet"), ("csv_path", "what://b/t.csv", "are not read yet"),
+    ("image_path", "https://example.org/images", "image_path: url"),
+    ("csv_path", "https://u:geheim@example.org/t.csv", "password"),
+    ("csv_path", "https://example.org/t.csv?X-Amz-Signature=geheim", "query")])
+def test_urls_that_no_key_takes(home, key, path, says, write_config, run_main):
+    """A URL that cannot be is one line that names its key, and no secret in it; nothing is made for it."""
+    outcome = run_main("--config", write_config(**{"csv_path": "t.csv", key: path}))
+    assert outcome.code in (2, 3) and outcome.stderr.startswith(f"error: {key}") and says in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1 and "geheim" not in outcome.stderr and names_in(pathlib.Path()) == []
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/images", "gs://b/i", "s3:/bucket/images"])
-def test_remote_images_are_told(home, path, write_config, write_table, run_main):
-    """Images at a remote place are one line and exit 3, which tells of image_path: url."""
+@pytest.mark.parametrize("key", ["csv_path", "image_path"])
+def test_package_of_a_store_is_missing(home, key, write_config, write_table, run_main, monkeypatch):
+    """A store whose package is not installed is one line that tells what to install."""
     write_table("url,caption\n1.png,x\n")
-    outcome = run_main("--config", write_config(image_path=path))
-    assert outcome.code == 3 and "object stores are not read yet" in outcome.stderr and "image_path: url" in outcome.stderr
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    suffix = "/t.csv" if key == "csv_path" else ""
+    outcome = run_main("--config", write_config(**{key: f"gs://bucket/x{suffix}"}))
+    assert outcome.code == 2 and "pip install -r addons/requirements-cloud.txt" in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["run:1/scores", "runs/2024-05-01T10:00:00", "exp=1", "file:x", "a%20b", "ä?#*", "-"])

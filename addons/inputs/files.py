@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from addons.inputs import Manifest, Reader, Rows
 from addons.inputs.left_aside import LeftAside, kind_by_ending
-from addons.stores import FileInfo, find_store
+from addons.stores import SCHEME, FileInfo, find_store
 from image_text_sim_clip import EXIT_INPUT, Config, Trouble
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
     if absent:
         name = csv_path if paths == [csv_path] else absent[0].rpartition("/")[2]
         more = f", nor are there {len(absent) - 1} others" if absent[1:] else ""
-        raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more} {_where()}")
+        raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more}{_where(csv_path)}")
     shared = _count_shared_folders(paths)
     return [InputFile("/".join(path.split("/")[shared:]), path) for path in paths]
 
@@ -134,12 +134,12 @@ def _count_shared_folders(paths: list[str]) -> int:
     return count
 
 
-def _where() -> str:
-    return f"(in {pathlib.Path.cwd().name}/)"
+def _where(csv_path: str) -> str:
+    return "" if SCHEME.match(csv_path) else f" (in {pathlib.Path.cwd().name}/)"
 
 
 def _name_nothing(csv_path: str, readers: Sequence[Reader]) -> Trouble:
-    return Trouble(EXIT_INPUT, f"csv_path {csv_path!r} names no {_join_suffixes(readers)} file {_where()}")
+    return Trouble(EXIT_INPUT, f"csv_path {csv_path!r} names no {_join_suffixes(readers)} file{_where(csv_path)}")
 
 
 def _join_suffixes(readers: Sequence[Reader]) -> str:
@@ -246,7 +246,8 @@ class InPlaceReader:
         info = file.info()
         if info is None:
             raise FileNotFoundError(2, "no such file", file.path)
-        return info._asdict()
+        identity = info._asdict()
+        return identity if info.version else {key: value for key, value in identity.items() if key != "version"}
 
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader. Files behind the last row that `limit` asks for are left out, so that they may change."""

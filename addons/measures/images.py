@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from addons.measures import Measure, Measured, kept_by
-from image_text_sim_clip import Config, Json, PartitionRun, Scored, names_in_folder
+from image_text_sim_clip import Config, Json, PartitionRun, Scored, as_path, in_store, names_in_folder
 
 COUNTS = ("rows_that_share_a_file", "images_with_exif_orientation")
 
@@ -68,7 +68,8 @@ def count_rows_that_share(sources: list[str], image_path: str) -> int:
 
     Only URLs of one last segment can; the others are not looked up.
     """
-    if not pathlib.Path(image_path).is_dir():
+    folder = as_path(image_path)
+    if not folder.is_dir():
         return 0
     urls_of_name = collections.defaultdict(set)
     for source in map(str.strip, sources):
@@ -77,7 +78,7 @@ def count_rows_that_share(sources: list[str], image_path: str) -> int:
     urls_of_file = collections.defaultdict(set)
     for urls in urls_of_name.values():
         for url in urls if len(urls) > 1 else ():
-            urls_of_file[find_file(image_path, url)].add(url)
+            urls_of_file[find_file(folder, url)].add(url)
     urls_of_file.pop(None, None)
     shared: set[str] = set()
     for urls in urls_of_file.values():
@@ -86,11 +87,12 @@ def count_rows_that_share(sources: list[str], image_path: str) -> int:
     return sum(source.strip() in shared for source in sources)
 
 
-def find_file(image_path: str, source: str) -> tuple[int, int] | None:
+def find_file(folder: pathlib.Path, source: str) -> tuple[int, int] | None:
     """What tells the file at which a source ends from all others: its device and its number there; None for no file."""
     for name in names_in_folder(source):
         try:
-            info = os.stat(f"{image_path}/{name}")  # noqa: PTH116 - a name with .. in it must stay as it is
+            # on a disk a name with .. in it must stay as it is
+            info = (folder / name).stat() if in_store(folder) else os.stat(f"{folder}/{name}")  # noqa: PTH116
         except (OSError, ValueError):
             continue
         return info.st_dev, info.st_ino

@@ -1,0 +1,393 @@
+"""Whatever fsspec knows by a scheme: s3://bucket/key, gs://, az://, hf://datasets/owner/name/file, memory:// and many more.
+
+Credentials come from where each store's own tools look for them (the environment, ~/.aws, a machine's role, `hf auth login`),
+or from the config's `storage_options`; none of them is ever written or shown. What fsspec's file systems and their clients
+raise becomes an OSError whose text is one line without secrets. One client is shared by all threads of a process.
+"""
+import contextlib
+import datetime
+import errno
+import functools
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import fsspec
+import pyarrow as pa
+
+from addons.stores import SCHEME, FileInfo, storage_options
+from image_text_sim_clip import EXIT_CONFIG, EXIT_INPUT, Json, Trouble
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+# fsspec's names for what is no place of its own: this disk, archives, caches and wrappers around other places
+NO_PLACES = {"file", "local", "data", "dir", "generic", "reference", "cached", "blockcache", "filecache", "simplecache", "tar",
+             "zip", "libarchive", "async_wrapper", "asyncwrapper", "asynclocal"}
+SCHEMES = tuple(sorted(set(fsspec.available_protocols()) - NO_PLACES))
+READ_BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
+WRITE_BLOCK_BYTES = 16 << 20  # a smaller object is one PUT, a larger one a multipart upload in such pieces
+CONNECTIONS = 256  # that an S3 client may keep open
+SECRET = re.compile(r"key|secret|token|password|passwd|credential|connection_string|sas", re.I)
+SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "AZURE_STORAGE_KEY",
+                    "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CONNECTION_STRING",
+                    "AZURE_CLIENT_SECRET")
+NO_LONGER_VALID = ("ExpiredToken", "token has expired", "TokenRefreshRequired", "InvalidToken", "token included in the request "
+                   "is expired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
+
+
+class ExpiredCredentials(PermissionError):
+    """The store no longer takes the credentials: no file is to blame for that, and no further request will fare better."""
+
+
+# ── Errors in one line, without secrets ───────────────────────────────────────────────────────────────────────────────
+
+def _secrets_in(options: Json) -> Iterator[str]:
+    """Texts in `storage_options` that are, by the name of their key, secrets."""
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _secrets_in(value)
+        elif isinstance(value, str) and SECRET.search(str(key)):
+            yield value
+
+
+def without_secrets(text: str) -> str:
+    """`text` in one line, with *** for every secret of this process's storage_options and environment."""
+    secrets = [*_secrets_in(storage_options("", ())), *(os.environ.get(name, "") for name in SECRET_VARIABLES)]
+    for secret in secrets:
+        if len(secret) >= 4:  # a shorter one is no secret, and would make holes in words
+            text = text.replace(secret, "***")
+    text = re.sub(r"([?&][^=&\s]*(?:sig|signature|token|key)[^=&\s]*=)[^&\s\"']+", r"\1***", text, flags=re.I)
+    return " ".join(text.split())[:500]
+
+
+def _describe_error(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    said = [str(argument) for argument in error.args if isinstance(argument, str) and argument.strip()]
+    text = without_secrets(said[0] if said and isinstance(error, OSError) else str(error))
+    return text or type(error).__name__
+
+
+def _is_about_credentials(error: BaseException) -> bool:
+    """Whether the store has refused the credentials themselves; s3fs keeps the client's own error as the cause."""
+    told = f"{error} {error.__cause__}"
+    return any(text.lower() in told.lower() for text in NO_LONGER_VALID)
+
+
+@contextlib.contextmanager
+def calling(path: str) -> Iterator[None]:
+    """What a store's client raises in this block becomes an OSError: not found, exists, no permission, or anything else."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, _describe_error(error) or "no such object", path) from None
+    except FileExistsError as error:
+        raise FileExistsError(errno.EEXIST, "it exists already", path) from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path) from error
+    except PermissionError as error:
+        kind = ExpiredCredentials if _is_about_credentials(error) else PermissionError
+        raise kind(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, "the store does not answer in time", path) from None
+    except (Trouble, AssertionError, MemoryError):
+        raise
+    except Exception as error:  # each store's client has its own kinds
+        if "412" in str(error) or "pre-condition" in str(error) or "ConditionNotMet" in str(error):
+            raise FileExistsError(errno.EEXIST, "it exists already", path) from None
+        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+            raise PermissionError(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        number = errno.EREMOTEIO if number in (errno.EIO, errno.ENOENT) else number  # EIO is a disk's, and is never tried again
+        raise OSError(number, f"{type(error).__name__}: {_describe_error(error)}", path) from None
+
+
+# ── File systems ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def scheme_of(path: str) -> str:
+    """The scheme of a URL, in small letters."""
+    scheme = SCHEME.match(path)
+    assert scheme
+    return scheme[1].lower()
+
+
+def open_file_system(path: str) -> "tuple[AbstractFileSystem, str]":
+    """The file system that a URL lies in, and the path that it has there. Trouble (exit 2) for a package that is missing."""
+    scheme = scheme_of(path)
+    path = scheme + path[len(scheme):]
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+        from_url = kind._get_kwargs_from_urls(path)
+        options = json.dumps({**storage_options(scheme, SCHEMES), **from_url}, sort_keys=True, default=str)
+        system = _open_file_system(scheme, options, os.getpid())
+    except ImportError as error:
+        raise Trouble(EXIT_CONFIG, f"{scheme}:// paths need a package that is not installed ({without_secrets(str(error))}; "
+                                   "pip install -r addons/requirements-cloud.txt)") from None
+    except (TypeError, ValueError) as error:
+        raise Trouble(EXIT_CONFIG, f"storage_options do not fit {scheme}:// ({without_secrets(str(error))})") from None
+    return system, cast(str, kind._strip_protocol(path))
+
+
+@functools.cache
+def _open_file_system(scheme: str, options: str, process: int) -> "AbstractFileSystem":
+    """One file system for all threads of a process: fsspec itself would make one for each thread."""
+    chosen: dict[str, Any] = json.loads(options)
+    if scheme in ("s3", "s3a"):
+        chosen["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **chosen.get("config_kwargs", {})}
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **chosen)
+
+
+# ── The store ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def _time_of(found: Json) -> int:
+    """When an object was written, in ns, from what its store tells; 0 where it does not."""
+    for key in ("LastModified", "last_modified", "modified", "mtime", "updated", "created"):
+        moment = found.get(key)
+        if isinstance(moment, str):
+            with contextlib.suppress(ValueError):
+                moment = datetime.datetime.fromisoformat(moment)
+        if isinstance(moment, datetime.datetime):
+            moment = moment.timestamp()
+        if isinstance(moment, (int, float)):
+            return int(moment * 1_000_000) * 1000
+    return 0
+
+
+def _version_of(found: Json) -> str:
+    """What tells one version of an object from another; "" where its store has no such thing."""
+    for key in ("ETag", "etag", "generation", "VersionId", "blob_id", "md5Hash", "content_md5"):
+        if found.get(key):
+            return str(found[key]).strip('"')
+    return ""
+
+
+class Snapshot(io.BytesIO):
+    """The bytes of a small object as a file."""
+
+
+class RemoteStore:
+    """Objects in stores that fsspec knows. Paths are URLs with their scheme."""
+
+    schemes: tuple[str, ...] = SCHEMES
+
+    def stat(self, path: str) -> FileInfo:
+        """Size, time and version of an object. Raises FileNotFoundError, or another OSError where the store does not tell."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            system.invalidate_cache(system._parent(inner))
+            found = system.info(inner)
+            if found["type"] != "file":
+                raise FileNotFoundError("it is a folder")
+            if scheme_of(path) == "memory":
+                found = {**found, "modified": system.modified(inner)}
+            return FileInfo(int(found["size"] or 0), _time_of(found), _version_of(found))
+
+    def info(self, path: str) -> FileInfo | None:
+        """Size, time and version of an object; None if there is none."""
+        try:
+            return self.stat(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def is_folder(self, path: str) -> bool:
+        """Whether there are objects below the path."""
+        system, inner = open_file_system(path)
+        try:
+            with calling(path):
+                return bool(system.isdir(inner))
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def list_files(self, folder: str) -> list[str]:
+        """URLs of the objects that lie in the folder itself, sorted."""
+        return sorted(path for path, info in self.list_folder(folder) if info)
+
+    def list_folder(self, folder: str) -> list[tuple[str, FileInfo | None]]:
+        """URLs of what lies in the folder itself, each with what is known of it: None for a folder. Trouble (exit 3)."""
+        system, inner = open_file_system(folder)
+        try:
+            with calling(folder):
+                found = system.ls(inner, detail=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(folder, error) from None
+        listed: list[tuple[str, FileInfo | None]] = []
+        for entry in found:
+            info = None
+            if entry["type"] == "file":
+                info = FileInfo(int(entry.get("size") or 0), _time_of(entry), _version_of(entry))
+            name = self._with_scheme(folder, entry["name"])
+            if entry["name"].strip("/") != inner.strip("/"):  # some stores list the folder's own mark
+                listed.append((name, info))
+        return listed
+
+    def glob(self, pattern: str) -> list[str]:
+        """URLs that fit the pattern (`*`, `?`, `[a-z]`, and `**` for folders in folders), sorted."""
+        system, inner = open_file_system(pattern)
+        try:
+            with calling(pattern):
+                return sorted(self._with_scheme(pattern, name) for name in system.glob(inner))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(pattern, error) from None
+
+    def _with_scheme(self, path: str, name: str) -> str:
+        scheme = SCHEME.match(path)
+        assert scheme
+        return name if SCHEME.match(name) else scheme[0] + name.lstrip("/")
+
+    def open(self, path: str) -> BinaryIO:
+        """The object's bytes, for random access; a FileExpired, which is an OSError, where it is replaced while it is read."""
+        return self._open(path, "readahead")
+
+    def _open(self, path: str, cache_type: str) -> BinaryIO:
+        system, inner = open_file_system(path)
+        with calling(path):
+            if scheme_of(path) == "memory":  # its files are one object for all who read them
+                return Snapshot(system.cat_file(inner))
+            file = RemoteFile(path, system.open(inner, "rb", block_size=READ_BLOCK_BYTES, cache_type=cache_type))
+            return cast(BinaryIO, file)
+
+    def open_native(self, path: str) -> "pa.NativeFile":
+        """The object's bytes, for Arrow, which asks for the ranges that it needs."""
+        return pa.PythonFile(self._open(path, "none"), "r")
+
+    def read(self, path: str) -> bytes:
+        """All bytes of an object."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            if scheme_of(path) in ("s3", "s3a"):
+                return bytes(system.cat_file(inner, max_concurrency=1))  # with more it asks for the size first
+            return bytes(system.cat_file(inner))
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of an object."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            return bytes(system.cat_file(inner, start=start, end=stop))
+
+    def read_up_to(self, path: str, size: int) -> bytes:
+        """The first `size` bytes of an object, fewer where it has no more."""
+        try:
+            return self.read_range(path, 0, size)
+        except OSError:
+            if self.stat(path).bytes:  # a store has no range of an empty object
+                raise
+            return b""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write an object whole, in place of one that is there."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            system.pipe_file(inner, content)
+
+    def create(self, path: str, content: bytes) -> None:
+        """Write an object whole; FileExistsError where there is one. Of several at a time one succeeds."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            system.pipe_file(inner, content, mode="create")
+
+    def open_writer(self, path: str) -> "RemoteWriter":
+        """A file to write an object of any size: it appears whole when this is closed, or not at all."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            return RemoteWriter(path, system.open(inner, "wb", block_size=WRITE_BLOCK_BYTES))
+
+    def remove(self, path: str) -> None:
+        """Remove an object. Raises FileNotFoundError where the store tells that there was none."""
+        system, inner = open_file_system(path)
+        with calling(path):
+            system.rm_file(inner)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within its store."""
+        system, inner = open_file_system(source)
+        with calling(source):
+            system.cp_file(inner, open_file_system(target)[1])
+
+
+class RemoteFile(io.RawIOBase):
+    """An open object, whose errors are those of `calling`."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self._path = path
+        self._file = file
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is, at no cost."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """The place."""
+        return int(self._file.tell())
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next `size` bytes, fewer only at the end."""
+        with calling(self._path):
+            return bytes(self._file.read(-1 if size is None else size))
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer."""
+        data = self.read(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class RemoteWriter(io.RawIOBase):
+    """An object being written: `close` makes it appear, `discard` leaves nothing of it."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self._path = path
+        self._file = file
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """How many bytes have been written."""
+        return int(self._file.tell())
+
+    def write(self, data: Any) -> int:
+        """Add bytes; those that fill a piece are sent."""
+        with calling(self._path):
+            return int(self._file.write(data))
+
+    def finish(self) -> None:
+        """Send the rest, and have the object appear."""
+        with calling(self._path):
+            self._file.close()
+
+    def discard(self) -> None:
+        """Give it up: what was sent is taken back."""
+        self._file.closed = True  # or its collection would send it
+        with contextlib.suppress(Exception):  # whatever the reason was, it is on its way already
+            self._file.discard()
+
+
+def _unreadable(path: str, error: OSError) -> Trouble:
+    return Trouble(EXIT_INPUT, f"cannot read {path}: {error.strerror or error}")
+
+
+STORE = RemoteStore()
