@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from addons.images.memory import reserve_for_image
 from addons.stores import SCHEME
 from addons.stores.remote import STORE, ExpiredCredentials, RemoteStore
 from image_text_sim_clip import (
@@ -21,7 +22,6 @@ from image_text_sim_clip import (
     Trouble,
     is_text,
     names_in_folder,
-    reserve_for_image,
 )
 
 FETCHING_THREADS = 64  # that `fetch_concurrency: auto` means here: each holds a connection
