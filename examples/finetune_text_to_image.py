@@ -53,8 +53,10 @@ try:
     import peft  # noqa: F401
     import torch
 
+    from examples.memory import measure_step, memory_of, tell_memory
     from examples.painter import ImitationDraws, Lora, Painter, Painting, Variation, vary  # noqa: F401 - `vary` is used from here
     from examples.pipelines import Framing, load_family
+    from examples.report import write_report
     from examples.teachers import Teachers, load_judge, pair_teachers
     from examples.training_data import (
         CuratedSet,
@@ -81,7 +83,7 @@ READING_THREADS = 8
 class Average:
     """The running average of the LoRA weights, which paints better than the last ones; decay 0: the weights themselves.
 
-    Its decay grows with the steps, min(decay, (1 + step) / (10 + step)), as in diffusers' EMAModel.
+    Its decay grows with the steps, 0 at first, then min(decay, (1 + step) / (10 + step)), as in diffusers' EMAModel.
     """
 
     def __init__(self, weights: dict[str, torch.nn.Parameter], decay: float) -> None:
@@ -92,7 +94,7 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After the step of this number, from 0 on."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
         for name, mean_weight in self.shadow.items():
             mean_weight.lerp_(self.weights[name], 1 - decay)
 
@@ -174,6 +176,8 @@ class Trainer:
         begun = self.load()
         main = self.accelerator.is_main_process
         journal = Journal(self.out / "log.jsonl", begun) if main else None
+        if main and begun < self.options.steps:
+            self.tell_memory()
         reason = None
         for step in range(begun, self.options.steps + 1):
             looking = step % self.options.evaluate_every == 0 or step == self.options.steps
@@ -191,6 +195,19 @@ class Trainer:
                 journal.write({"step": step + 1, **row})
         self.accelerator.wait_for_everyone()
         return self.summarise(journal, reason) if journal else {}
+
+    def tell_memory(self) -> None:
+        """What learns, and the memory of a step by resolution."""
+        options = self.options
+        lora = self.painter.lora()
+        denoiser = self.painter.family.denoiser
+        say(f"{sum(weight.numel() for weight in lora.values()):,} LoRA weights in float32 learn, in a "
+            f"{type(denoiser).__name__} in {str(denoiser.dtype).removeprefix('torch.')}; {self.images_per_step} images of "
+            f"{self.painter.painting.side} px a step")
+        others = [self.judge.family.model] if self.judge else []
+        memory = measure_step(self.painter, self.teachers, others, options.batch, options.gradient_steps,
+                              options.gradient_checkpointing, bool(options.ema))
+        tell_memory(memory, self.painter.painting.side, memory_of(self.painter.device), say)
 
     def _agree(self, journal: Journal | None) -> str | None:
         """Why to stop now, or None; the first process knows, and tells all."""
@@ -406,6 +423,7 @@ class Trainer:
                 table.writerow([prompt, *(row[name][i] for name in names for row in (looks[0], looks[-1]))])
         scores = {name: {"before": round(mean(looks[0][name]), 4), "after": round(mean(looks[-1][name]), 4)} for name in names}
         best = looks[self.patience.best(looks, self.watch.names[-1])]
+        write_report(self.out, self.watch.prompts, looks, self.settings(), reason)
         if reason:
             say(f"stopped: {reason}")
         return {"steps": looks[-1]["step"], "prompts": self.curated.count if self.curated else len(self.prompts),

@@ -11,6 +11,10 @@ from examples.painter import Painter
 from examples.teachers import Teachers
 from image_text_sim_clip import Json, Scorer, atomic_file, output_disk
 
+GRID_COLUMNS = 8
+GRID_IMAGES = 64  # as many as held-out prompts are chosen
+GRID_CELL_PX = 384
+
 
 def mean(values: list[float]) -> float:
     """The arithmetic mean."""
@@ -85,15 +89,22 @@ def embed_images(scorer: Scorer, images: list[Image.Image]) -> torch.Tensor:
                       for start in range(0, len(arrays), scorer.batch_size)])
 
 
-def make_grid(images: list[Image.Image], columns: int = 8, most: int = 32) -> Image.Image:
-    """Up to `most` images of one size in rows, a white line of two pixels between them."""
-    shown = images[:most]
-    width = shown[0].width + 2
-    height = shown[0].height + 2
-    grid = Image.new("RGB", (min(columns, len(shown)) * width - 2, math.ceil(len(shown) / columns) * height - 2), "white")
+def make_grid(images: list[Image.Image]) -> Image.Image:
+    """The first images, all of one size, in rows with a white line of two pixels between them; large ones are made smaller."""
+    shown = images[:GRID_IMAGES]
+    side = min(shown[0].width, GRID_CELL_PX)
+    step = side + 2
+    columns = min(GRID_COLUMNS, len(shown))
+    grid = Image.new("RGB", (columns * step - 2, math.ceil(len(shown) / GRID_COLUMNS) * step - 2), "white")
     for i, image in enumerate(shown):
-        grid.paste(image, (i % columns * width, i // columns * height))
+        cell = image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
+        grid.paste(cell, (i % GRID_COLUMNS * step, i // GRID_COLUMNS * step))
     return grid
+
+
+def cell_side(grid_width: int, count: int) -> int:
+    """The side of each image in a grid of so many."""
+    return (grid_width + 2) // min(GRID_COLUMNS, count) - 2
 
 
 # ── The log ───────────────────────────────────────────────────────────────────────────────────────────────────────────
