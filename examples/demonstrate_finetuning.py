@@ -1,6 +1,7 @@
 """Show, on one core and within an hour, that dissimilarity teaches: images before and after, two scorers, three seeds.
 
-    python examples/demonstrate_finetuning.py            # everything into scores/training/, the image into readme_imgs/
+    python examples/demonstrate_finetuning.py                # everything into scores/training/, the image into readme_imgs/
+    python examples/demonstrate_finetuning.py --kind flow    # the same for a pipeline of flow matching, and two teachers
 
 What it does, each step in a folder of its own; what is there already is not made again:
 
@@ -9,6 +10,10 @@ What it does, each step in a folder of its own; what is there already is not mad
     seed-N/      that pipeline fine-tuned with the bundled shapes_clip as teacher (finetune_text_to_image.py)
     plain/       seed 0 again, with the teacher looking at the images as they are: no random windows, no grain
     results.json, and readme_imgs/finetuned.png: the same prompts from the same noise, before and after
+
+With --kind flow, in flow/: pipeline/ (StableDiffusion3Pipeline), seed-N/, second/ (a third shapes model), two-N/ (fine-tuned
+with both it and the bundled one as teachers), results.json, and readme_imgs/finetuned-flow.png. Of both sets of runs it reports
+the judge's value where the first teacher's is the same: what the second teacher is good for.
 
 The prompts that are scored are the captions of the bundled drawings of one large shape; nothing here trains on them, nor
 did teacher or judge.
@@ -48,6 +53,9 @@ FINETUNING = ["--steps", "320", "--batch", "8", "--denoising-steps", "10", "--gr
               "--learning-rate", "1e-3", "--images-per-prompt", "2", "--evaluate-every", "80", "--save-every", "20",
               "--lora-targets",  # attention alone is too little of so small a UNet
               "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"]
+FLOW_FINETUNING = [*FINETUNING[:FINETUNING.index("--lora-targets")], "--text-tokens", "1", "--lora-targets",
+                   "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_v_proj",
+                   "ff.net.0.proj", "ff.net.2", "norm1.linear"]
 VARIED = ["--crop", "0.8", "--noise", "0.1"]
 UNVARIED = ["--crop", "1", "--noise", "0"]
 
@@ -77,7 +85,7 @@ def write_inputs(out: pathlib.Path) -> None:
     for name, chosen in tables.items():
         with open(out / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([["caption"], *([c] for c in chosen)])
-    for name, model in (("teacher", TEACHER), ("judge", out / "judge")):
+    for name, model in (("teacher", TEACHER), ("judge", out / "judge"), ("second", out / "flow/second")):
         (out / f"{name}.yaml").write_text(f"pretrained_model: {model}\nuse_cuda: false\n", encoding="utf-8")
 
 
@@ -125,10 +133,11 @@ def cut_cell(grid: Image.Image, number: int, side: int, columns: int = 8) -> Ima
     return grid.crop((left, top, left + side, top + side))
 
 
-def draw_comparison(out: pathlib.Path, target: pathlib.Path, side: int, zoom: int = 3) -> None:
+def draw_comparison(out: pathlib.Path, held_out: pathlib.Path, target: pathlib.Path, side: int, zoom: int = 3) -> None:
     """Every third held-out prompt, a column each; a pair of rows for each seed, before and after."""
     rows = [(f"seed {seed}, {when}", out / f"seed-{seed}" / f"{when}.png") for seed in SEEDS for when in ("before", "after")]
-    prompts, cells = read_prompts(out / "held_out.csv", "caption"), range(0, 24, 3)
+    prompts = read_prompts(held_out, "caption")
+    cells = range(0, 24, 3)
     step, margin, head = side * zoom + 6, 110, 36
     sheet = Image.new("RGB", (margin + len(cells) * step, head + len(rows) * step + 8 * len(SEEDS)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -144,35 +153,100 @@ def draw_comparison(out: pathlib.Path, target: pathlib.Path, side: int, zoom: in
     sheet.save(target, optimize=True)
 
 
-def main() -> None:
-    """Make what is missing, measure, and write results.json and the image."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scores/training"))
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "judge/model.safetensors").exists():
-        run("challenge_set/train_shapes_clip.py", "--seed", 1, "--steps", 800, "--batch", 192, "--out", out / "judge")
-    if not (out / "pipeline/model_index.json").exists():
-        run("examples/train_shapes_pipeline.py", "--out", out / "pipeline")
-    write_inputs(out)
-    common = ["--model", out / "pipeline", "--prompts", out / "prompts.csv", "--held-out", out / "held_out.csv",
-              "--teacher", out / "teacher.yaml", "--judge", out / "judge.yaml", "--cpu", *FINETUNING]
+def train_scorer(folder: pathlib.Path, seed: int) -> None:
+    """A shapes model like the bundled one, from another seed; unless it is there."""
+    if not (folder / "model.safetensors").exists():
+        run("challenge_set/train_shapes_clip.py", "--seed", seed, "--steps", 800, "--batch", 192, "--out", folder)
+
+
+def mean_looks(folder: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Each scorer's mean at each look of a run, by the step."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = ("teacher", "teacher_1", "teacher_2", "judge")
+    return {str(row["step"]): {name: round(sum(row[name]) / len(row[name]), 4) for name in names if name in row}
+            for row in rows if "teacher" in row}
+
+
+def judge_at(level: float, looks: dict[str, dict[str, float]]) -> float:
+    """The judge's mean where the first teacher's first falls to `level`, on the line between two looks."""
+    previous: dict[str, float] | None = None
+    for look in looks.values():
+        teacher = look.get("teacher_1", look["teacher"])
+        if teacher <= level:
+            if previous is None:
+                return look["judge"]
+            before = previous.get("teacher_1", previous["teacher"])
+            share = (before - level) / (before - teacher) if before > teacher else 1.0
+            return round(previous["judge"] + share * (look["judge"] - previous["judge"]), 4)
+        previous = look
+    raise ValueError(f"the teacher never reaches {level}")
+
+
+def compare_at_same_teacher(one: dict[str, dict[str, float]], two: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The judge with one teacher and with two, at the lowest value of the first teacher that both runs reach."""
+    level = max(min(look.get("teacher_1", look["teacher"]) for look in looks.values()) for looks in (one, two))
+    return {"first teacher": level, "judge, one teacher": judge_at(level, one), "judge, two teachers": judge_at(level, two)}
+
+
+def demonstrate_noise(out: pathlib.Path, common: list[object], side: int) -> None:
+    """Today's pipeline: one teacher, three seeds, and one run whose teacher sees images as they are."""
     for seed in SEEDS:
         run("examples/finetune_text_to_image.py", *common, *VARIED, "--seed", seed, "--output", out / f"seed-{seed}")
     run("examples/finetune_text_to_image.py", *common, *UNVARIED, "--seed", 0, "--output", out / "plain")
     scorers = {name: Scorer(Config(pretrained_model=str(path), use_cuda=False))
                for name, path in (("teacher", TEACHER), ("judge", out / "judge"))}
-    side = json.loads((out / "pipeline/unet/config.json").read_text())["sample_size"]
     free, images = measure_free_images(scorers)
     results = {"real drawings": real_drawings(scorers, side), "free image": free}
     for name in (*(f"seed-{seed}" for seed in SEEDS), "plain"):
-        looks = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines() if "teacher" in line]
-        results[name] = {str(row["step"]): {k: round(sum(row[k]) / len(row[k]), 4) for k in scorers} for row in looks}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        results[name] = mean_looks(out / name)
     for image, name in zip(images, ("start", "unvaried", "varied", "real"), strict=True):
         image.save(out / f"free-{name}.png")
-    draw_comparison(out, ROOT / "readme_imgs/finetuned.png", side)
+    finish(out, out / "held_out.csv", results, "finetuned.png", side)
+
+
+def demonstrate_flow(out: pathlib.Path, common: list[object], side: int) -> None:
+    """A pipeline of flow matching: one teacher and two, three seeds each, and the judge at the same teacher's value."""
+    train_scorer(out / "flow/second", 2)
+    results: dict[str, dict] = {}
+    both = ["--teacher", out / "teacher.yaml", out / "second.yaml"]  # argparse takes the last of two
+    for seed in SEEDS:
+        for name, teachers in ((f"seed-{seed}", []), (f"two-{seed}", both)):
+            run("examples/finetune_text_to_image.py", *common, *VARIED, *teachers, "--seed", seed,
+                "--output", out / "flow" / name)
+            results[name] = mean_looks(out / "flow" / name)
+        results[f"same-teacher-{seed}"] = compare_at_same_teacher(results[f"seed-{seed}"], results[f"two-{seed}"])
+    finish(out / "flow", out / "held_out.csv", results, "finetuned-flow.png", side)
+
+
+def finish(folder: pathlib.Path, held_out: pathlib.Path, results: dict[str, dict], image_name: str, side: int) -> None:
+    """Write results.json and the comparison, and print the results."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    draw_comparison(folder, held_out, ROOT / "readme_imgs" / image_name, side)
     print(json.dumps(results))
+
+
+def main() -> None:
+    """Make what is missing, measure, and write results.json and the image."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scores/training"))
+    parser.add_argument("--kind", choices=("noise", "flow"), default="noise")
+    options = parser.parse_args()
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    train_scorer(out / "judge", 1)
+    folder = out if options.kind == "noise" else out / "flow"
+    if not (folder / "pipeline/model_index.json").exists():
+        run("examples/train_shapes_pipeline.py", "--kind", options.kind, "--out", folder / "pipeline")
+    write_inputs(out)
+    part = "unet" if options.kind == "noise" else "transformer"
+    side = json.loads((folder / "pipeline" / part / "config.json").read_text())["sample_size"]
+    common: list[object] = ["--model", folder / "pipeline", "--prompts", out / "prompts.csv",
+                            "--held-out", out / "held_out.csv", "--teacher", out / "teacher.yaml",
+                            "--judge", out / "judge.yaml", "--cpu"]
+    if options.kind == "noise":
+        demonstrate_noise(out, [*common, *FINETUNING], side)
+    else:
+        demonstrate_flow(out, [*common, *FLOW_FINETUNING], side)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,10 @@ class Trainer:
         if options.hold_norm and not family.predicts_velocity:
             raise Trouble(EXIT_CONFIG, f"--hold-norm is for models of flow matching, and {options.model} is a "
                                        f"{family.pipeline_class}: use --stay-near")
+        if options.text_tokens:
+            if not family.text_tokens:
+                raise Trouble(EXIT_CONFIG, f"--text-tokens is for T5, which a {family.pipeline_class} has not")
+            family.text_tokens = options.text_tokens
         side = options.resolution or family.usual_side
         if side % family.side_multiple:
             raise Trouble(EXIT_CONFIG, f"--resolution must be a multiple of {family.side_multiple} for a "
@@ -444,10 +448,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 RANGES = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6), "images_per_prompt": (1, 10**6),
-          "denoising_steps": (1, 1000), "resolution": (8, 2**16), "lora_rank": (1, 4096), "guidance": (0, 100),
-          "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "stay_near": (0, 1e9), "hold_norm": (0, 1e9), "crop": (0.1, 1),
-          "noise": (0, 1), "drop_captions": (0, 1), "ema": (0, 0.999999), "patience": (0, 10**9), "margin": (0, 2),
-          "evaluate_every": (1, 10**9), "save_every": (1, 10**9), "seed": (0, 2**40)}
+          "denoising_steps": (1, 1000), "resolution": (8, 2**16), "text_tokens": (1, 512), "lora_rank": (1, 4096),
+          "guidance": (0, 100), "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "stay_near": (0, 1e9),
+          "hold_norm": (0, 1e9), "crop": (0.1, 1), "noise": (0, 1), "drop_captions": (0, 1), "ema": (0, 0.999999),
+          "patience": (0, 10**9), "margin": (0, 2), "evaluate_every": (1, 10**9), "save_every": (1, 10**9),
+          "seed": (0, 2**40)}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -501,6 +506,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=4, help="images at a time, for each process")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one step")
     add("--resolution", type=int, help="side in pixels; the pipeline's own without it")
+    add("--text-tokens", type=int, help="T5's, with SD3 (256 without it) and FLUX (512); fewer take less time and memory")
     add("--learning-rate", type=float, default=1e-4)
     add("--weight-decay", type=float, default=1e-4)
     add("--denoising-steps", type=int, default=20)

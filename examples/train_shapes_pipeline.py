@@ -1,29 +1,41 @@
 """Train a text-to-image pipeline so small that a CPU makes it: drawings of one large shape, 32 pixels wide.
 
     python examples/train_shapes_pipeline.py --out scores/training/pipeline      # about fifteen minutes on one core
+    python examples/train_shapes_pipeline.py --kind flow --out scores/training/flow/pipeline
 
 It writes a StableDiffusionPipeline folder like any other, of four parts: the text tower of the bundled `shapes_clip`, as
 it is; an AutoencoderTiny that passes pixels through; a UNet2DConditionModel of a million parameters, the only part that is
-trained; a DDIM scheduler. It sees scenes of one large shape only (a small one is six pixels wide here), and never one whose
-caption is among those of the bundled drawings, so that these can be asked for as something new.
+trained; a DDIM scheduler. With --kind flow it is a StableDiffusion3Pipeline without T5: the same tower in both places for
+CLIP, the same autoencoder, an SD3Transformer2DModel of a million parameters, flow matching. It sees scenes of one large
+shape only (a small one is six pixels wide here), and never one whose caption is among those of the bundled drawings, so
+that these can be asked for as something new.
 
 The UNet predicts velocity (Salimans and Ho 2022) on a noise schedule that ends in pure noise (Lin et al. 2024): else
 the brightness of the background would leak through the last step of noise, and sampling could not choose it.
 """
 import argparse
+import functools
 import math
 import pathlib
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CHALLENGE_SET = pathlib.Path(__file__).resolve().parent.parent / "challenge_set"
 sys.path.insert(0, str(CHALLENGE_SET))
@@ -31,6 +43,7 @@ from draw_shapes import Scene, caption, draw, held_out_scenes, random_scene  # n
 
 SIDE, BATCH = 32, 16
 MIDDLE, SPREAD, SHRINK = 0.5, 0.37, 0.05  # mean and deviation of the drawings' colours in [0, 1], and a small scale
+T5_TOKENS = 1  # of zeros, in place of T5's states (fine-tuning's --text-tokens)
 CAPTION_DROPOUT = 0.1  # share of drawings learnt without their caption, so that classifier-free guidance has a base
 
 
@@ -107,70 +120,144 @@ def build_scheduler() -> DDIMScheduler:
                          rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 
 
+def build_transformer(text_width: int, pooled_width: int) -> SD3Transformer2DModel:
+    """Six layers, 64 wide, on 16 x 16 patches of two pixels."""
+    return SD3Transformer2DModel(
+        sample_size=SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=6, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=text_width, caption_projection_dim=64, pooled_projection_dim=pooled_width,
+        pos_embed_max_size=SIDE // 2)
+
+
+def build_noise_pipeline() -> StableDiffusionPipeline:
+    """With a UNet that has learnt nothing yet."""
+    text_encoder = CLIPTextModel.from_pretrained(CHALLENGE_SET / "shapes_clip").eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(CHALLENGE_SET / "shapes_clip")
+    autoencoder = build_autoencoder()
+    unet = build_unet(text_encoder.config.hidden_size)
+    return StableDiffusionPipeline(
+        vae=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def build_flow_pipeline() -> StableDiffusion3Pipeline:
+    """With a transformer that has learnt nothing yet, and no T5."""
+    width = CLIPConfig.from_pretrained(CHALLENGE_SET / "shapes_clip").projection_dim
+    tower = CLIPTextModelWithProjection.from_pretrained(CHALLENGE_SET / "shapes_clip", projection_dim=width)
+    tower.eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(CHALLENGE_SET / "shapes_clip")
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(2 * tower.config.hidden_size, 2 * width), scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=build_autoencoder(), text_encoder=tower, tokenizer=tokenizer, text_encoder_2=tower, tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None)
+
+
 @torch.no_grad()
-def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Hidden states (n, tokens, width) as StableDiffusionPipeline makes them: padded to the full length."""
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return text_encoder(tokens.input_ids).last_hidden_state
+def encode_captions(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, captions: list[str]) -> torch.Tensor:
+    """What the pipeline's denoiser hears, (n, tokens, width), padded to the full length; with a pooled embedding, that last."""
+    if isinstance(pipeline, StableDiffusionPipeline):
+        tokens = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return pipeline.text_encoder(tokens.input_ids).last_hidden_state
+    states, _, pooled, _ = pipeline.encode_prompt(captions, None, None, do_classifier_free_guidance=False,
+                                                  max_sequence_length=T5_TOKENS)
+    last = torch.nn.functional.pad(pooled, (0, states.shape[-1] - pooled.shape[-1]))
+    return torch.cat([states, last[:, None]], dim=1)
 
 
-def train_unet(unet: UNet2DConditionModel, scheduler: DDIMScheduler, latents: torch.Tensor, states: torch.Tensor,
-               rows: torch.Tensor, steps: int) -> Iterator[EMAModel]:
-    """Teach `unet` the velocity of noised `latents`; drawing i has caption `states[rows[i]]`, `states[0]` is the empty one.
+# What a denoiser says of noised latents, and what it should say: (clean, noise, hear) -> (said, wanted). `hear` gives the
+# captions' states, some of them dropped; it is asked after the times are drawn.
+Objective = Callable[[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def noise_objective(unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> Objective:
+    """The velocity at a random time of the noise schedule."""
+    def ask(clean: torch.Tensor, noise: torch.Tensor, hear: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        times = torch.randint(scheduler.config.num_train_timesteps, (len(clean),))
+        said = unet(scheduler.add_noise(clean, noise, times), times, hear()).sample
+        return said, scheduler.get_velocity(clean, noise, times)
+    return ask
+
+
+def flow_objective(transformer: SD3Transformer2DModel, pooled_width: int) -> Objective:
+    """The velocity of flow matching, noise - clean, at a logit-normal sigma (Esser et al. 2024).
+
+    States hold the pooled embedding as their last token.
+    """
+    def ask(clean: torch.Tensor, noise: torch.Tensor, hear: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        sigmas = torch.randn(len(clean)).sigmoid()
+        share = sigmas.view(-1, 1, 1, 1)
+        heard = hear()
+        said = transformer(hidden_states=(1 - share) * clean + share * noise, timestep=1000 * sigmas,
+                           encoder_hidden_states=heard[:, :-1], pooled_projections=heard[:, -1, :pooled_width]).sample
+        return said, noise - clean
+    return ask
+
+
+def drop_captions(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The states of some drawings' captions, a share of them the empty caption's."""
+    return states[torch.where(torch.rand(len(rows)) < CAPTION_DROPOUT, 0, rows)]
+
+
+def train_denoiser(denoiser: torch.nn.Module, ask: Objective, latents: torch.Tensor, states: torch.Tensor, rows: torch.Tensor,
+                   steps: int) -> Iterator[EMAModel]:
+    """Teach the denoiser; drawing i has caption `states[rows[i]]`, `states[0]` is the empty one.
 
     Yields the running average of the weights, which paints better than the last ones, now and then and at the end.
     """
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=1.5e-3, weight_decay=1e-3)
-    schedule, average = cosine_schedule(optimiser, steps), EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True)
-    started, recent = time.monotonic(), []
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1.5e-3, weight_decay=1e-3)
+    schedule = cosine_schedule(optimiser, steps)
+    average = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True)
+    started = time.monotonic()
+    recent = []
     for step in range(steps):
         chosen = torch.randint(len(latents), (BATCH,))
-        clean, noise = latents[chosen], torch.randn(BATCH, *latents.shape[1:])
-        times = torch.randint(scheduler.config.num_train_timesteps, (BATCH,))
-        heard = states[torch.where(torch.rand(BATCH) < CAPTION_DROPOUT, 0, rows[chosen])]
-        guess = unet(scheduler.add_noise(clean, noise, times), times, heard).sample
-        loss = torch.nn.functional.mse_loss(guess, scheduler.get_velocity(clean, noise, times))
+        clean = latents[chosen]
+        noise = torch.randn(BATCH, *latents.shape[1:])
+        said, wanted = ask(clean, noise, functools.partial(drop_captions, states, rows[chosen]))
+        loss = torch.nn.functional.mse_loss(said, wanted)
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        average.step(unet.parameters())
+        average.step(denoiser.parameters())
         recent.append(loss.item())
         if step % 100 == 99:
-            print(f"unet step {step + 1}  loss {np.mean(recent[-100:]):.4f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(f"step {step + 1}  loss {np.mean(recent[-100:]):.4f}  {time.monotonic() - started:.0f} s", flush=True)
         if step % 300 == 299 or step == steps - 1:
             yield average
 
 
-def train(out: pathlib.Path, seed: int, drawings: int, steps: int) -> None:
-    """Make the whole pipeline from `seed` and write it to `out`."""
+def train(out: pathlib.Path, kind: str, seed: int, drawings: int, steps: int) -> None:
+    """Make the whole pipeline from `seed` and write it to `out`; `kind` is noise or flow."""
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()  # else it lists the vision tower, which is not asked for here
     transformers.utils.logging.disable_progress_bar()
     pixels, captions = training_drawings(drawings, seed)
-    text_encoder = CLIPTextModel.from_pretrained(CHALLENGE_SET / "shapes_clip").eval().requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(CHALLENGE_SET / "shapes_clip")
+    pipeline = build_noise_pipeline() if kind == "noise" else build_flow_pipeline()
     distinct = ["", *sorted(set(captions))]
-    states = encode_captions(text_encoder, tokenizer, distinct)
+    states = encode_captions(pipeline, distinct)
     rows = torch.tensor([distinct.index(text) for text in captions])
-    autoencoder, unet, scheduler = build_autoencoder(), build_unet(text_encoder.config.hidden_size), build_scheduler()
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    print(f"unet of {sum(p.numel() for p in unet.parameters()):,} parameters, {len(distinct) - 1} captions", flush=True)
-    for average in train_unet(unet, scheduler, encode(autoencoder, pixels), states, rows, steps):
-        average.store(unet.parameters())
-        average.copy_to(unet.parameters())
+    if kind == "noise":
+        denoiser = pipeline.unet
+        ask = noise_objective(denoiser, pipeline.scheduler)
+    else:
+        denoiser = pipeline.transformer
+        ask = flow_objective(denoiser, denoiser.config.pooled_projection_dim)
+    count = sum(weight.numel() for weight in denoiser.parameters())
+    print(f"{type(denoiser).__name__} of {count:,} parameters, {len(distinct) - 1} captions", flush=True)
+    for average in train_denoiser(denoiser, ask, encode(pipeline.vae, pixels), states, rows, steps):
+        average.store(denoiser.parameters())
+        average.copy_to(denoiser.parameters())
         pipeline.save_pretrained(out)
-        average.restore(unet.parameters())
+        average.restore(denoiser.parameters())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kind", choices=("noise", "flow"), default="noise")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scores/training/pipeline"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drawings", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args()
-    train(options.out, options.seed, options.drawings, options.steps)
+    train(options.out, options.kind, options.seed, options.drawings, options.steps)

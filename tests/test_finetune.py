@@ -346,7 +346,7 @@ def test_shapes_pipeline_passes_pixels_through():
 
 @pytest.mark.slow  # trains a UNet of full size for a few steps
 def test_shapes_pipeline_is_trained_and_loads(tmp_path):
-    shapes_pipeline.train(tmp_path, seed=0, drawings=32, steps=2)
+    shapes_pipeline.train(tmp_path, "noise", seed=0, drawings=32, steps=2)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, requires_safety_checker=False)
     assert pipeline.unet.config.sample_size == 32 and pipeline.vae_scale_factor == 1
 
@@ -399,3 +399,24 @@ def test_demonstration_holds_out_what_it_scores(tmp_path):
     assert len(training) + len(held_out) == 8 * 6 * 3 and not set(training) & set(held_out)
     assert set(drawn) <= set(training)
     assert script.load_config(tmp_path / "judge.yaml").pretrained_model == str(tmp_path / "judge")
+
+
+def test_judge_is_compared_where_the_teacher_is_the_same():
+    """On the line between two looks; the level is the lowest that both runs reach."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import demonstrate_finetuning as demonstration
+    one = {"0": {"teacher": 0.6, "judge": 0.6}, "80": {"teacher": 0.4, "judge": 0.5}, "160": {"teacher": 0.2, "judge": 0.48}}
+    two = {"0": {"teacher": 0.7, "teacher_1": 0.6, "judge": 0.6}, "80": {"teacher": 0.5, "teacher_1": 0.3, "judge": 0.3}}
+    assert demonstration.compare_at_same_teacher(one, two) == {
+        "first teacher": 0.3, "judge, one teacher": 0.49, "judge, two teachers": 0.3}
+    assert demonstration.judge_at(0.65, one) == 0.6
+
+
+@pytest.mark.slow  # trains a transformer of full size for a few steps
+def test_flow_pipeline_of_the_shapes_is_trained_and_fine_tuned(arguments, tmp_path):
+    """A million parameters; the fine-tuning takes it as it is, with one token of zeros in place of T5."""
+    shapes_pipeline.train(tmp_path / "flow", "flow", seed=0, drawings=16, steps=2)
+    trainer = start(arguments(model=tmp_path / "flow", text_tokens=1))
+    assert 0.8e6 < sum(weight.numel() for weight in trainer.painter.family.denoiser.parameters()) < 1.2e6
+    assert trainer.painter.painting.side == 32 and trainer.painter.conditions(["a"]).states.shape == (2, 33, 256)
+    assert trainer.advance(0)["loss"] > 0

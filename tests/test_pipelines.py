@@ -84,12 +84,12 @@ def all_weights(trainer):
             for key, value in module.named_parameters()}
 
 
-def own_call(pipeline, prompts, noise, guidance, steps=3):
+def own_call(pipeline, prompts, noise, guidance, steps=3, **settings):
     """What the pipeline's own `__call__` paints from this noise, (n, 3, SIDE, SIDE)."""
     if isinstance(pipeline, diffusers.FluxPipeline):
         noise = pipeline._pack_latents(noise, *noise.shape)
     return pipeline(prompts, latents=noise, num_inference_steps=steps, guidance_scale=guidance, height=SIDE, width=SIDE,
-                    output_type="pt").images
+                    output_type="pt", **settings).images
 
 
 # ── Painting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -327,6 +327,18 @@ def test_resumed_run_has_the_same_weights_and_saved_weights_paint_the_same(start
     assert not torch.allclose(base, ours, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
+def test_fewer_tokens_of_t5_are_what_the_class_paints_with_as_many(start, folders, name):
+    """`--text-tokens` is `max_sequence_length` of the class's own call."""
+    painter = start(name, text_tokens=8).painter
+    noise = painter.noise(1, torch.Generator().manual_seed(3))
+    with painter.without_lora():
+        ours = painter.paint(PROMPTS[:1], noise).images
+    pipeline = getattr(diffusers, painter.family.pipeline_class).from_pretrained(folders(name))
+    few, many = (own_call(pipeline, PROMPTS[:1], noise, 2, steps=2, max_sequence_length=count) for count in (8, 64))
+    assert torch.allclose(ours, few, atol=1e-5) and not torch.allclose(few, many, atol=1e-5)
+
+
 def test_autoencoder_of_sdxl_stays_in_float32(folders):
     """Also in a pipeline that is loaded in bfloat16, and under autocast."""
     family = load_family(str(folders("stable_diffusion_xl")), "main", torch.bfloat16)
@@ -351,6 +363,7 @@ def test_settings_that_do_not_fit_a_family_are_one_line(start):
     """A resolution that is no multiple, a velocity's norm without velocity, layers that are not there."""
     for name, changes, message in (("flux", {"resolution": 36}, "multiple of 8 for a FluxPipeline, got 36"),
                                    ("stable_diffusion", {"hold_norm": 1}, "--hold-norm is for models of flow matching"),
+                                   ("stable_diffusion_xl", {"text_tokens": 77}, "--text-tokens is for T5"),
                                    ("flux", {"lora_targets": "nowhere"}, "--lora-targets nowhere: ")):
         with pytest.raises(script.Trouble, match=message) as caught:
             start(name, **changes)

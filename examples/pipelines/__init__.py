@@ -73,6 +73,8 @@ class Family(Protocol):
     predicts_velocity: ClassVar[bool]  # whether it is trained by flow matching
     usual_guidance: ClassVar[float]
     lora_targets: ClassVar[tuple[str, ...]]  # the layers that get LoRA weights unless told otherwise
+    may_lack: ClassVar[tuple[str, ...]]  # components that a folder may be without
+    text_tokens: int | None  # to which T5's states are padded; None where there is no such encoder
     pipeline: diffusers.DiffusionPipeline
 
     def __init__(self, pipeline: diffusers.DiffusionPipeline) -> None:
@@ -159,10 +161,12 @@ def load_family(name: str, revision: str, dtype: torch.dtype) -> Family:
     class_name = index.get("_class_name") if isinstance(index, dict) else None
     if class_name not in known:
         raise Trouble(EXIT_MODEL, f"{name} is a {class_name}; this example trains {', '.join(sorted(known))}")
-    without_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    absent: dict[str, bool | None] = {part: None for part in known[class_name].may_lack if not any(index.get(part) or ())}
+    if "safety_checker" in index:
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = getattr(diffusers, class_name).from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True,
-                                                                  **without_checker)
+                                                                  **absent)
     except Exception as error:  # a broken folder makes diffusers raise nearly anything
         raise Trouble(EXIT_MODEL, f"cannot load the pipeline {name}: {tell(error)}") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -27,6 +27,7 @@ def upcast(values: torch.Tensor) -> torch.Tensor:
 class Autoencoded:
     """A pipeline with an autoencoder, whose weights are frozen: from images to latents and back."""
 
+    may_lack: ClassVar[tuple[str, ...]] = ()
     pipeline: diffusers.DiffusionPipeline
 
     def freeze(self) -> None:
@@ -76,6 +77,7 @@ class NoisePredicting(Autoencoded):
     """Families with a UNet that predicts noise, velocity or image, and a DDIM scheduler."""
 
     predicts_velocity: ClassVar[bool] = False
+    text_tokens: int | None = None
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
 
     def __init__(self, pipeline: diffusers.DiffusionPipeline) -> None:

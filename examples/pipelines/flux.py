@@ -13,6 +13,7 @@ class Flux(FlowMatching):
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
     usual_guidance: ClassVar[float] = 3.5
+    text_tokens: int | None = 512  # as the pipeline's `__call__` and diffusers' training script
 
     @property
     def usual_side(self) -> int:
@@ -32,7 +33,8 @@ class Flux(FlowMatching):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], side: int, framing: Framing | None = None) -> Condition:
         """T5's states and CLIP's pooled embedding."""
-        states, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.pipeline.transformer.device)
+        states, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.pipeline.transformer.device,
+                                                        max_sequence_length=self.text_tokens)
         return Condition(states, pooled)
 
     def encode_nothing(self, count: int, side: int, framing: Framing | None = None) -> Condition:

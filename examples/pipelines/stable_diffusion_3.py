@@ -12,6 +12,8 @@ class StableDiffusion3(FlowMatching):
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     usual_guidance: ClassVar[float] = 7.0
+    may_lack: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+    text_tokens: int | None = 256  # as the pipeline's `__call__`; diffusers' training script takes 77
 
     @property
     def usual_side(self) -> int:
@@ -32,7 +34,8 @@ class StableDiffusion3(FlowMatching):
     def encode_prompts(self, prompts: list[str], side: int, framing: Framing | None = None) -> Condition:
         """The states of both CLIP encoders side by side, then T5's; and both pooled embeddings."""
         states, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, device=self.pipeline.transformer.device,
-                                                           do_classifier_free_guidance=False)
+                                                           do_classifier_free_guidance=False,
+                                                           max_sequence_length=self.text_tokens)
         return Condition(states, pooled)
 
     def encode_nothing(self, count: int, side: int, framing: Framing | None = None) -> Condition:
