@@ -191,7 +191,7 @@ def server():
 def quick(monkeypatch):
     """Shorter pauses between tries, and for hosts that refuse."""
     monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(hosts, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(hosts, "PAUSES_S", (0.01, 60.0))
 
 
 def fetcher(**keys):

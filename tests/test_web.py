@@ -243,7 +243,7 @@ def serve_times(host, count, begin, gap_s):
     for number in range(count):
         host.note_start(begin + number * gap_s)
         host.in_flight -= 1
-        host.note_served(begin + (number + 1) * gap_s)
+        host.note_served(begin + (number + 1) * gap_s, begin + number * gap_s)
     return begin + count * gap_s
 
 
@@ -276,7 +276,7 @@ def test_pauses_of_a_host_double_until_it_serves():
         host.note_refusal(now, now, 0.0)
         assert host.next_start() == pytest.approx(now + pause_s)
         now += pause_s
-    host.note_served(now)
+    host.note_served(now, now)
     host.note_refusal(now, now, 0.0)
     assert host.next_start() == pytest.approx(now + 1)
 
@@ -396,7 +396,7 @@ def test_host_that_limits_its_requests(serve):
 
 def test_broken_page_costs_its_host_little(serve, monkeypatch):
     """A URL that answers 503 for ever ends as http_5xx, and the other images of its host come."""
-    monkeypatch.setattr(hosts, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(hosts, "PAUSES_BETWEEN_IMAGES_S", (0.01, 0.1))
 
     def answer(connection, path, server):
         connection.sendall(answer_with(b"", code="503 Unavailable") if path == "/broken" else answer_with(IMAGE))

@@ -359,7 +359,7 @@ class Fetcher:
         if isinstance(trouble, Refused):
             trouble = PassingFailure(trouble.status, str(trouble.code))
         if trouble is None:
-            host.note_served(now)
+            host.note_served(now, began)
             await self._keep_in_cache(fetch, body, attempt.opted_out)
             self._deliver(fetch.on_done, Outcome(body, seconds=fetch.spent_s, holding=attempt.holding))
         elif isinstance(trouble, Redirected):
@@ -401,7 +401,7 @@ class Fetcher:
         host.note_answer()
         host.refusal_code = refused.code
         fetch.refusals += 1
-        if not host.note_refusal(self._loop.time(), began, refused.retry_after_s):
+        if not host.note_refusal(self._loop.time(), began, refused.retry_after_s, refused.is_bare_503()):
             self._fail(fetch, RowFailure(*_describe_refusal(refused.code)))
         elif fetch.refusals > MOST_REFUSALS and host.has_served:
             self._fail(fetch, RowFailure(refused.status, str(refused.code)))

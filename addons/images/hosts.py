@@ -1,26 +1,32 @@
 """What is known of each host, and when it may be asked next: hosts are paced, not punished.
 
 A host that answers 429, or 503, is left alone for a while, all of its rows together, and from then on asked at a rate that it
-has shown to accept, which grows again slowly. A host that cannot be reached several times in a row is dead for a while.
+has shown to accept, which grows again slowly. Where that does not help, because it answers 503 at random, it is asked as often
+as it once served, and not left alone. A host that cannot be reached several times in a row is dead for a while.
 Nothing here waits or looks at a clock: `now` is always given, in seconds of one monotonic clock.
 """
+import bisect
 import collections
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from addons.images.suspicion import SLOWEST_RATE, Suspicion
+
 if TYPE_CHECKING:
     from addons.images.fetch import Fetch
 
-FIRST_PAUSE_S = 1.0  # after a refusal that does not say how long to wait; doubled from refusal to refusal
-LONGEST_PAUSE_S = 60.0
+PAUSES_S = (1.0, 60.0)  # after refusals that do not say how long to wait: the first, doubled each time, and the longest
 REFUSED_SHARE = 0.75  # of the rate that a host accepted before it refused
 GROWTH_PER_S = 0.02  # of the rate, while a host accepts it
-SLOWEST_RATE = 0.1  # requests a second
 PATIENCE_PER_IMAGE_S = 0.1  # what a host that serves an image gets back of the patience it has used up
 DEAD_AFTER = 5  # failures in a row to connect or to resolve
 DEAD_FOR_S = 60.0
 KEPT_HOSTS = 5_000  # that nobody waits for, with what has been learnt of them
+
+# Of 503 without Retry-After between images:
+PAUSES_BETWEEN_IMAGES_S = (0.5, 4.0)  # the first and the longest
+RANDOM_IN_A_ROW = 6  # so many times a host that answers 503 at random is asked again at once
 
 
 class Host:
@@ -45,6 +51,7 @@ class Host:
         self._refused_at = -math.inf
         self._refusals = 0  # in a row
         self._grown_at = -math.inf
+        self._suspicion = Suspicion()
         self._failures = 0  # in a row
         self._dead_until = -math.inf
 
@@ -72,47 +79,67 @@ class Host:
         """It answered, whatever it said: it is not dead."""
         self._failures = 0
 
-    def note_served(self, now: float) -> None:
-        """It served what it was asked for: it gets back some patience, and may be asked a little faster."""
+    def note_served(self, now: float, began: float) -> None:
+        """It served what was asked for then: it gets back some patience, and may be asked a little faster."""
         self.has_served = True
         self._refusals = 0
+        self._suspicion.note_served(began, self._refused_at)
         self._served.append(now)
         self.patience_s = min(self._most_patience_s, self.patience_s + PATIENCE_PER_IMAGE_S)
-        if math.isfinite(self.rate):
+        if math.isfinite(self.rate) and not self._suspicion.is_random(now):
             self.rate *= 1 + GROWTH_PER_S * min(1.0, now - self._grown_at)
             self._grown_at = now
 
-    def note_refusal(self, now: float, began: float, retry_after_s: float) -> bool:
+    def note_refusal(self, now: float, began: float, retry_after_s: float, is_bare_503: bool = False) -> bool:
         """It refused a request that `began` then, and wants to be left alone for `retry_after_s` (0: it does not say).
 
         Returns whether there is patience to wait for it. Many may be under way when it refuses: those that began before the
-        refusal tell nothing new, unless they ask for a longer pause.
+        refusal tell nothing new, unless they ask for a longer pause. `is_bare_503`: the answer was 503 without Retry-After,
+        which may as well come at random.
         """
         is_news = began >= self._refused_at
+        if is_bare_503:
+            self._suspicion.note_refusal(now)
         if is_news:
-            self._refused_at = now
             self._refusals += 1
-            self._slow_down(now)
-        pause_s = retry_after_s or min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(30, self._refusals - 1))
-        if not is_news and not retry_after_s:
-            return self.patience_s > 0
+            if is_bare_503 and self._suspicion.judge(now, max(self._refused_at, self._paused_until)):
+                self.rate = max(self.rate, self._most_in_a_second())
+            self._refused_at = now
+        refusals = self._refusals
+        if is_bare_503 and self._suspicion.is_random(now):
+            refusals -= RANDOM_IN_A_ROW
+            if refusals <= 0:
+                return self.patience_s > 0
+        elif is_news:
+            self._slow_down(now, self._suspicion.slowest_rate(now) if is_bare_503 else SLOWEST_RATE)
+        if is_news or retry_after_s:
+            first_s, longest_s = PAUSES_BETWEEN_IMAGES_S if is_bare_503 else PAUSES_S
+            self._pause(now, retry_after_s or min(longest_s, first_s * 2 ** min(30, refusals - 1)))
+        return self.patience_s > 0
+
+    def _most_in_a_second(self) -> int:
+        """The most images of the last 256 that it served within a second."""
+        served = sorted(self._served)
+        return max(bisect.bisect_right(served, begin + 1.0) - number for number, begin in enumerate(served))
+
+    def _pause(self, now: float, pause_s: float) -> None:
+        """Leave it alone for so long from now on, at the cost of the patience with it."""
         longer_s = now + pause_s - max(now, self._paused_until)
         if longer_s > 0:
             if longer_s > self.patience_s:
                 self.patience_s = 0.0
-                longer_s = min(longer_s, LONGEST_PAUSE_S)
+                longer_s = min(longer_s, PAUSES_S[1])
             self.patience_s -= min(longer_s, self.patience_s)
             self._paused_until = max(now, self._paused_until) + longer_s
-        return self.patience_s > 0
 
-    def _slow_down(self, now: float) -> None:
+    def _slow_down(self, now: float, slowest_rate: float) -> None:
         """From now on ask at a rate below what it accepted in the second before it refused, or at half the rate so far."""
         accepted = sum(now - served <= 1.0 for served in self._served)
         rates = [self.rate / 2, accepted * REFUSED_SHARE or math.inf]
         if accepted and self._refusals == 1:
             rates[0] = self.rate * REFUSED_SHARE
         slowest = min(rates)
-        self.rate = max(SLOWEST_RATE, slowest if math.isfinite(slowest) else 1.0)
+        self.rate = max(slowest_rate, slowest if math.isfinite(slowest) else 1.0)
         self._next_start = now
         self._grown_at = now
 
