@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from addons.images import fetch, hosts
+from addons.images import exchange, fetch, flow, hosts
 
 
 class Found(NamedTuple):
@@ -129,3 +129,60 @@ def test_flaky_host_that_limits_its_rate_later():
     limited = allow_per_second(2)
     found = ask_all(lambda now: flaky(now) if now < 60 else limited(now), rows=1500)
     assert found.served >= 0.97 * 1500
+
+
+# ── How many at a time ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def start_all(control, now, first=0):
+    """Begin as many fetches as may begin now, named by numbers; returns how many are under way."""
+    number = first
+    while control.may_start(now):
+        control.note_start(number, now)
+        number += 1
+    return control.in_flight
+
+
+def test_no_more_fetches_than_bring_what_finds_room():
+    """As many may begin within a second as could bring the bytes that there is room for, by the size of images so far."""
+    control = flow.Flow(1000, 30_000_000, 128)
+    assert start_all(control, 0.0) == 30_000_000 // flow.FIRST_GUESS_BYTES
+    small = flow.Flow(1000, 30_000_000, 128)
+    for _ in range(1000):
+        small.note_outcome(30_000)
+        small.note_taken()
+    assert start_all(small, 0.0) == pytest.approx(1000, abs=2)
+    large = flow.Flow(1000, 30_000_000, 128)
+    for _ in range(1000):
+        large.note_outcome(20_000_000)
+        large.note_taken()
+    assert start_all(large, 0.0) == pytest.approx(30_000_000 / exchange.SMALL_BYTES, abs=2)
+
+
+def test_late_fetches_leave_room_for_others():
+    """Fetches that have waited for a second are not expected to bring theirs at once: others begin, up to the most of all."""
+    control = flow.Flow(1000, 30_000_000, 128)
+    assert start_all(control, 0.0) == 300
+    assert control.looks_again_at() == flow.RECENT_S
+    assert start_all(control, 0.5, 300) == 300
+    assert start_all(control, 1.0, 300) == 600
+    assert start_all(control, 2.0, 600) == 900
+    assert start_all(control, 3.0, 900) == 1000
+    for number in range(500):
+        control.note_end(number)
+    assert start_all(control, 4.5, 1000) == 800
+
+
+def test_images_that_nobody_takes_stop_the_fetches():
+    """While so many images wait to be taken, no fetch begins; failures count as well, until they are taken."""
+    control = flow.Flow(1000, 10**12, 3)
+    for byte_count in (5, 0, 0):
+        assert control.may_start(0.0)
+        control.note_outcome(byte_count)
+    assert not control.may_start(0.0)
+    control.note_taken()
+    assert control.may_start(0.0)
+
+
+def test_few_fetches_may_always_begin():
+    """However little room there is, some fetches are under way."""
+    assert start_all(flow.Flow(1000, 1, 128), 0.0) == flow.ALWAYS_RECENT

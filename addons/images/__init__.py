@@ -15,9 +15,10 @@ To add one, put a file into this room, without a change anywhere else:
 What lives here:
 
     fetch.py         the source `url`: each row's URL is fetched, from public addresses only and within limits. It decides
-                     which fetch has its turn when; web_pool.py loads a run's images as they come, exchange.py is one
-                     attempt, http_client.py HTTP, targets.py what a URL means, names.py names and addresses, hosts.py and
-                     suspicion.py what each host will bear, cache.py `cache_path`, web_report.py what the summary tells
+                     which fetch has its turn when, flow.py how many are under way; web_pool.py loads a run's images as
+                     they come, exchange.py is one attempt, http_client.py HTTP, targets.py what a URL means, names.py
+                     names and addresses, hosts.py and suspicion.py what each host will bear, cache.py `cache_path`,
+                     web_report.py what the summary tells
     guard.py         a time limit around decoding; doubtful images, and all after a crash, go to child processes
     memory.py        how much memory the images of a run may take together
     inside.py        opens a file of `image_path` so that no link leads out of it

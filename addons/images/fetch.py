@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from addons.images.cache import Cache
 from addons.images.exchange import Attempt, BytesInFlight, Holding, PassingFailure, Redirected, Refused, Unreachable, Web
+from addons.images.flow import Flow
 from addons.images.hosts import DEAD_AFTER, Host, Hosts
 from addons.images.http_client import TooManyFiles
 from addons.images.memory import reserve_for_image
 from addons.images.targets import Target, can_be_split, read_url
-from image_text_sim_clip import Config, Loaded, RowFailure, say
+from image_text_sim_clip import Config, Loaded, RowFailure, say, usable_cores
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +41,7 @@ AUTO_CONCURRENCY = 1024
 FILES_KEPT_BACK = 128  # descriptors for everything else that this process opens
 FETCHING_SHARE = 2 / 3  # of the other descriptors; the rest are connections kept for later
 UNCLAIMED_IMAGES = 128  # fetched or decoded, and not taken yet: beyond that no new fetch begins
+BURST_BYTES_A_CORE = 16 * 2**20  # that may come at once
 FULL_PAUSE_S = 0.2  # when there are too many open files
 MOST_TIMES_FULL = 50
 SUBMITTED_AT_ONCE = 50  # URLs that are read between two looks at the sockets
@@ -119,8 +122,8 @@ class Fetcher:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.in_flight = 0
-        self.concurrency, kept_connections = count_connections(config)
+        concurrency, kept_connections = count_connections(config)
+        self.flow = Flow(concurrency, usable_cores() * BURST_BYTES_A_CORE, UNCLAIMED_IMAGES)
         self.fetch_seconds: dict[int, collections.Counter[int]] = {}  # by partition, see web_report.py
         self.hosts = Hosts(config.max_per_host, config.host_patience_s)
         self.web = Web(config, kept_connections)
@@ -128,7 +131,7 @@ class Fetcher:
         self._here = threading.local()  # .lent: the Outcome that a call in this thread is to return
         self._listed: collections.deque[Host] = collections.deque()  # hosts that may be asked now, in turns
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unclaimed = 0
+        self._looks_again_at = math.inf  # whether more fetches may begin
         self._lock = threading.Lock()
         self._submissions = 0  # lists of URLs that have not been read to their end
         self._has_said_full = False
@@ -178,7 +181,7 @@ class Fetcher:
 
     def is_hungry(self) -> bool:
         """Whether it could begin more fetches at once, if it only had URLs of hosts that may be asked."""
-        return not self._submissions and not self._listed and self._may_start()
+        return not self._submissions and not self._listed and self.flow.may_start(self._loop.time())
 
     def drop_all(self) -> None:
         """Forget what waits and cut what is under way, without calling anybody back."""
@@ -248,23 +251,28 @@ class Fetcher:
         self._look_at(host)
         self._start_fetches()
 
-    def _may_start(self) -> bool:
-        return self.in_flight < self.concurrency and self._unclaimed < UNCLAIMED_IMAGES
-
     def _start_fetches(self) -> None:
         """Begin as many fetches as there is room for; the hosts that may be asked take turns."""
         now = self._loop.time()
-        while self._listed and self._may_start():
+        while self._listed and self.flow.may_start(now):
             host = self._listed.popleft()
             host.is_listed = False
             if host.waiting and host.next_start() <= now:
                 host.note_start(now)
-                self.in_flight += 1
-                self._begin_task(self._run(host.waiting.popleft()))
+                fetch = host.waiting.popleft()
+                self.flow.note_start(fetch, now)
+                self._begin_task(self._run(fetch))
             self._look_at(host)
+        if self._listed and self.flow.looks_again_at() < self._looks_again_at:
+            self._looks_again_at = self.flow.looks_again_at()
+            self._loop.call_at(self._looks_again_at, self._look_again)
         if now > self._tidy_at:
             self._tidy_at = now + TIDY_S
             self.web.connections.close_old(now)
+
+    def _look_again(self) -> None:
+        self._looks_again_at = math.inf
+        self._start_fetches()
 
     def _begin_task(self, work: "collections.abc.Coroutine[None, None, None]") -> None:
         task = self._loop.create_task(work)
@@ -280,11 +288,11 @@ class Fetcher:
         self._deliver(fetch.on_done, Outcome(failure=reason.with_traceback(None), seconds=fetch.spent_s))
 
     def _deliver(self, on_done: OnDone, outcome: Outcome) -> None:
-        self._unclaimed += 1
+        self.flow.note_outcome(len(outcome.data))
         on_done(outcome)
 
     def _release(self, holding: Holding) -> None:
-        self._unclaimed -= 1
+        self.flow.note_taken()
         self.web.bytes.give_back(holding)
         self._start_fetches()
 
@@ -297,7 +305,7 @@ class Fetcher:
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
-        self._unclaimed = 0
+        self.flow.forget_outcomes()
         self.web.bytes = BytesInFlight(self.config.max_image_bytes)
 
     async def _run(self, fetch: Fetch) -> None:
@@ -311,7 +319,7 @@ class Fetcher:
         except Exception as bug:  # it must reach the run, which waits for this row
             self._deliver(fetch.on_done, Outcome(bug=bug))
         finally:
-            self.in_flight -= 1
+            self.flow.note_end(fetch)
             host.in_flight -= 1
             self._look_at(host)
             self._start_fetches()
@@ -428,10 +436,10 @@ class Fetcher:
         """There are too many open files: fetch fewer at a time from now on, and this one once more."""
         self.web.connections.close_all_but(0)
         self.web.connections.most = 0
-        self.concurrency = max(1, min(self.concurrency, self.in_flight - 1))
+        self.flow.concurrency = max(1, min(self.flow.concurrency, self.flow.in_flight - 1))
         if not self._has_said_full:
             self._has_said_full = True
-            say(f"too many open files (ulimit -n): fetching {self.concurrency} images at a time")
+            say(f"too many open files (ulimit -n): fetching {self.flow.concurrency} images at a time")
         fetch.times_full += 1
         if fetch.times_full > MOST_TIMES_FULL:
             self._fail(fetch, RowFailure("connect", "too many open files"))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from addons.images.fetch import Fetcher, Outcome
+from addons.images.memory import trim_memory
 from addons.images.web_report import count_seconds
 from image_text_sim_clip import (
     HANGS_S,
@@ -34,6 +35,7 @@ PENDING_IMAGES = 256  # with fewer on their way, the next partition is opened at
 OPEN_ROWS = 40_000  # beyond which no partition is opened to keep the fetcher busy …
 OPEN_PARTITIONS = 3  # … unless fewer than these are open
 HELD_IMAGES = 256  # in batches that are not full yet, of all open partitions together
+TRIM_S = 5.0  # how often memory that was freed is given back, so that it does not grow with the length of a run
 LOOK_S = 0.05  # how often it is looked whether the fetcher needs more URLs
 
 
@@ -69,6 +71,7 @@ class WebPool:
         self._open: dict[int, _Open] = {}  # by the partition's index
         self._pending = 0
         self._at_model: collections.deque[ImageGatherer] = collections.deque()  # whose batches are being encoded, in order
+        self._trim_at = time.monotonic() + TRIM_S
 
     @property
     def hangs(self) -> bool:
@@ -124,6 +127,9 @@ class WebPool:
 
     def _finish(self, opened: _Open) -> tuple[PartitionRun, EmbeddedImages]:
         del self._open[opened.run.partition.index]
+        if time.monotonic() > self._trim_at:
+            trim_memory()
+            self._trim_at = time.monotonic() + TRIM_S
         return opened.run, opened.gatherer.finish()
 
     def _arrive(self, partition: int, source: str, load: ImageLoader, outcome: Outcome) -> None:
