@@ -730,6 +730,29 @@ def test_late_images_hold_up_no_other_partition(serve, write_config, write_table
     assert len(ended) == 10 and max(ended) == ended[0] and ended[0] - max(ended[1:]) > 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_late_images_under_ray(serve, write_config, write_table, run_cli, read_table, tmp_path):
+    """A Ray actor gets several partitions of URLs at a time, of which late images hold up their own alone."""
+    pytest.importorskip("ray")
+
+    def answer(connection, path, server):
+        if path == "/late":
+            server.closing.wait(60)
+        send_image(connection, path, server)
+    server = serve(answer)
+    urls = [f"{server.url}/late" if number == 1 else f"{server.url}/{number}" for number in range(32)]
+    write_table([("url", "caption"), *((url, "c") for url in urls)])
+    config = write_config(image_path="url", allow_private_hosts=True, partition_rows=2, fetch_timeout_s=3, engine="ray")
+    result = run_cli("--config", config, timeout=150)
+    assert result.code == 0, result.stderr
+    scores = read_table(tmp_path / "out/scores.csv")
+    assert [row["url"] for row in scores] == urls
+    assert [row["status"] for row in scores] == ["timeout" if number == 1 else "ok" for number in range(32)]
+    ended = [json.loads(path.read_text())["ended"] for path in sorted((tmp_path / "out/parts").glob("part-*.json"))]
+    assert len(ended) == 16 and max(ended[1:4]) < ended[0] - 1
+
+
 def test_each_url_is_fetched_once_for_a_partition(serve, write_config, write_table, run_main, tmp_path):
     """Equal URLs of a partition are one fetch; those of different partitions are what a cache would have saved."""
     server = serve(send_image)

@@ -7,6 +7,7 @@ harmless: a part appears whole or not at all, and its bytes are the same.
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -16,11 +17,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import image_text_sim_clip
-from image_text_sim_clip import ADDONS, EXIT_CONFIG, INTERRUPTION, Clock, Config, Job, PartSummary, Trouble, Worker, make_plan
+from image_text_sim_clip import (
+    ADDONS,
+    EXIT_CONFIG,
+    INTERRUPTION,
+    Clock,
+    Config,
+    Job,
+    Partition,
+    PartSummary,
+    Trouble,
+    Worker,
+    make_plan,
+    part_is_done,
+    read_part_metadata,
+)
 
 if typing.TYPE_CHECKING:
     import ray.data
 
+CALLS_OF_AN_ACTOR = 4  # among which the partitions of a table of URLs are divided: at the end of each, late rows are waited for
 JOB = "IMAGE_TEXT_SIM_JOB"  # the environment variable that tells actors what to do: it outlives the node that started them
 
 
@@ -34,7 +50,7 @@ class Answer(typing.TypedDict):
 
 
 class RayWorker:
-    """An actor: builds the script's Worker in its own process, then maps {"index"} to the partition's Answer."""
+    """An actor: builds the script's Worker in its own process, then maps {"indexes"} of partitions to their Answers."""
 
     def __init__(self) -> None:
         import ray
@@ -49,15 +65,28 @@ class RayWorker:
         except Trouble as trouble:  # told by the first item, because an actor that fails to start is started for ever
             self.trouble = trouble
 
-    def __call__(self, row: dict[str, int]) -> Answer:
-        """Score and commit one partition; a user's mistake comes back as a value, since an exception would be tried again."""
+    def __call__(self, row: dict[str, list[int]]) -> list[Answer]:
+        """Score and commit some partitions; a user's mistake comes back as a value, since an exception would be tried again."""
+        answers: list[Answer] = []
         try:
             if self.trouble:
                 raise self.trouble
-            summary, = self.worker.run([self.plan.partitions[row["index"]]], self.retry)
+            partitions = [self.plan.partitions[index] for index in row["indexes"]]
+            done = [] if self.retry else [partition for partition in partitions if part_is_done(self.plan, partition)]
+            for partition in done:  # by an actor that died before it could say so
+                metadata = read_part_metadata(self.plan, partition)
+                if metadata:
+                    answers.append(describe(PartSummary(metadata["rows"], metadata["statuses"])))
+            todo = [partition for partition in partitions if partition not in done]
+            answers += map(describe, self.worker.run(todo, self.retry))
         except Trouble as trouble:
-            return {"rows": 0, "statuses": "{}", "exit_code": trouble.exit_code, "message": str(trouble)}
-        return {"rows": summary.rows, "statuses": json.dumps(summary.statuses), "exit_code": 0, "message": ""}
+            answers.append({"rows": 0, "statuses": "{}", "exit_code": trouble.exit_code, "message": str(trouble)})
+        return answers
+
+
+def describe(summary: PartSummary) -> Answer:
+    """What became of a partition, as an actor returns it."""
+    return {"rows": summary.rows, "statuses": json.dumps(summary.statuses), "exit_code": 0, "message": ""}
 
 
 def run(job: Job) -> bool:
@@ -75,14 +104,21 @@ def run(job: Job) -> bool:
         try:
             INTERRUPTION.install()  # Ray has taken SIGTERM over
             quieten_ray()
-            items = ray.data.from_items([{"index": p.index} for p in todo], override_num_blocks=len(todo))
-            answers = items.map(
-                RayWorker,  # type: ignore[arg-type]
+            groups = group_partitions(job, todo, most)
+            items = ray.data.from_items([{"indexes": group} for group in groups], override_num_blocks=len(groups))
+            answers = items.flat_map(
+                RayWorker,
                 compute=pool, num_cpus=1, num_gpus=job.config.ray_gpus)
             job.follow(summaries(job, answers), todo)
         finally:
             ray.shutdown()
     return True
+
+
+def group_partitions(job: Job, todo: list[Partition], actors: int) -> list[list[int]]:
+    """The indexes of the partitions that an actor gets at a time: one, or of URLs several, since late ones wait for nobody."""
+    count = math.ceil(len(todo) / (CALLS_OF_AN_ACTOR * actors)) if job.config.image_path == "url" else 1
+    return [[partition.index for partition in todo[start:start + count]] for start in range(0, len(todo), count)]
 
 
 def summaries(job: Job, answers: "ray.data.Dataset") -> Iterator[PartSummary]:
