@@ -829,7 +829,7 @@ def separator_of(config: Config) -> str:
 
 
 class CsvReader:
-    """The reader of CSV and TSV: staged into Parquet once, then read by row number. See addons/inputs for the others."""
+    """The reader of CSV and TSV of a script alone; addons/inputs has a faster one, to the same rows, and all others."""
 
     kind: str = "csv"
     suffixes: tuple[str, ...] = (".csv", ".tsv", ".txt")
@@ -839,10 +839,7 @@ class CsvReader:
         return stage(config, output, self.kind, functools.partial(self.open_table, config))
 
     def open_table(self, config: Config, known: list[str]) -> TextTable:
-        """Open the table: in blocks where addons/ is there, record by record otherwise, to the same rows."""
-        if ADDONS.is_dir():
-            table: TextTable = addon("inputs.csv_blocks", "csv_path").open_table(config, known)
-            return table
+        """Open the table, which is read record by record."""
         path = pathlib.Path(config.csv_path)
         lines = Lines(path, config.encoding)
         separator = separator_of(config)
@@ -934,13 +931,16 @@ def _short_stretches(rows: "pa.Table") -> Iterator[tuple[int, int]]:
 
 
 class BadRows:
-    """bad_rows.csv: the malformed records, a line each."""
+    """bad_rows.csv: the malformed records, a line each; `place` are the cells before those of `add`."""
+
+    columns: tuple[str, ...] = ("line", "reason", "text")
 
     def __init__(self, file: BinaryIO, escape: bool = False) -> None:
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", "", write_through=True)
         self._escape = escape
         self._writer = csv.writer(text, lineterminator="\n")
-        self._writer.writerow(("line", "reason", "text"))
+        self._writer.writerow(self.columns)
+        self.place: tuple[str, ...] = ()
         self._text = text  # a wrapper that is collected would close the file
         self.count = 0
         self.undecodable = 0
@@ -950,7 +950,7 @@ class BadRows:
         self.count += 1
         self.undecodable += not is_text(raw)
         text = raw[:1000]
-        self._writer.writerow((line, reason, escape_formula(text) if self._escape else text))
+        self._writer.writerow((*self.place, line, reason, escape_formula(text) if self._escape else text))
 
 
 def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> Json:
@@ -968,12 +968,7 @@ def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[
         table = open_table(found)
         found, rows, bad, cuts = _stage_once(config, output, table)
     if bad.undecodable:
-        place = ""
-        if ADDONS.is_dir():
-            offset = addon("inputs.csv_blocks", "csv_path").find_first_bad_byte(path, config.encoding)
-            place = f"; the first such byte is at offset {offset}"
-        say(f"{bad.undecodable} lines of {path} are not {config.encoding}{place} "
-            "(if the file is latin-1, set encoding: latin-1)")
+        say(f"{bad.undecodable} lines of {path} are not {config.encoding} (if the file is latin-1, set encoding: latin-1)")
     if literal_lines := table.literal_lines():
         say(f"{literal_lines} lines of {path} are rows only if their quotes are text, and were read so; if that is true of all "
             "its quotes, set quoting: none")
@@ -3924,6 +3919,9 @@ def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     rows.close()
 
 
+INPUT_ROWS = ("input_rows",)  # in the manifest of an input with lists of captions, of which each caption is a row
+
+
 def summarise(snapshot: Snapshot) -> Json:
     """Counts, scores, times and memory of all parts, and what each measure makes of them: the beginning of profile.json."""
     plan = snapshot.plan
@@ -3941,7 +3939,8 @@ def summarise(snapshot: Snapshot) -> Json:
         statuses["not_tried"] = missing
     scored = statuses.pop("ok", 0)
     count = sums["similarity_count"]
-    return {"rows": plan.row_count, "scored": scored, "failed": dict(sorted(statuses.items())),
+    inputs = {key: plan.manifest[key] for key in INPUT_ROWS if key in plan.manifest}
+    return {"rows": plan.row_count, **inputs, "scored": scored, "failed": dict(sorted(statuses.items())),
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
             "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
             **add_up_times(times), **add_up_fetches(times, plan.row_count),
@@ -4022,7 +4021,8 @@ def print_summary(config: Config, profile: Json) -> None:
         return f"{total:.6f} s a pair   ({each})"
     failed = "".join(f", {count:,} {status}" for status, count in profile["failed"].items())
     malformed = f"; {profile['malformed']:,} malformed lines" if profile["malformed"] else ""
-    lines = [("pairs", f"{profile['rows']:,}: {profile['scored']:,} scored{failed}{malformed}"),
+    of_lists = f" of {profile['input_rows']:,} input rows" if "input_rows" in profile else ""
+    lines = [("pairs", f"{profile['rows']:,}{of_lists}: {profile['scored']:,} scored{failed}{malformed}"),
              ("pre-processing", of_stages(times["pre-processing"], PREPARE_STAGES)),
              ("metric", of_stages(times["metric"], METRIC_STAGES)),
              ("total", f"{times['pre-processing'] + times['metric']:.6f} s a pair"),
@@ -4068,7 +4068,8 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
             if curve and (image := curve.png()):
                 write_bytes(plan.output / "memory-time.png", image)
     print_summary(job.config, stored)
-    shown = {key: stored[key] for key in ("rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")}
+    keys = ("rows", *INPUT_ROWS, "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
+    shown = {key: stored[key] for key in keys if key in stored}
     return shown | {"output": str(job.results_path())}
 
 

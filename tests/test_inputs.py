@@ -175,9 +175,10 @@ def test_a_row_group_is_decoded_once(tmp_path, monkeypatch):
     """Consecutive partitions within one row group, however many, decode it once."""
     write_parquet(tmp_path / "t.parquet", rows=1000, row_group_size=500)
     config = script.Config(csv_path=str(tmp_path / "t.parquet"))
-    decoded, real = [], pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, g, **o: decoded.append(g) or real(self, g, **o))
     reader = open_rows(config)
+    decoded, real = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches",
+                        lambda self, *a, **o: decoded.extend(o["row_groups"]) or real(self, *a, **o))
     urls = [url for start in range(0, 1000, 50) for url in reader.read(start, start + 50)["url"]]
     assert urls == [f"u{n}" for n in range(1000)]
     assert decoded == [0, 1]
@@ -496,11 +497,11 @@ def test_a_new_kind_of_text(tmp_path, monkeypatch):
     for csv_path in (tmp_path / "t.psv.gz", tmp_path / "*.psv.gz", tmp_path):
         config = script.Config(csv_path=str(csv_path))
         reader = inputs.find_reader(config.csv_path)
-        manifest = reader.describe(config, tmp_path)
+        with script.locked(tmp_path / "out"):
+            manifest = reader.describe(config, tmp_path / "out")
         assert (manifest["kind"], manifest["rows"], manifest["malformed"]) == ("psv", 1, 1)
-        assert reader.open(manifest, config, tmp_path).read(0, 1).to_dict("records") == [{"url": "a", "caption": "b,c"}]
+        assert reader.open(manifest, config, tmp_path / "out").read(0, 1).to_dict("records") == [{"url": "a", "caption": "b,c"}]
         assert reader.differences(manifest, config) == []
-        (tmp_path / "pairs.parquet").unlink()
     (tmp_path / "t.psv.gz").write_bytes(gzip.compress(b"url|caption\na|d\n"))
     assert "has changed" in reader.differences(manifest, config)[0]
 
@@ -513,7 +514,7 @@ def touch(path):
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda s: write_parquet(s / "a.parquet", 5, 9), ["a.parquet has changed"]),
-    (lambda s: touch(s / "b.parquet"), ["b.parquet has changed"]),
+    (lambda s: (write_parquet(s / "b.parquet", 20), touch(s / "b.parquet")), ["b.parquet has changed"]),
     (lambda s: (s / "b.parquet").unlink(), ["b.parquet is gone"]),
     (lambda s: write_parquet(s / "c.parquet"), ["c.parquet is new"]),
     (lambda s: [write_parquet(s / f"{n}.parquet") for n in range(9)], ["is new", "and 6 more"]),
@@ -551,17 +552,22 @@ def test_limit_leaves_later_files_alone(tmp_path, score_input):
     assert len(rows) == 12 and len(manifest["files"]) == 2
     write_parquet(tmp_path / "s/2.parquet", 7, 7)
     assert score_input("s", limit=12)[0].code == 0
-    touch(tmp_path / "s/1.parquet")
+    write_parquet(tmp_path / "s/1.parquet", 30)
     assert score_input("s", limit=12)[0].code == 2
 
 
 def test_a_moved_input_goes_on(tmp_path, score_input):
-    """The same files elsewhere are the same input; the same text under another time stamp is, too."""
+    """The same files elsewhere, and the same content under another time stamp, are the same input."""
     (tmp_path / "s").mkdir()
     write_parquet(tmp_path / "s/a.parquet")
     assert score_input("s")[0].code == 0
     (tmp_path / "s").rename(tmp_path / "t")
+    touch(tmp_path / "t/a.parquet")
     assert score_input("t")[0].code == 0
+    write_tar(tmp_path / "t.tar", sample("1", b"", "c"))
+    assert score_input("t.tar", "--fresh")[0].code == 0
+    touch(tmp_path / "t.tar")
+    assert score_input("t.tar")[0].code == 0
     (tmp_path / "t.jsonl").write_text('{"url": "a", "caption": "b"}')
     assert score_input("t.jsonl", "--fresh")[0].code == 0
     touch(tmp_path / "t.jsonl")

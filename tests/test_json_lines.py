@@ -76,7 +76,7 @@ def test_json_lines_need_names(tmp_path, score_input):
 
 @pytest.mark.parametrize("csv_path", ["s", "s/*.jsonl*"])
 def test_json_lines_in_a_folder(tmp_path, score_input, csv_path):
-    """A folder or glob with one such file is that file; with two it is refused, because text is read from one."""
+    """A folder or glob with one such file is that file; with more it is all of them, and those without a byte do not matter."""
     (tmp_path / "s").mkdir()
     (tmp_path / "s/notes.txt").write_text("x")
     (tmp_path / "s/t.jsonl.gz").write_bytes(gzip.compress(b'{"url": "a", "caption": "b"}\n'))
@@ -84,16 +84,17 @@ def test_json_lines_in_a_folder(tmp_path, score_input, csv_path):
     assert outcome.code == 0 and pairs(rows) == [("a", "b")]
     assert score_input(csv_path)[0].result == outcome.result
     (tmp_path / "s/u.jsonl").write_text("")
-    assert_refused(score_input(csv_path, "--fresh")[0], "2 files")
+    (tmp_path / "s/v.jsonl").write_text('{"url": "c", "caption": "d"}\n')
+    assert pairs(score_input(csv_path, "--fresh")[1]) == [("a", "b"), ("c", "d")]
 
 
 @pytest.mark.parametrize("line", [
     "{" * 100_000, '{"url": ' + "[" * 100_000, '{"url":"a","caption":"\\ud800"}', '{"url":"a","caption":"b"} x',
-    '{"url":"a","caption":[' + "9" * 5000 + "]}", '{"url":"a","caption":"\udcff"}', "", '"', "NaN"])
+    '{"url":"a","caption":{"n": ' + "9" * 5000 + "}}", '{"url":"a","caption":"\udcff"}', "", '"', "NaN"])
 def test_odd_json_is_malformed(line):
     """No text is more than a malformed line: nesting without end, half characters, numbers without end."""
-    values, reason = json_lines.parse_line(line, ["url", "caption"])
-    assert values is None and reason
+    rows, reason = json_lines.parse_line(line, ["url", "caption"])
+    assert rows == [] and reason
 
 
 def test_json_lines_without_the_columns(tmp_path, score_input):
@@ -112,20 +113,34 @@ CELL = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 @given(objects=st.lists(st.dictionaries(st.sampled_from(["url", "caption", "a", "b", ""]), CELL), max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_json_cells_can_be_read_back(tmp_path_factory, objects):
-    """Each object with both keys and no list for a caption is a row whose cells give the values back; others are malformed."""
+    """Each object with both keys is a row, or one for each caption of a list, whose cells give the values back."""
     folder = tmp_path_factory.mktemp("json")
     (folder / "t.jsonl").write_text('{"url": "", "caption": ""}\n' + "".join(json.dumps(o) + "\n" for o in objects))
     described = stage(script.Config(csv_path=str(folder / "t.jsonl"), output_path=str(folder)), folder)
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()[1:]
-    good = [o for o in objects if {"url", "caption"} <= o.keys() and not isinstance(o["caption"], list)]
-    assert described["rows"] == len(good) + 1 and described["malformed"] == len(objects) - len(good)
-    for row, values in zip(rows, good, strict=True):
+    good = [o for o in objects if {"url", "caption"} <= o.keys() and not is_nested(o["caption"])]
+    expected = [o | {"caption": caption, "caption_index": place} for o in good
+                for place, caption in enumerate(captions_of(o["caption"]))]
+    assert described["rows"] == len(expected) + 1 and described["malformed"] == len(objects) - len(good)
+    for row, values in zip(rows, expected, strict=True):
         for key, value in values.items():
             if isinstance(value, str | None):
                 assert row[key] == (value or "")
-            else:
+            elif key in row:
                 assert json.loads(row[key]) == value
         assert all(row[key] == "" for key in row.keys() - values.keys())
+
+
+def is_nested(caption):
+    """Whether a caption is a list with something else than captions in it."""
+    return isinstance(caption, list) and any(isinstance(value, list | dict) for value in caption)
+
+
+def captions_of(caption):
+    """The captions of a cell: one for each of a list, one empty text where that holds none."""
+    if not isinstance(caption, list):
+        return [caption]
+    return caption if any(value is not None and str(value).strip() for value in caption) else [""]
 
 
 # ── The fast way ──────────────────────────────────────────────────────────────────────────────────────────────────────

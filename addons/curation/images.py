@@ -27,9 +27,10 @@ FETCHES_AHEAD = 64  # threads that wait for URLs; in order, so that some late on
 def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
     """The rows of an input that brings its images along, such as tars; None where the images are elsewhere.
 
-    Trouble (exit 3) for an input that is gone, unless it is a staged table, which brings none.
+    Trouble (exit 3) for an input that is gone, unless it is a staged table without images, of which nothing more is read.
     """
-    if "staged" in run.plan.manifest:
+    manifest = run.plan.manifest
+    if "staged" in manifest and "holds_images" not in manifest:
         return None
     rows = find_reader(config.csv_path).open(run.plan.manifest, config, run.output)
     return rows if rows.brings_images else None

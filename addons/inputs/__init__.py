@@ -16,7 +16,7 @@ To add a format, put ONE new file here that offers an instance as `READER`; no o
 import pathlib
 from typing import TYPE_CHECKING, Any, Protocol
 
-from image_text_sim_clip import EXIT_INPUT, Config, CsvReader, Trouble, room
+from image_text_sim_clip import EXIT_INPUT, Config, Trouble, room
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,9 +67,10 @@ def find_reader(csv_path: str) -> Reader:
 
     Whether files that are written out are there is the business of `check_there`.
     """
-    from addons.inputs import files
+    from addons.inputs import delimited, files
     readers: list[Reader] = [module.READER for module in room("inputs") if hasattr(module, "READER")]
-    return files.choose_reader(csv_path, [*readers, CsvReader()])
+    last: Reader = delimited.READER
+    return files.choose_reader(csv_path, [*(reader for reader in readers if reader is not last), last])
 
 
 def check_there(csv_path: str) -> None:

@@ -1,21 +1,19 @@
 """CSV at speed: blocks that keep to the strict grammar go through Arrow, the rest record by record as the script reads them.
 
-The script's CsvReader uses this where it is there. Rows, malformed records and line numbers are those that the script's
+Rows, malformed records and line numbers are those that the script's
 careful reader alone would find; the block sizes below decide how long it takes and nothing else.
 """
 import codecs
 import csv
-import gzip
-import pathlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-from addons.inputs.text import READ_BYTES, Text, is_utf8
+from addons.inputs.text import Text, is_utf8
 from image_text_sim_clip import (
     MAX_RECORD_CHARS,
     Batch,
@@ -129,22 +127,6 @@ def count_lines(block: bytes) -> int:
     """How many physical lines end in the block: \\n, \\r\\n and \\r each end one."""
     line_feeds = np.count_nonzero(np.frombuffer(block, np.uint8) == LINE_FEED)  # faster than bytes.count where there are many
     return int(line_feeds) + block.count(b"\r") - block.count(b"\r\n")
-
-
-def find_first_bad_byte(path: pathlib.Path, encoding: str) -> int:
-    """Where the file (unzipped, if it ends in .gz) stops being text, in bytes from its start; its length if it is all text."""
-    decoder = codecs.getincrementaldecoder(encoding)("strict")
-    offset = 0
-    with path.open("rb") as stored:
-        text: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=stored) if path.suffix.lower() == ".gz" else stored
-        while block := text.read(READ_BYTES):
-            begun = len(decoder.getstate()[0])  # bytes of a character that the last block began
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                return offset - begun + error.start
-            offset += len(block)
-    return offset
 
 
 # ── Which part of a block is clean ────────────────────────────────────────────────────────────────────────────────────

@@ -1,16 +1,21 @@
 """Which files an input is made of, which reader fits them, and what all readers share that read files where they lie.
 
-`csv_path` may be one file, a folder, a glob (`shards/*.parquet`), or a pattern with numbers (`shards/{00000..00099}.tar`).
+`csv_path` may be one file, a folder (read with its subfolders), a glob (`shards/*.parquet`), or a pattern with numbers or
+words in braces (`shards/{00000..00099}.tar`, `{train,val}.csv`).
 """
 import bisect
 import glob
 import itertools
+import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+import typing
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from addons.inputs import Manifest, Reader, Rows
+from addons.inputs.compression import plain_suffix, strip_compression
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.stores import SCHEME, FileInfo, find_store
 from image_text_sim_clip import EXIT_INPUT, Config, Trouble
@@ -21,7 +26,10 @@ if TYPE_CHECKING:
 
 MOST_FILES = 10_000_000  # of one pattern; {0..9999999999} is a slip
 MOST_DIFFERENCES = 3  # that are named one by one
-NUMBERS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+NUMBERS = re.compile(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,9}))?")  # first, last, step
+BRACES = re.compile(r"\{(\d{1,18}\.\.\d{1,18}(?:\.\.\d{1,9})?|[^{}]*,[^{}]*)\}")
+RUN_MARKS = {".lock"}  # a folder with such a file is what a run writes, and none of its input
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # what Hive and Spark name the folder of NULL
 WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -30,6 +38,7 @@ class InputFile(NamedTuple):
 
     name: str  # relative to the folder that all files of the input share: what manifest.json and messages say
     path: str
+    folder_columns: tuple[tuple[str, str], ...] = ()  # what the names of its folders say: for `lang=en`, ("lang", "en")
 
     def info(self) -> FileInfo | None:
         """Size and time; None if there is no such file."""
@@ -61,33 +70,122 @@ def expand_path(csv_path: str) -> list[str]:
     if store.info(csv_path):
         return [csv_path]
     if store.is_folder(csv_path):
-        return [path for path in store.list_files(csv_path) if not path.rpartition("/")[2].startswith((".", "_"))]
-    paths = _expand_numbers(csv_path)
+        return list_below(csv_path).files
+    paths = expand_braces(csv_path)
     if paths and WILDCARD.search(paths[0]):
         found = map(store.glob, paths)
-        paths = list(itertools.chain.from_iterable(found))
+        paths = [path for path in itertools.chain.from_iterable(found) if store.info(path)]
     return list(dict.fromkeys(paths))
 
 
-def _expand_numbers(csv_path: str) -> list[str]:
-    """`x{08..10}` to x08, x09, x10; every pair of braces in turn. Raises Trouble (exit 3) for too many files."""
+def expand_braces(csv_path: str) -> list[str]:
+    """`x{08..10}` to x08, x09, x10, `{a,b}` to a and b; every pair of braces in turn. Trouble (exit 3) for too many files."""
     paths = [csv_path]
-    while paths and (braces := NUMBERS.search(paths[0])):
-        first, last = braces.groups()
-        numbers = range(int(first), int(last) + 1)
-        count = len(numbers) * len(paths)
+    while paths and (braces := BRACES.search(paths[0])):
+        count = len(_expand(braces[1])) * len(paths)
         if count > MOST_FILES:
             raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r} stands for {count} files")
-        paths = [path.replace(braces[0], str(number).zfill(len(first)), 1)
-                 for path, number in itertools.product(paths, numbers)]
+        paths = [path.replace(braces[0], word, 1) for path, word in itertools.product(paths, _expand(braces[1]))]
     return paths
+
+
+def _expand(inside: str) -> Sequence[str]:
+    """What stands between braces, spelled out."""
+    numbers = NUMBERS.fullmatch(inside)
+    if not numbers:
+        return inside.split(",")
+    first, last, step = numbers.groups()
+    return Numbers(range(int(first), int(last) + 1, int(step or 1) or 1), len(first))
+
+
+class Numbers(Sequence[str]):
+    """Numbers as text with leading zeros."""
+
+    def __init__(self, numbers: range, width: int) -> None:
+        self._numbers = numbers
+        self._width = width
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @typing.overload
+    def __getitem__(self, place: int) -> str: ...
+    @typing.overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        if isinstance(place, slice):
+            return [str(number).zfill(self._width) for number in self._numbers[place]]
+        return str(self._numbers[place]).zfill(self._width)
+
+
+class Below(NamedTuple):
+    """What lies in a folder and its subfolders, in order; hidden are names that begin with a dot or an underline."""
+
+    files: list[str]
+    hidden_files: list[str]
+    hidden_folders: list[str]
+
+
+def list_below(folder: str) -> Below:
+    """The files in a folder and, at any depth, in its subfolders; each folder once, whatever links lead to it."""
+    store = find_store(folder)
+    below = Below([], [], [])
+    known: set[str] = set()
+    waiting = [folder.rstrip("/") or "/"]
+    while waiting:
+        here = waiting.pop()
+        real = os.path.realpath(here)
+        if real in known:
+            continue
+        known.add(real)
+        files = store.list_files(here)
+        if {path.rpartition("/")[2] for path in files} & RUN_MARKS and here != folder.rstrip("/"):
+            below.hidden_folders.append(here)  # the output of a run, this one's perhaps
+            continue
+        for path in files:
+            (below.hidden_files if is_hidden(path) else below.files).append(path)
+        known_files = set(files)
+        for path in reversed([*store.glob(f"{glob.escape(here)}/*"), *store.glob(f"{glob.escape(here)}/.*")]):
+            if path not in known_files and store.is_folder(path):
+                if is_hidden(path):
+                    below.hidden_folders.append(path)
+                else:
+                    waiting.append(path)
+    below.files.sort()
+    return below
+
+
+def is_hidden(path: str) -> bool:
+    """Whether the name of a file or folder says that it is none of the data."""
+    return path.rpartition("/")[2].startswith((".", "_"))
+
+
+def folder_columns(csv_path: str, path: str) -> tuple[tuple[str, str], ...]:
+    """What the names of the folders below `csv_path`, or from its first wildcard on, say: ("lang", "en") for `lang=en`."""
+    is_folder = find_store(csv_path).is_folder(csv_path)
+    names = [name for name in csv_path.split("/") if name not in ("", ".")]
+    fixed = names if is_folder else list(itertools.takewhile(lambda name: not re.search(r"[*?\[{]", name), names))
+    folders = [name for name in path.split("/") if name not in ("", ".")][len(fixed):-1]
+    columns: dict[str, str] = {}
+    for folder in folders:
+        name, equals, value = folder.partition("=")
+        if equals and name:
+            columns[urllib.parse.unquote(name)] = "" if value == NO_VALUE else urllib.parse.unquote(value)
+    return tuple(columns.items())
+
+
+def has_bytes(file: InputFile) -> bool:
+    """Whether the file is there and not empty."""
+    info = file.info()
+    return info is not None and info.bytes > 0
 
 
 def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
     """The files that `reader` has to read, in order. Raises Trouble (exit 3) unless there are any, and all are there."""
     paths = expand_path(csv_path)
     if find_store(csv_path).is_folder(csv_path):
-        paths = [path for path in paths if fits(reader, path)]
+        paths = fitting(reader, paths)
     if not paths:
         raise _name_nothing(csv_path, [reader])
     absent = [path for path in paths if find_store(path).info(path) is None]
@@ -96,11 +194,12 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
         more = f", nor are there {len(absent) - 1} others" if absent[1:] else ""
         raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more}{_where(csv_path)}")
     shared = _count_shared_folders(paths)
-    return [InputFile("/".join(path.split("/")[shared:]), path) for path in paths]
+    return [InputFile("/".join(path.split("/")[shared:]), path, folder_columns(csv_path, path) if paths != [csv_path] else ())
+            for path in paths]
 
 
 def find_left_aside(csv_path: str, reader: Reader) -> LeftAside:
-    """What lies in the folder `csv_path` besides the files that `reader` reads and those that belong to them.
+    """What lies in the folder `csv_path` and below besides the files that `reader` reads and those that belong to them.
 
     Nothing for a path that is no folder: a glob or a pattern names what it means.
     """
@@ -108,18 +207,19 @@ def find_left_aside(csv_path: str, reader: Reader) -> LeftAside:
     store = find_store(csv_path)
     if store.info(csv_path) or not store.is_folder(csv_path):
         return left_aside
-    there = store.list_files(csv_path)
+    below = list_below(csv_path)
     side_suffixes = reader.side_suffixes if isinstance(reader, InPlaceReader) else ()
-    read = {path for path in expand_path(csv_path) if fits(reader, path)}
+    read = set(fitting(reader, below.files))
     stems = {path.rpartition(".")[0] for path in read}
-    for path in there:
+    start = len(csv_path.rstrip("/")) + 1
+    for path in below.files:
         belongs = path.lower().endswith(side_suffixes) and path.rpartition(".")[0] in stems
         if path not in read and not belongs:
-            left_aside.add(kind_by_ending(path), path.rpartition("/")[2])
-    known = set(there)
-    for path in store.glob(f"{glob.escape(csv_path.rstrip('/'))}/*"):
-        if path not in known and store.is_folder(path):
-            left_aside.add("folders", path.rpartition("/")[2] + "/")
+            left_aside.add(kind_by_ending(path), path[start:])
+    for path in below.hidden_files:
+        left_aside.add("hidden files", path[start:])
+    for path in below.hidden_folders:
+        left_aside.add("hidden folders", path[start:] + "/")
     return left_aside
 
 
@@ -150,11 +250,16 @@ def _join_suffixes(readers: Sequence[Reader]) -> str:
 # ── From files to a reader ────────────────────────────────────────────────────────────────────────────────────────────
 
 def fits(reader: Reader, path: str) -> bool:
-    """Whether the path has one of the reader's suffixes; only text may be gzipped as well."""
-    name = path.lower()
-    if not isinstance(reader, InPlaceReader):
-        name = name.removesuffix(".gz")
+    """Whether the path has one of the reader's suffixes; only text may be compressed as well."""
+    name = path.lower() if isinstance(reader, InPlaceReader) else strip_compression(path)
     return name.endswith(reader.suffixes)
+
+
+def fitting(reader: Reader, paths: list[str]) -> list[str]:
+    """The files of a folder that fit the reader; a .txt is a note where there are tables besides."""
+    fit = [path for path in paths if fits(reader, path)]
+    tables = [path for path in fit if plain_suffix(path) != ".txt"]
+    return tables or fit
 
 
 def choose_reader(csv_path: str, readers: Sequence[Reader]) -> Reader:
@@ -171,9 +276,9 @@ def choose_reader(csv_path: str, readers: Sequence[Reader]) -> Reader:
 
 
 def _choose_for_file(csv_path: str, readers: Sequence[Reader]) -> Reader:
-    fitting = [reader for reader in readers if fits(reader, csv_path)]
-    if fitting:
-        return fitting[0]
+    fit = [reader for reader in readers if fits(reader, csv_path)]
+    if fit:
+        return fit[0]
     if _is_packed(csv_path, readers):
         raise _refuse_kinds(csv_path, [csv_path], readers)
     return readers[-1]
@@ -181,22 +286,23 @@ def _choose_for_file(csv_path: str, readers: Sequence[Reader]) -> Reader:
 
 def _choose_for_all(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Reader:
     if not paths:
-        raise _name_nothing(csv_path, _in_place(readers))
-    fitting = [reader for reader in readers[:-1] if fits(reader, paths[0])]
-    if not fitting or not all(fits(fitting[0], path) for path in paths):
+        raise _name_nothing(csv_path, readers)
+    fit = [reader for reader in readers if fits(reader, paths[0])]
+    if not fit or not all(fits(fit[0], path) for path in paths):
         raise _refuse_kinds(csv_path, paths, readers)
-    return fitting[0]
+    return fit[0]
 
 
 def _choose_in_folder(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Reader:
-    """What is read where it lies goes before text, and files of another kind do not matter."""
-    found = [reader for reader in readers[:-1] if any(fits(reader, path) for path in paths)]
+    """What is read where it lies goes before text, of which a .txt alone is a note; files of another kind do not matter."""
+    found = [reader for reader in readers if any(fits(reader, path) for path in paths)]
     in_place = _in_place(found)
     side_suffixes = set(itertools.chain.from_iterable(reader.side_suffixes for reader in in_place))
     main = [reader for reader in in_place if not side_suffixes.intersection(reader.suffixes)]
-    candidates: Sequence[Reader] = main or found
+    tables = [reader for reader in found if any(fits(reader, path) and plain_suffix(path) != ".txt" for path in paths)]
+    candidates: Sequence[Reader] = main or in_place or tables or found
     if not candidates:
-        raise _name_nothing(csv_path, _in_place(readers))
+        raise _name_nothing(csv_path, readers)
     if len(candidates) > 1:
         example = f"*{candidates[0].suffixes[0]}"
         raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r} is a folder with files of several kinds "
@@ -210,15 +316,29 @@ def _in_place(readers: Sequence[Reader]) -> "list[InPlaceReader]":
 
 def _is_packed(path: str, readers: Sequence[Reader]) -> bool:
     """Whether the file is compressed and of a kind that is read from its midst."""
-    name = path.lower()
-    return name.endswith(".tgz") or any(fits(reader, name.removesuffix(".gz")) for reader in _in_place(readers))
+    return path.lower().endswith(".tgz") or any(fits(reader, strip_compression(path)) for reader in _in_place(readers))
 
 
 def _refuse_kinds(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Trouble:
     kinds = {pathlib.PurePosixPath(path).suffix.lower() or "others" for path in paths}
-    hint = "; tars must not be compressed, because images are read from their midst" if kinds & {".gz", ".tgz"} else ""
-    return Trouble(EXIT_INPUT, f"csv_path {csv_path!r} must name {_join_suffixes(_in_place(readers))} files, all of one kind, "
+    is_packed = any(_is_packed(path, readers) for path in paths)
+    hint = "; tars and Parquet files must not be compressed, because they are read from their midst" if is_packed else ""
+    return Trouble(EXIT_INPUT, f"csv_path {csv_path!r} must name {_join_suffixes(readers)} files, all of one kind, "
                                f"not {' and '.join(sorted(kinds))}{hint}")
+
+
+def name_differences(entries: list[Manifest], there: list[InputFile],
+                     has_changed: Callable[[InputFile, Manifest], bool]) -> list[str]:
+    """Which files are gone, new or changed since manifest.json got its `entries`, in words; the first few one by one."""
+    recorded = {entry["name"]: entry for entry in entries}
+    found = {file.name: file for file in there}
+    gone = [f"{name} is gone" for name in recorded if name not in found]
+    new = [f"{name} is new" for name in found if name not in recorded]
+    changed = [f"{name} has changed" for name, entry in recorded.items() if name in found and has_changed(found[name], entry)]
+    words = gone + new + changed
+    if len(words) <= MOST_DIFFERENCES:
+        return words
+    return [*words[:MOST_DIFFERENCES], f"and {len(words) - MOST_DIFFERENCES} more files of the input differ"]
 
 
 # ── What readers share that read files where they lie ─────────────────────────────────────────────────────────────────
@@ -276,20 +396,23 @@ class InPlaceReader:
             found = list_files(config.csv_path, self)
         except Trouble as trouble:
             return [str(trouble)]
-        recorded = {file["name"]: file for file in manifest["files"]}
-        there = {file.name: file for file in (found[:len(recorded)] if config.limit else found)}
-        gone = [f"{name} is gone" for name in recorded if name not in there]
-        new = [f"{name} is new" for name in there if name not in recorded]
-        changed = [f"{name} has changed" for name, entry in recorded.items()
-                   if name in there and self._has_changed(there[name], entry)]
-        words = gone + new + changed
-        if len(words) <= MOST_DIFFERENCES:
-            return words
-        return [*words[:MOST_DIFFERENCES], f"and {len(words) - MOST_DIFFERENCES} more files of the input differ"]
+        entries = manifest["files"]
+        return name_differences(entries, found[:len(entries)] if config.limit else found, self._has_changed)
+
+    def hash_index(self, file: InputFile) -> str | None:
+        """A hash of what the file says of its own content, `index_sha256` in its entry; None where that would tell little."""
+        return None
 
     def _has_changed(self, file: InputFile, entry: Manifest) -> bool:
+        """Whether it is another file; one of the same size under a new time is not if its index is the same."""
         identity = self.identify(file)
-        return any(entry[key] != value for key, value in identity.items())
+        changed = [key for key, value in identity.items() if entry[key] != value]
+        if not changed or not all(key.endswith("time_ns") for key in changed) or "index_sha256" not in entry:
+            return bool(changed)
+        try:
+            return self.hash_index(file) != entry["index_sha256"]
+        except (OSError, Trouble):
+            return True
 
 
 class FileRows:

@@ -1,9 +1,9 @@
 """JSON Lines as a table of text: one object a line, its keys the columns, in the order in which they first appear.
 
 Cells are text as the file has it: strings without their quotes, numbers in their own digits, true and false as words,
-null and a key that is not there as an empty cell, nested values as JSON. A line that is no object, that lacks the URL's or
-the caption's key, or has a list or an object for a caption, is malformed: the JSON of a list is nobody's caption. Used for
-.jsonl and .ndjson, gzipped or not.
+null and a key that is not there as an empty cell, nested values as JSON. A caption that is a list makes a row of each of its
+captions (caption_lists.py). A line that is no object, that lacks the URL's or the caption's key, or has an object for a
+caption, is malformed: the JSON of an object is nobody's caption. Used for .jsonl and .ndjson, compressed or not.
 """
 import itertools
 import json
@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import json as arrow_json
 
 from addons.inputs import needed_columns
+from addons.inputs.caption_lists import CAPTION_INDEX, OWN_INDEX, split_list
 from addons.inputs.text import Text, TextReader, is_utf8
 from image_text_sim_clip import (
     BATCH_ROWS,
@@ -32,7 +33,10 @@ from image_text_sim_clip import (
 
 BLOCK_BYTES = 4_000_000  # of text that Arrow parses at a time
 FIRST_BYTES = 1_000_000  # of text in which the columns are looked for before the first row is written
+MOST_REPEATED_CHARS = 64_000_000  # of a line's other cells, which each caption of its list repeats
 LINE_ENDS = ("\n", "\r\n", "\r", "")
+
+JsonObject = dict[str, str | bool | list[object] | dict[str, object] | None]
 
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)  # numbers keep the digits they have
 
@@ -59,45 +63,79 @@ READER = JsonLinesReader()
 
 # ── A line ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def parse_line(line: str, needed: list[str]) -> tuple[dict[str, str] | None, str]:
-    """One line to (cells by key, ""), or to (None, why it is no row)."""
+Cells = dict[str, str]  # of a row, by key
+
+
+def parse_line(line: str, needed: list[str]) -> tuple[list[Cells], str]:
+    """One line to (its rows, ""), one for each caption, or to ([], why it is no row)."""
     if not is_text(line):
-        return None, "bytes that are not text"
+        return [], "bytes that are not text"
     try:
-        values = parse_object(line, caption_key=needed[-1])
+        rows = parse_rows(line, caption_key=needed[-1])
     except ValueError as error:
-        return None, str(error)
-    absent = [key for key in needed if key not in values]
-    return (None, f"no key {absent[0]!r}") if absent else (values, "")
+        return [], str(error)
+    absent = [key for key in needed if key not in rows[0]]
+    return ([], f"no key {absent[0]!r}") if absent else (rows, "")
 
 
 class NestedCaption(ValueError):
-    """A list or an object where a caption is needed."""
+    """An object where a caption is needed, or a list that is none of captions."""
 
 
-def parse_object(text: str, caption_key: str | None = None) -> dict[str, str]:
-    """The cells of one JSON object by key; ValueError says why it is none, NestedCaption that its caption is no text."""
+def parse_rows(text: str, caption_key: str | None = None) -> list[Cells]:
+    """The cells of one JSON object, once for each caption where these are a list.
+
+    ValueError says why it is none, NestedCaption that its caption is no text.
+    """
     try:
         values = _DECODER.decode(text)
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         if len(values) > MAX_COLUMNS:
             raise ValueError(f"more than {MAX_COLUMNS} keys")
-        if isinstance(caption := values.get(caption_key), list | dict):
-            raise NestedCaption(f"{caption_key!r} is {'a list' if isinstance(caption, list) else 'an object'}, not text")
+        captions = _take_captions(values, caption_key)
+        if CAPTION_INDEX in values:
+            values = {OWN_INDEX if key == CAPTION_INDEX else key: value for key, value in values.items()}
         cells = _to_cells(values, text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}") from None
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
-    if "\\u" in text and not is_text("".join((*cells, *cells.values()))):
+    if "\\u" in text and not is_text("".join((*cells, *cells.values(), *captions))):
         raise ValueError("half a surrogate pair")
-    return cells
+    if caption_key is None or not captions:
+        return [cells]
+    return [{**cells, caption_key: caption, CAPTION_INDEX: str(place)} for place, caption in enumerate(captions)]
 
 
-def _to_cells(values: dict[str, str | bool | list[object] | dict[str, object] | None], text: str) -> dict[str, str]:
+def parse_object(text: str) -> Cells:
+    """The cells of one JSON object, whatever they are; ValueError says why it is none."""
+    return parse_rows(text)[0]
+
+
+def _take_captions(values: JsonObject, caption_key: str | None) -> list[str]:
+    """The captions of an object that has a list of them, whose place an empty text takes; [] for one that has none."""
+    if caption_key is None:
+        return []
+    caption = values.get(caption_key)
+    if isinstance(caption, dict):
+        raise NestedCaption(f"{caption_key!r} is an object, not text")
+    if not isinstance(caption, list):
+        return []
+    try:
+        captions = split_list(caption)
+    except ValueError as error:
+        raise NestedCaption(f"{caption_key!r} is {error}, not captions") from None
+    others = sum(len(value) for value in values.values() if isinstance(value, str))
+    if others * len(captions) > MOST_REPEATED_CHARS:
+        raise NestedCaption(f"{caption_key!r} is a list of {len(captions)} captions, too many for so long a line")
+    values[caption_key] = ""
+    return captions
+
+
+def _to_cells(values: JsonObject, text: str) -> Cells:
     """The cells for the values of the object that `text` holds; its numbers have come as strings."""
-    cells: dict[str, str] = {}
+    cells: Cells = {}
     nested: dict[str, object] | None = None
     for key, value in values.items():
         if isinstance(value, str):
@@ -110,7 +148,8 @@ def _to_cells(values: dict[str, str | bool | list[object] | dict[str, object] | 
             if nested is None:
                 nested = json.loads(text)  # decoded again, once for all, so that numbers in lists are numbers
             assert nested is not None
-            cells[key] = json.dumps(nested[key], ensure_ascii=False)
+            own_key = CAPTION_INDEX if key == OWN_INDEX and CAPTION_INDEX in nested else key
+            cells[key] = json.dumps(nested[own_key], ensure_ascii=False)
     return cells
 
 
@@ -139,10 +178,10 @@ def _join_keys(lines: Iterator[str], needed: list[str], columns: list[str], limi
     for line in lines:
         if rows >= limit:
             break
-        values, _ = parse_line(line, needed)
-        if values is not None:
-            found.update(dict.fromkeys(values))
-            rows += 1
+        parsed, _ = parse_line(line, needed)
+        if parsed:
+            found.update(dict.fromkeys(parsed[0]))
+            rows += len(parsed)
             check_width(len(found))
     return list(found)
 
@@ -163,6 +202,7 @@ class LineParser:
         self.needed = needed
         self.columns = columns
         self.rows_left = limit
+        self.has_lists = CAPTION_INDEX in columns  # each line is then read by itself
 
     def read_batches(self) -> Iterator[Batch]:
         """Batches of rows and malformed lines, the last of which may go beyond the limit.
@@ -172,7 +212,9 @@ class LineParser:
         strings: set[str] = set()
         while self.rows_left > 0 and (block := self.text.peek(BLOCK_BYTES)):
             whole_lines = block[:block.rfind(b"\n") + 1]
-            table = parse_plain(whole_lines, self.columns, self.needed, strings)
+            table = None
+            if not self.has_lists:
+                table = parse_plain(whole_lines, self.columns, self.needed, strings)
             if table is None:
                 yield from self._read_lines(len(whole_lines))
             else:
@@ -210,17 +252,19 @@ class LineParser:
         new_keys: dict[str, None] = {}
         known = set(self.columns)
         for number, line in enumerate(batch, first_line):
-            if len(rows) == self.rows_left:
+            if len(rows) >= self.rows_left:
                 break
             if not line.strip(" \t\r\n"):
                 continue
-            values, reason = parse_line(line, self.needed)
-            if values is None:
+            parsed, reason = parse_line(line, self.needed)
+            if not parsed:
                 malformed.append((len(rows), number, reason, line.rstrip("\r\n")))
-            else:
-                new_keys.update((key, None) for key in values if key not in known)
-                check_width(len(known) + len(new_keys))
-                rows.append([values.get(column, "") for column in self.columns])
+                continue
+            new_keys.update((key, None) for key in parsed[0] if key not in known)
+            check_width(len(known) + len(new_keys))
+            for cells in parsed:
+                cells.setdefault(CAPTION_INDEX, "0")
+                rows.append([cells.get(column, "") for column in self.columns])
         return to_table(rows, self.columns), malformed, list(new_keys)
 
 
@@ -237,7 +281,7 @@ def _take_lines(lines: Iterator[str]) -> Iterator[str]:
 def scan_line(line: str, columns: list[str]) -> list[str]:
     """The cells of a plain line: an object with these very keys in this order, and nothing around it; else an exception."""
     values, end = _DECODER.scan_once(line, 0)  # type: ignore[attr-defined]
-    if line[end:] not in LINE_ENDS or list(values) != columns:
+    if line[end:] not in LINE_ENDS or list(values) != columns or CAPTION_INDEX in columns:
         raise ValueError
     return list(values.values())  # of which to_table refuses what is no string
 

@@ -1,11 +1,18 @@
-"""Parquet files, planned from their footers alone and read where they lie, a row group at a time."""
+"""Parquet files, planned from their footers and read where they lie, a few pages of a row group at a time."""
+import hashlib
+import io
+from collections.abc import Iterator
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addons.inputs.columnar import BlockFile, BlockReader
 from addons.inputs.files import InputFile
 
-MOST_BLOCK_BYTES = 4_000_000_000  # of one row group, unpacked, in the columns that are read
+PIECE_ROWS = 8192  # read at a time, at most …
+PIECE_BYTES = 16_000_000  # … and fewer where they are long
+IMAGE_BYTES = 8_000_000  # the same of images
+READ_BYTES = 1 << 18  # of a column's pages at a time
 
 
 class ParquetFile(BlockFile):
@@ -14,7 +21,6 @@ class ParquetFile(BlockFile):
     def __init__(self, file: InputFile) -> None:
         self._input = file
         self._file = pq.ParquetFile(file.open_native())
-        self._with_dictionaries: pq.ParquetFile | None = None
         self._metadata = self._file.metadata
         self.schema = self._file.schema_arrow  # read here, so that a footer with flaws is found here
         self.schema.names  # noqa: B018 - and a name that is no text
@@ -23,29 +29,66 @@ class ParquetFile(BlockFile):
             raise ValueError(f"its footer counts {self._metadata.num_rows} rows and {sum(self.block_rows)}")
 
     def read_block(self, number: int, columns: list[str]) -> pa.Table:
-        """The row group of that number, with these columns, whose text comes as dictionaries.
+        """The row group of that number, with these columns."""
+        pieces = list(self.read_pieces(number, columns))
+        return pa.concat_tables(pieces) if pieces else self.schema.empty_table().select(columns)
+
+    def read_pieces(self, number: int, columns: list[str]) -> Iterator[pa.Table]:
+        """The row group of that number, with these columns, a few of its pages at a time; text and bytes come as dictionaries.
 
         A value that the file holds once and repeats is held once here, too: as plain text it could be thousands of times as
-        large as the file. Raises ValueError for a row group that is too large for all that.
+        large as the file.
         """
+        piece_bytes = IMAGE_BYTES if any(name.endswith(".bytes") for name in columns) else PIECE_BYTES
+        rows = int(min(PIECE_ROWS, max(1.0, piece_bytes / max(1.0, self.row_bytes(number, columns)))))
+        with self._open_again() as file:
+            for batch in file.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
+
+    def _open_again(self) -> pq.ParquetFile:
+        """The file once more, for one reader of its row groups: what it takes for that is given back when it is closed."""
+        leaves = []
+        for place in range(self._metadata.num_columns):
+            leaf = self._metadata.schema.column(place)
+            if leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level <= 1:
+                leaves.append(leaf.path)
+        return pq.ParquetFile(self._input.open_native(), metadata=self._metadata, read_dictionary=leaves, pre_buffer=False,
+                              buffer_size=READ_BYTES)
+
+    def row_bytes(self, number: int, columns: list[str]) -> float:
+        """How many bytes a row of the row group has in these columns, on average, as the footer says."""
         group = self._metadata.row_group(number)
         size = 8 * group.num_rows * len(columns)
+        wanted = set(columns)
         for place in range(group.num_columns):
-            if group.column(place).path_in_schema in columns:
+            path = group.column(place).path_in_schema
+            if path in wanted or path.partition(".")[0] in wanted:
                 size += group.column(place).total_uncompressed_size
-        if size > MOST_BLOCK_BYTES:
-            raise ValueError(f"a row group takes {size >> 20} MiB, too many to be read at a time")
-        if self._with_dictionaries is None:
-            is_text = (pa.types.is_string, pa.types.is_large_string)
-            text = [field.name for field in self.schema if any(test(field.type) for test in is_text)]
-            self._with_dictionaries = pq.ParquetFile(self._input.open_native(), metadata=self._metadata, read_dictionary=text)
-        return self._with_dictionaries.read_row_group(number, columns=columns)
+        return size / max(1, group.num_rows)
+
+    def may_hold(self, number: int, column: str, low: str, high: str) -> bool:
+        """False where the footer's smallest and largest value of the column leave nothing between `low` and `high`."""
+        group = self._metadata.row_group(number)
+        for place in range(group.num_columns):
+            if group.column(place).path_in_schema == column:
+                statistics = group.column(place).statistics
+                if statistics is None or not statistics.has_min_max or not isinstance(statistics.max, str):
+                    return True
+                return bool(statistics.min <= high and statistics.max >= low)
+        return True
+
+    def footer(self) -> bytes:
+        """The file's end as it lies there: its schema, and where everything is."""
+        with self._input.open() as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - 8))
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, size - 8 - length))
+            return file.read(length + 8)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close(force=True)
-        if self._with_dictionaries is not None:
-            self._with_dictionaries.close(force=True)
 
 
 class ParquetReader(BlockReader):
@@ -57,6 +100,11 @@ class ParquetReader(BlockReader):
     def open_file(self, file: InputFile) -> ParquetFile:
         """Open a file and read its footer."""
         return ParquetFile(file)
+
+    def hash_index(self, file: InputFile) -> str:
+        """The sha256 of the footer, which tells how large each column of each row group is, and often its extremes."""
+        with ParquetFile(file) as opened:
+            return hashlib.sha256(opened.footer()).hexdigest()
 
 
 READER = ParquetReader()

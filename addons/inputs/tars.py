@@ -5,21 +5,23 @@
 A member's key is its path up to the last dot of its name, so that `holiday.v2.png` and `holiday.v2.txt` are a pair. What is
 no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by
 offset, never unpacked. A pair's fields are those of its .json; its caption is the field that `caption_column` names, else the
-.txt (a list of captions is no caption: such a pair is `empty_caption`); its URL is the field that `url_column` names, else
-`<tar>/<image>`. Where img2dataset's own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed
-downloads) are rows too.
+.txt (a list of captions makes as many rows, see caption_lists.py; an object is no caption); its URL is the field that
+`url_column` names, else `<tar>/<image>`. Where img2dataset's own Parquet lies next to a tar, the pairs that it lists and the
+tar lacks (failed downloads) are rows too.
 """
+import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from addons.images.memory import reserve_for_image
 from addons.inputs import Manifest, needed_columns
+from addons.inputs.caption_lists import CAPTION_INDEX
 from addons.inputs.columnar import is_textual, reading, to_text
 from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
-from addons.inputs.json_lines import NestedCaption, check_width, parse_object
+from addons.inputs.json_lines import Cells, NestedCaption, check_width, parse_object, parse_rows
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
 from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
@@ -177,10 +179,9 @@ def _read_side_file(side_file: InputFile) -> dict[str, list[str]]:
 
 
 class Texts(NamedTuple):
-    """What an entry's texts say: the fields of its .json, its caption, and whether the .json has a list or object for one."""
+    """What an entry's texts say: its fields, once for each of its captions, and whether its .json has an object for one."""
 
-    fields: dict[str, str]
-    caption: str
+    rows: list[Cells]
     has_nested_caption: bool
 
 
@@ -193,20 +194,36 @@ def read_members(tar_file: InputFile, entries: list[Entry], caption_column: str)
             file.seek(member.offset)
             return file.read(member.size).decode("utf-8-sig", "replace")
         for entry in entries:
-            fields, is_nested = _read_fields(text_of(entry.members.get("json")) or "{}", caption_column)
-            fields = {**entry.fields, **fields}
-            caption = fields.get(caption_column) or text_of(entry.members.get("txt"))
-            yield Texts(fields, caption, is_nested)
+            rows, is_nested = _read_rows(text_of(entry.members.get("json")) or "{}", caption_column)
+            rows = [{**entry.fields, **cells} for cells in rows]
+            if not rows[0].get(caption_column) and len(rows) == 1:
+                rows[0][caption_column] = text_of(entry.members.get("txt"))
+            yield Texts(rows, is_nested)
 
 
-def _read_fields(text: str, caption_column: str) -> tuple[dict[str, str], bool]:
-    """The fields of a .json, none for one that is no JSON (the .txt may still be there), and whether its caption is nested."""
+def _read_rows(text: str, caption_column: str) -> tuple[list[Cells], bool]:
+    """The fields of a .json, for each of its captions, and whether that is nested; none for what is no JSON."""
     try:
-        return parse_object(text, caption_column), False
+        return parse_rows(text, caption_column), False
     except NestedCaption:
-        return {**parse_object(text), caption_column: ""}, True
+        return [{**parse_object(text), caption_column: ""}], True
     except ValueError:
-        return {}, False
+        return [{}], False
+
+
+class Pick(NamedTuple):
+    """A row: the place of its entry in its tar, and which of the entry's captions it is."""
+
+    place: int
+    caption: int
+
+
+def hash_entries(entries: list[Entry]) -> str:
+    """The sha256 of where everything lies in a tar, and of what the Parquet next to it says."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(repr((entry.key, sorted(entry.members.items()), sorted(entry.fields.items()))).encode("utf-8", "replace"))
+    return digest.hexdigest()
 
 
 # ── Reader and rows ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,33 +246,38 @@ class TarReader(InPlaceReader):
         """What the tars hold: every header and .json is read once, no image. What is wrong with a tar is said."""
         columns = dict.fromkeys(needed_columns(config))
         nested = 0
+        input_rows = 0
         described: list[Manifest] = []
         left_aside = LeftAside()
         starts = [0]
         for file in found:
             try:
-                entry, names = self._describe_tar(file, config, left_aside, is_only=len(found) == 1)
+                entry, names, first_rows = self._describe_tar(file, config, left_aside, is_only=len(found) == 1)
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys(names))
             check_width(len(columns))
             described.append(entry)
             nested += entry["nested_captions"]
+            input_rows += sum(not config.limit or starts[-1] + row < config.limit for row in first_rows)
             starts.append(starts[-1] + entry["rows"])
             if config.limit and starts[-1] >= config.limit:
                 break
         rows = starts[-1]
         left_aside.tell("the tars")
         if nested:
-            say(f"{nested:,} captions in the tars' .json are lists or objects, which are not read yet: those pairs get their "
-                ".txt, or the status empty_caption")
-        return {"kind": self.kind, "columns": list(columns), "rows": rows, "malformed": 0, "files": described,
-                "left_aside": left_aside.describe(),
-                "starts": sorted({start for start in starts if start < rows})}
+            say(f"{nested:,} captions in the tars' .json are objects, or lists of other things than captions: those pairs get "
+                "their .txt, or the status empty_caption")
+        manifest = {"kind": self.kind, "columns": list(columns), "rows": rows, "malformed": 0, "files": described,
+                    "left_aside": left_aside.describe(),
+                    "starts": sorted({start for start in starts if start < rows})}
+        return manifest | {"input_rows": input_rows} if CAPTION_INDEX in columns else manifest
 
     def _describe_tar(self, file: InputFile, config: Config, left_aside: LeftAside,
-                      is_only: bool) -> tuple[Manifest, list[str]]:
-        """A tar's entry in manifest.json, and the names of its pairs' fields; what is no pair's is added to `left_aside`.
+                      is_only: bool) -> tuple[Manifest, list[str], list[int]]:
+        """A tar's entry in manifest.json, the names of its pairs' fields, and the first row of each pair.
+
+        What is no pair's is added to `left_aside`.
 
         Raises OSError, and Trouble (exit 3) for an only file that is no tar.
         """
@@ -270,14 +292,23 @@ class TarReader(InPlaceReader):
             say(f"{file.name} is damaged ({flaw}): what comes after its first {len(entries)} pairs is lost")
         if flaw:
             entry["flaw"] = flaw
-        entry["rows"] = len(entries)
+        entry["index_sha256"] = hash_entries(entries)
         entry["nested_captions"] = 0
         names: dict[str, None] = {}
+        first_rows = []
         for texts in read_members(file, entries, column_name(config.caption_column)):
-            names.update(dict.fromkeys(texts.fields))
+            names.update(dict.fromkeys(texts.rows[0]))
             check_width(len(names))
             entry["nested_captions"] += texts.has_nested_caption
-        return entry, list(names)
+            first_rows.append(entry["rows"])
+            entry["rows"] += len(texts.rows)
+        if entry["rows"] != len(entries):
+            entry["input_rows"] = len(entries)
+        return entry, list(names), first_rows
+
+    def hash_index(self, file: InputFile) -> str:
+        """What the tar and the Parquet next to it hold, where in them."""
+        return hash_entries(index_shard(file).entries)
 
     def open_files(self, manifest: Manifest, found: list[InputFile], config: Config) -> "TarRows":
         """The rows of the tars."""
@@ -294,33 +325,41 @@ class TarRows(FileRows):
         self.url_column = column_name(config.url_column)
         self.caption_column = column_name(config.caption_column)
         self.max_bytes = config.max_image_bytes
+        self.entry_counts: list[int] = [file.get("input_rows", file["rows"]) for file in manifest["files"]]
         self._indexed_number = -1  # the place in `files` of the tar whose index is kept
         self._entries: list[Entry] = []
+        self._picks: Sequence[Pick] = []  # of the rows of that tar
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as columns of text; what a pair's .json lacks is ""."""
         import pandas as pd
         rows = []
-        for number, entries in self._slices(start, stop):
+        for number, picks in self._slices(start, stop):
             file = self.files[number]
+            places = list(dict.fromkeys(pick.place for pick in picks))
+            entries = [self._entries[place] for place in places]
             try:
-                for entry, texts in zip(entries, read_members(file, entries, self.caption_column), strict=True):
-                    rows.append(self._make_row(file, entry, texts))
+                texts_of = dict(zip(places, read_members(file, entries, self.caption_column), strict=True))
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
+            rows += [self._make_row(file, self._entries[pick.place], texts_of[pick.place].rows, pick.caption) for pick in picks]
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
-    def _make_row(self, file: InputFile, entry: Entry, texts: Texts) -> list[str]:
+    def _make_row(self, file: InputFile, entry: Entry, rows: list[Cells], caption: int) -> list[str]:
+        if caption >= len(rows):
+            raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
+        cells = rows[caption]
         name = as_text(entry.image.name if entry.image else entry.key)
-        url = texts.fields.get(self.url_column) or f"{as_text(file.name)}/{name}"
-        cells = {**texts.fields, self.caption_column: texts.caption, self.url_column: url}
+        cells[self.url_column] = cells.get(self.url_column) or f"{as_text(file.name)}/{name}"
+        cells.setdefault(CAPTION_INDEX, "0")
         return [cells.get(column, "") for column in self.columns]
 
     def sources(self, start: int, stop: int) -> list[str]:
         """What `read_bytes` wants for each of the rows [start, stop): tar, offset, size and name; two pairs never share one."""
         found = []
-        for number, entries in self._slices(start, stop):
-            for entry in entries:
+        for number, picks in self._slices(start, stop):
+            for pick in picks:
+                entry = self._entries[pick.place]
                 if entry.image:
                     found.append(f"{number}:{entry.image.offset}:{entry.image.size}:{entry.image.name}")
                 else:
@@ -345,13 +384,14 @@ class TarRows(FileRows):
             raise RowFailure("corrupt", "the tar is cut off within it")
         return data
 
-    def _slices(self, start: int, stop: int) -> Iterator[tuple[int, list[Entry]]]:
-        """The entries of the rows [start, stop), and the place in `files` of the tar that they are in."""
+    def _slices(self, start: int, stop: int) -> Iterator[tuple[int, "Sequence[Pick]"]]:
+        """Which entry and which of its captions each of the rows [start, stop) is, and the place in `files` of their tar."""
         for number, first, end in self.stretches(start, stop):
             if self._indexed_number != number:
                 self._entries = self._index(number)
+                self._picks = self._pick(number)
                 self._indexed_number = number
-            yield number, self._entries[first:end]
+            yield number, self._picks[first:end]
 
     def _index(self, number: int) -> list[Entry]:
         file = self.files[number]
@@ -359,9 +399,24 @@ class TarRows(FileRows):
             entries = index_shard(file).entries
         except PermissionError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror}") from None
-        if len(entries) != self.counts[number]:
+        if len(entries) != self.entry_counts[number]:
             raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
         return entries
+
+    def _pick(self, number: int) -> "list[Pick]":
+        """The rows of a tar; where it has lists of captions, its .json files are read again to know how long they are."""
+        if self.counts[number] == self.entry_counts[number]:
+            return [Pick(place, 0) for place in range(self.counts[number])]
+        file = self.files[number]
+        picks: list[Pick] = []
+        try:
+            for place, texts in enumerate(read_members(file, self._entries, self.caption_column)):
+                picks += [Pick(place, caption) for caption in range(len(texts.rows))]
+        except OSError as error:
+            raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
+        if len(picks) != self.counts[number]:
+            raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
+        return picks
 
 
 READER = TarReader()

@@ -1,19 +1,18 @@
-"""What text tables share: their bytes in one pass, hashed, unzipped and transcoded on the way, and their readers' base."""
+"""What text tables share: their bytes in one pass, hashed, unpacked and transcoded on the way, and their readers' base."""
 import codecs
-import dataclasses
-import gzip
 import hashlib
 import io
 import pathlib
-import zlib
+import typing
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import pyarrow as pa
 
-from addons.inputs import Manifest, files
+from addons.inputs import Manifest, Rows, files
+from addons.inputs.compression import ERRORS, MAGIC_BYTES, Unpacked, name_compression, unpack
 from addons.stores import find_store
-from image_text_sim_clip import EXIT_INPUT, Config, CsvReader, TextTable, Trouble
+from image_text_sim_clip import EXIT_INPUT, Config, StagedRows, TextTable, Trouble
 
 READ_BYTES = 1 << 20  # of a file at a time, at least
 LINE_PIECE_BYTES = 65_536  # of text that is cut into physical lines at a time
@@ -51,7 +50,7 @@ class HashingFile(io.RawIOBase):
 
 
 class Text:
-    """A table's text as UTF-8 bytes in one pass: hashed, unzipped (.gz) and transcoded on the way, little of it held.
+    """A table's text as UTF-8 bytes in one pass: hashed, unpacked and transcoded on the way, little of it held.
 
     `peek` shows what comes next, `take` and `lines` go on. What a codec cannot read becomes lone surrogates, which no UTF-8
     holds: such lines are told from good ones later. `line` is the number of the physical line that comes next, from 1.
@@ -66,12 +65,13 @@ class Text:
         self._at = 0  # how much of that has been taken
         self._ended = False
         try:
-            self._file = HashingFile(find_store(path).open(path))
+            stored = find_store(path).open(path)
+            compression = name_compression(stored.read(MAGIC_BYTES), path)
+            stored.seek(0)
         except OSError as error:
             raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
-        self._bytes: io.RawIOBase | gzip.GzipFile = self._file
-        if path.lower().endswith(".gz"):
-            self._bytes = gzip.GzipFile(fileobj=self._file, mode="rb")
+        self._file = HashingFile(stored)
+        self._bytes: Unpacked = unpack(typing.cast(BinaryIO, self._file), compression)
         codec = codecs.lookup(encoding).name
         self._decoder: codecs.IncrementalDecoder | None = None
         self.errors = "surrogateescape"  # how bytes of this text become characters again
@@ -99,7 +99,7 @@ class Text:
                     data = self._decoder.decode(data, self._ended).encode("utf-8", "surrogatepass")
                 self._held = self._held[self._at:] + data
                 self._at = 0
-        except (EOFError, OSError, zlib.error) as error:
+        except ERRORS as error:
             raise Trouble(EXIT_INPUT, f"cannot read csv_path {self.path} to its end: {error}") from None
         except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
             raise Trouble(EXIT_INPUT, f"{self.path} is not {self.encoding}: {error}") from None
@@ -150,11 +150,32 @@ def is_utf8(block: bytes, end: int) -> bool:
     return True
 
 
-class TextReader(CsvReader):
-    """A Reader of text that is staged. A subclass says `kind`, `suffixes` and how to open the table.
+def find_first_bad_byte(path: str, encoding: str) -> int:
+    """Where the text of a file, unpacked, stops being text, in bytes from its start; its length if it is all text."""
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    offset = 0
+    with find_store(path).open(path) as stored:
+        compression = name_compression(stored.read(MAGIC_BYTES), path)
+        stored.seek(0)
+        text = unpack(stored, compression)
+        while block := text.read(READ_BYTES):
+            begun = len(decoder.getstate()[0])  # bytes of a character that the last block began
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return offset - begun + error.start
+            offset += len(block)
+    return offset
 
-    The table is one file, gzipped or not; a folder, glob or pattern is fine where it stands for one.
+
+class TextReader:
+    """A Reader of text that is staged. A subclass says `kind`, `suffixes` and how to open a table.
+
+    The input is one file or a set of them, each compressed or not.
     """
+
+    kind: str
+    suffixes: tuple[str, ...]
 
     def open_table(self, config: Config, known: list[str]) -> TextTable:
         """Open the table at `config.csv_path`: its columns, and batches of its rows and malformed records, in order.
@@ -166,20 +187,30 @@ class TextReader(CsvReader):
 
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader."""
-        described = super().describe(self._name_file(config), output)
+        from addons.inputs.staging import stage_files
+        found = files.list_files(config.csv_path, self)
+        described = stage_files(self.kind, self.open_table, found, config, output)
         left_aside = files.find_left_aside(config.csv_path, self)
         left_aside.tell(config.csv_path)
-        return {**described, "left_aside": left_aside.describe()}
+        return described | {"left_aside": left_aside.describe()} if left_aside.total else described
+
+    def open(self, manifest: Manifest, config: Config, output: pathlib.Path) -> Rows:
+        """See Reader."""
+        rows = StagedRows(output / "pairs.parquet")
+        if "holds_images" not in manifest:
+            return rows
+        from addons.inputs.table_images import StagedRowsWithImages
+        return StagedRowsWithImages(rows, config)
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
-        """See Reader."""
+        """See Reader. An input of one file may have another name."""
+        from addons.inputs.staging import has_changed
         try:
-            return super().differences(manifest, self._name_file(config))
+            found = files.list_files(config.csv_path, self)
         except Trouble as trouble:
             return [str(trouble)]
-
-    def _name_file(self, config: Config) -> Config:
-        found = files.list_files(config.csv_path, self)
-        if len(found) > 1:
-            raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} names {len(found)} files: {self.kind} is read from one")
-        return dataclasses.replace(config, csv_path=found[0].path)
+        entries = manifest["files"]
+        if len(entries) == len(found) == 1:
+            return [f"{found[0].name} has changed"] if has_changed(found[0], entries[0]) else []
+        there = [file for file in found if files.has_bytes(file)]
+        return files.name_differences(entries, there[:len(entries)] if config.limit else there, has_changed)

@@ -1,0 +1,215 @@
+"""Sets of files, folders of them, and files that are compressed: each row and each malformed line keeps its place."""
+import bz2
+import gzip
+import json
+import lzma
+import os
+import zipfile
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from addons import inputs
+from addons.inputs import files
+
+
+def pairs(rows):
+    return [(row["url"], row["caption"]) for row in rows]
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(folder, **texts):
+    """Files below the folder, "/" in a name as "__"."""
+    for name, text in texts.items():
+        path = folder / name.replace("__", "/").replace("_csv", ".csv").replace("_jsonl", ".jsonl").replace("_txt", ".txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("csv_path", ["d", "d/*.csv", "d/{a,b}.csv", "d/{a,b,a}.csv"])
+def test_a_set_of_tables(tmp_path, score_input, csv_path):
+    """Files are read in order; bad lines keep the number in their own file; the manifest has each file."""
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\nragged\n", b_csv='caption,url,n\nc2,u2,7\n\n"x\nc3,u3,8\n')
+    outcome, rows, bad, manifest = score_input(csv_path)
+    assert pairs(rows) == [("u1", "c1"), ("u2", "c2"), ("u3", "c3")] and [row["n"] for row in rows] == ["", "7", "8"]
+    assert [(row["file"], row["line"]) for row in bad] == [("a.csv", "3"), ("b.csv", "4")]
+    assert [(file["name"], file["rows"]) for file in manifest["files"]] == [("a.csv", 1), ("b.csv", 2)]
+    assert (outcome.result["rows"], outcome.result["malformed"]) == (3, 2)
+    assert score_input(csv_path)[0].result == outcome.result
+
+
+def test_limit_in_a_set(tmp_path, score_input):
+    """`limit` ends within the file that it falls into; what comes after may change."""
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\nu2,c2\n", b_csv="url,caption\nu3,c3\nbad\n", c_csv="url,caption\nu4,c4\n")
+    _, rows, bad, manifest = score_input("d", limit=3)
+    assert len(rows) == 3 and not bad and [file["name"] for file in manifest["files"]] == ["a.csv", "b.csv"]
+    write(tmp_path / "d", c_csv="url,caption\nelse,c4\n")
+    assert score_input("d", limit=3)[0].code == 0
+    write(tmp_path / "d", b_csv="url,caption\nu5,c3\nbad\n")
+    assert "b.csv has changed" in score_input("d", limit=3)[0].stderr
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"d__b_csv": "url,caption\nu2,c3\n"}, ["b.csv has changed"]), ({"d__c_csv": "url,caption\nu3,c3\n"}, ["c.csv is new"]),
+    ({"d__b_csv": None}, ["b.csv is gone"])])
+def test_a_changed_set_is_refused(tmp_path, score_input, change, words):
+    """A set goes on under new time stamps, and is refused by name where a file changed, came or went."""
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\n", b_csv="url,caption\nu2,c2\n")
+    first = score_input("d")[0]
+    for name in ("a.csv", "b.csv"):
+        os.utime(tmp_path / "d" / name, ns=(1, 1))
+    assert score_input("d")[0].result == first.result
+    for name, text in change.items():
+        if text is None:
+            (tmp_path / "d/b.csv").unlink()
+        else:
+            write(tmp_path, **{name: text})
+    outcome = score_input("d")[0]
+    assert outcome.code == 2 and len(outcome.stderr.splitlines()) == 1
+    assert all(word in outcome.stderr for word in words)
+
+
+def test_json_lines_with_other_keys_in_each_file(tmp_path, score_input):
+    """Keys of all files become columns, wherever they first appear, also behind the first megabyte; so do lists of captions."""
+    plain = [{"url": f"u{n}", "caption": "c" * 1000} for n in range(1500)]
+    first = {"caption": "c", "url": "u", "other": True}
+    last = {"url": "l", "caption": ["m", "n"], "later": None}
+    write(tmp_path / "d", a_jsonl=jsonl(*plain, {"url": "x", "caption": "y", "late": 1}), b_jsonl="",
+          c_jsonl=jsonl(first, *plain, last))
+    _, rows, _, manifest = score_input("d")
+    assert manifest["columns"] == ["url", "caption", "other", "late", "later", "caption_index"]
+    assert [rows[1500][name] for name in ("url", "late", "other", "caption_index")] == ["x", "1", "", "0"]
+    assert [(row["caption"], row["caption_index"]) for row in rows[-2:]] == [("m", "0"), ("n", "1")]
+    assert manifest["rows"] == 3004 and manifest["input_rows"] == 3003
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_folders_become_columns(tmp_path, score_input, kind):
+    """Folders are read with their subfolders, hidden ones aside; `key=value` in their names become columns."""
+    for number, folder in enumerate(["", "lang=en/y=1", "lang=de%20x", "lang=__HIVE_DEFAULT_PARTITION__", "_tmp", ".git"]):
+        path = tmp_path / "d" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        row = {"url": f"u{number}", "caption": "c"} | ({"lang": "own"} if number == 1 else {})
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist([row]), path / "t.parquet")
+        elif kind == "jsonl":
+            (path / "t.jsonl").write_text(jsonl(row))
+        else:
+            (path / "t.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    (tmp_path / "d/README.txt").write_text("notes")
+    _, rows, _, manifest = score_input("d")
+    assert [(row["url"], row["lang"], row["y"]) for row in rows] == [
+        ("u3", "", ""), ("u2", "de x", ""), ("u1", "own", "1"), ("u0", "", "")]
+    assert manifest["left_aside"]["hidden folders"]["count"] == 2
+    if kind == "csv":
+        assert [(row["lang"], row["y"]) for row in score_input("d/*/y=1/*.csv", "--fresh")[1]] == [("own", "1")]
+
+
+def test_output_inside_the_input(tmp_path, score_input):
+    """What a run writes below the folder that it reads is no input of its resumption."""
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\n")
+    first = score_input("d", output_path=str(tmp_path / "d/scores"))[0]
+    assert first.code == 0 and first.result["rows"] == 1
+    again = score_input("d", output_path=str(tmp_path / "d/scores"))[0]
+    assert again.result == first.result and (tmp_path / "d/scores/scores.csv").exists()
+
+
+def test_links_to_folders(tmp_path):
+    """Folders that link to each other are read once."""
+    write(tmp_path / "d", a__t_csv="url,caption\nu1,c1\n", b__t_csv="url,caption\nu1,c1\n")
+    (tmp_path / "d/a/up").symlink_to("..")
+    (tmp_path / "d/b/other").symlink_to("../a")
+    assert [path.rpartition("/d/")[2] for path in files.expand_path(str(tmp_path / "d"))] == ["a/t.csv", "b/t.csv"]
+
+
+@pytest.mark.parametrize(("pattern", "paths"), [
+    ("x{08..10}", ["x08", "x09", "x10"]), ("{a,b}-{0..1}", ["a-0", "a-1", "b-0", "b-1"]), ("{0..6..3}", ["0", "3", "6"]),
+    ("{a..b}", ["{a..b}"]), ("{a}", ["{a}"]), ("a{,.x}", ["a", "a.x"]), ("{}", ["{}"])])
+def test_braces(pattern, paths):
+    """Numbers, with a step, and words in braces are spelled out as a shell does; other braces stay."""
+    assert files.expand_braces(pattern) == paths
+
+
+def compress(data, suffix, path):
+    """The file of that name with the data, compressed as the suffix says."""
+    if suffix in (".zst", ".lz4"):
+        with pa.CompressedOutputStream(str(path), {".zst": "zstd", ".lz4": "lz4"}[suffix]) as file:
+            file.write(data)
+    else:
+        path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, "": bytes}[suffix](data))
+
+
+SUFFIXES = ["", ".gz", ".bz2", ".xz", ".zst", ".lz4"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl"])
+def test_compressed_tables(tmp_path, score_input, suffix, name):
+    """Each compression is read by its name, and under the name of a plain table as well."""
+    separator = "\t" if name == "t.tsv" else ","
+    text = f"url{separator}caption\na{separator}b\n" if name != "t.jsonl" else jsonl({"url": "a", "caption": "b"})
+    for shown in (name + suffix, name):
+        compress(text.encode(), suffix, tmp_path / shown)
+        outcome, rows, _, manifest = score_input(shown, "--fresh")
+        assert outcome.code == 0 and pairs(rows) == [("a", "b")], outcome.stderr
+        assert manifest["files"][0]["bytes"] == (tmp_path / shown).stat().st_size
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_truncated_compression(tmp_path, score_input, suffix):
+    """A compressed table that is cut off is exit 3 and one line with its name."""
+    compress(b"url,caption\n" + os.urandom(3000).hex().encode() + b",b\n" * 500, suffix, tmp_path / "t.csv")
+    data = (tmp_path / "t.csv").read_bytes()
+    (tmp_path / f"t.csv{suffix}").write_bytes(data[:len(data) // 2])
+    outcome = score_input(f"t.csv{suffix}")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and f"t.csv{suffix}" in outcome.stderr
+
+
+def test_files_that_are_no_text(tmp_path, score_input):
+    """Archives and binary tables under any name of a text are told for what they are, in one line and exit 3."""
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("pairs.csv", "url,caption\na,b\n")
+    pq.write_table(pa.table({"url": ["a"], "caption": ["b"]}), tmp_path / "p.parquet")
+    pyarrow.feather.write_feather(pa.table({"url": ["a"], "caption": ["b"]}), tmp_path / "t.feather")
+    (tmp_path / "t.csv").write_bytes((tmp_path / "p.parquet").read_bytes())
+    (tmp_path / "t.xlsx").write_bytes((tmp_path / "t.zip").read_bytes())
+    for name, word in (("t.zip", "zip archive"), ("t.csv", "Parquet"), ("t.xlsx", "Excel"), ("t.feather", "Feather")):
+        outcome = score_input(name, "--fresh")[0]
+        assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and word in outcome.stderr, outcome.stderr
+
+
+def test_columns_that_change_type_between_files(tmp_path, score_input):
+    """Parquet files whose columns differ, in type or at all, are one table of text."""
+    (tmp_path / "d").mkdir()
+    pq.write_table(pa.table({"url": ["a"], "caption": ["b"], "n": [1]}), tmp_path / "d/0.parquet")
+    pq.write_table(pa.table({"caption": ["c"], "url": ["d"], "n": ["x"], "m": [0.5]}), tmp_path / "d/1.parquet")
+    pq.write_table(pa.table({"caption": [["e", "f"]], "url": [b"no image"], "n": [[1]]}), tmp_path / "d/2.parquet")
+    outcome, rows, _, _ = score_input("d")
+    assert outcome.code == 0, outcome.stderr
+    assert [(row["caption"], row["n"], row["m"]) for row in rows] == [
+        ("b", "1", ""), ("c", "x", "0.5"), ("e", "", ""), ("f", "", "")]
+    (tmp_path / "d/3.parquet").write_bytes(b"no parquet")
+    outcome = score_input("d", "--fresh")[0]
+    assert outcome.code == 3 and "3.parquet" in outcome.stderr.splitlines()[-1]
+
+
+def test_a_file_of_a_set_without_the_columns(tmp_path, score_input):
+    """A file of a set that lacks a column that counts is exit 3 and named."""
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\n", b_csv="url,text\nu1,c1\n")
+    outcome = score_input("d")[0]
+    assert outcome.code == 3 and "b.csv has no column 'caption'" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+
+
+def test_several_kinds_of_tables(tmp_path):
+    """A folder with tables of several kinds is refused by name; a .txt is a note where there are others."""
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\n", note_txt="x")
+    assert inputs.find_reader(str(tmp_path / "d")).kind == "csv"
+    assert [file.name for file in files.list_files(str(tmp_path / "d"), inputs.find_reader(str(tmp_path / "d")))] == ["a.csv"]
+    write(tmp_path / "d", b_jsonl="")
+    with pytest.raises(files.Trouble, match="several kinds"):
+        inputs.find_reader(str(tmp_path / "d"))
