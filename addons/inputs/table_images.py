@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from addons.images.memory import reserve_for_image
 from addons.inputs import Manifest, Rows
 from addons.inputs.columnar import DATA_URI, BlockFile, BlockReader, BlockRows, Piece, find_data_uris, is_image, to_text
 from addons.inputs.files import InputFile
-from image_text_sim_clip import Config, RowFailure, Trouble, column_name, loader_threads, open_source, reserve_for_image
+from image_text_sim_clip import Config, RowFailure, Trouble, column_name, loader_threads, open_source
 
 if TYPE_CHECKING:
     import pandas as pd
