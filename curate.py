@@ -25,6 +25,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -48,6 +49,7 @@ from image_text_sim_clip import (
     atomic_file,
     check_section,
     column_names,
+    in_store,
     load_config,
     locked,
     output_disk,
@@ -278,10 +280,13 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         stack.enter_context(output_disk(folder))
         for leftover in folder.rglob(".*.[0-9]*.tmp"):  # of a run that was killed
             leftover.unlink()
-        verdicts = stack.enter_context(verdict_file(folder, run.row_count))
+        scratch = folder
+        if in_store(folder):
+            scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        verdicts = stack.enter_context(verdict_file(scratch, run.row_count))
         saved = None
         if curation.duplicate_images == "semantic":
-            saved = stack.enter_context(contextlib.closing(SavedImages(run, folder, os.getpid())))
+            saved = stack.enter_context(contextlib.closing(SavedImages(run, scratch, os.getpid())))
         overlaps = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)

@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from addons.measures import Measure
     from addons.results.memory_curve import MemoryCurve
     from addons.results.progress import ProgressBar, ProgressLog
+    from addons.stores.paths import StorePath
 
 __version__ = "0.2.0"
 
@@ -855,6 +856,9 @@ class CsvReader:
 
     def open(self, manifest: Json, config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
+        if in_store(output):
+            rows: StagedRows = addon("stores.staged", "output_path").RemoteStagedRows(output / "pairs.parquet", manifest)
+            return rows
         return StagedRows(output / "pairs.parquet")
 
     def differences(self, manifest: Json, config: Config) -> list[str]:
@@ -1047,13 +1051,17 @@ class StagedRows:
         """Rows [start, stop), fewer where the file ends before."""
         import pyarrow.parquet as pq
         with self._path.open("rb") as file, pq.ParquetFile(file) as staged:
-            if self._starts is None or self._starts[-1] != staged.metadata.num_rows:  # another process may have replaced it
-                counts = (staged.metadata.row_group(number).num_rows for number in range(staged.num_row_groups))
-                self._starts = list(itertools.accumulate(counts, initial=0))
-            first = max(0, bisect.bisect_right(self._starts, start) - 1)
-            last = bisect.bisect_left(self._starts, stop)
-            groups = list(range(first, min(last, staged.num_row_groups)))
-            table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
+            return self._read_groups(staged, start, stop)
+
+    def _read_groups(self, staged: Any, start: int, stop: int) -> "pa.Table":
+        """Rows [start, stop) of an open pq.ParquetFile."""
+        if self._starts is None or self._starts[-1] != staged.metadata.num_rows:  # another process may have replaced it
+            counts = (staged.metadata.row_group(number).num_rows for number in range(staged.num_row_groups))
+            self._starts = list(itertools.accumulate(counts, initial=0))
+        first = max(0, bisect.bisect_right(self._starts, start) - 1)
+        last = bisect.bisect_left(self._starts, stop)
+        groups = list(range(first, min(last, staged.num_row_groups)))
+        table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
         return table.slice(start - self._starts[first], stop - start)
 
     def sources(self, start: int, stop: int) -> list[str]:
@@ -1209,6 +1217,8 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     if would_overwrite(as_path(config.csv_path), output):
         raise Trouble(EXIT_CONFIG, f"csv_path {config.csv_path!r} is where results go in output_path {config.output_path!r}: "
                                    "write elsewhere with --set output_path=...")
+    if in_store(output):
+        addon("stores.leases", "output_path").check_workers(config, output)
     staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
     with locked(output):
         remove_leftovers(output)
@@ -1256,6 +1266,8 @@ def cut_rows(manifest: Json, output: pathlib.Path) -> list[Partition]:
 
 def has_parts(output: pathlib.Path) -> bool:
     """Whether anything is scored in `output` already."""
+    if in_store(output):
+        return bool(addon("stores.commits", "output_path").has_parts(output / "parts"))
     return any((output / "parts").glob("part-*.parquet"))
 
 
@@ -1321,9 +1333,12 @@ def _stage_again(manifest: Json, config: Config, output: pathlib.Path) -> None:
 def describe_staged(output: pathlib.Path) -> dict[str, str]:
     """The sha256 of each file that staging has left in `output`."""
     found = {}
+    identify: Callable[[pathlib.Path], str] = file_sha256
+    if in_store(output):
+        identify = addon("stores.staged", "output_path").identify  # a version, without a read
     for name in STAGED_FILES:
         with contextlib.suppress(OSError):  # missing, or a folder
-            found[name] = file_sha256(output / name)
+            found[name] = identify(output / name)
     return found
 
 
@@ -1333,6 +1348,7 @@ def _write_manifest(config: Config, output: pathlib.Path) -> Json:
         forget_results(output)  # of a run whose table was empty
         for name in STAGED_FILES:
             remove_path(output / name)  # of a run that was planned and never scored
+        remove_path(output / "manifest.json")  # whose workers then find that it is gone
         described = find_reader(config.csv_path).describe(config, output)
     size = config.partition_rows
     if size == "auto" and "starts" in described:
@@ -1342,7 +1358,10 @@ def _write_manifest(config: Config, output: pathlib.Path) -> Json:
     manifest = {"version": __version__, "format": FORMAT, "settings": _settings_of(config), **described, "partition_rows": size}
     if (output / "pairs.parquet").exists():
         manifest["staged"] = describe_staged(output)
-    write_sealed(output / "manifest.json", manifest)
+    if in_store(output):
+        addon("stores.commits", "output_path").create_manifest(output / "manifest.json", manifest)
+    else:
+        write_sealed(output / "manifest.json", manifest)
     if described["malformed"]:
         say(f"{described['malformed']} lines of {config.csv_path} are not rows: see {output / 'bad_rows.csv'}")
     return typing.cast(Json, json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
@@ -1444,7 +1463,7 @@ def discard_run(output: pathlib.Path) -> None:
 
 def remove_path(path: pathlib.Path) -> None:
     """Remove a file, or an empty folder that stands in its place; nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
+    if not in_store(path) and path.is_dir() and not path.is_symlink():
         path.rmdir()
     else:
         path.unlink(missing_ok=True)
@@ -3177,7 +3196,14 @@ def name_of_mine(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Write next to `path`, fsync, rename: it is either what it was or complete, whatever happens in between."""
+    """Write next to `path`, fsync, rename: it is either what it was or complete, whatever happens in between.
+
+    In an object store it is sent in pieces, and appears when the last one is there.
+    """
+    if in_store(path):
+        with typing.cast("StorePath", path).writing() as file:
+            yield file
+        return
     mine = name_of_mine(path)
     try:
         with open(mine, "wb") as file:
@@ -3277,6 +3303,10 @@ def locked(output: pathlib.Path, name: str = ".lock") -> Iterator[None]:
 
     COMMIT_LOCK, which is held for a moment only, keeps a part from being committed while its run is discarded.
     """
+    if in_store(output):
+        with addon("stores.leases", "output_path").leased(output, name):
+            yield
+        return
     import filelock
     with output_disk(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -3386,6 +3416,9 @@ def metadata_in(footer: bytes) -> Json | None:
 
 def read_footer(path: pathlib.Path) -> bytes | None:
     """The footer of a Parquet file that is whole in length; None for any other file, and where there is none."""
+    if in_store(path):
+        footer: bytes | None = addon("stores.commits", "output_path").read_footer(path)
+        return footer
     with _reading(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
@@ -3419,6 +3452,12 @@ def read_part_metadata(plan: Plan, partition: Partition) -> Json | None:
     return metadata if metadata and _belongs(metadata, plan, partition) else None
 
 
+def look_at_parts(plan: Plan) -> None:
+    """In an object store, read the footers of all parts many at a time, for the next who ask for them one by one."""
+    if in_store(plan.output):
+        addon("stores.commits", "output_path").look_at_parts(plan.output / "parts")
+
+
 def _belongs(metadata: Json, plan: Plan, partition: Partition) -> bool:
     """Whether a part with this metadata is this run's, and this partition's."""
     return metadata["run"] == plan.fingerprint and metadata["partition"] == partition.index
@@ -3430,13 +3469,21 @@ def part_is_done(plan: Plan, partition: Partition) -> bool:
     return metadata is not None and _find_flawed_file(partition, metadata) is None
 
 
+def size_of_file(path: pathlib.Path) -> int | None:
+    """The bytes of a file next to a part; None, or an OSError, where there is none."""
+    if in_store(path):
+        size: int | None = addon("stores.commits", "output_path").size_of(path)
+        return size
+    return path.stat().st_size
+
+
 def _find_flawed_file(partition: Partition, metadata: Json, thorough: bool = False) -> str | None:
     """The name of a file next to the part that is missing or has another length or, when `thorough`, another sha256."""
     for name, written in metadata["files"].items():
         path = partition.folder / name
         is_whole = False
         with _reading(path):
-            is_whole = path.stat().st_size == written["bytes"]
+            is_whole = size_of_file(path) == written["bytes"]
             if is_whole and thorough:
                 is_whole = file_sha256(path) == written["sha256"]
         if not is_whole:
@@ -3489,6 +3536,9 @@ def commit_part(plan: Plan, partition: Partition, table: "pa.Table", kept: dict[
     """
     metadata = describe_part(plan, partition, table, kept, files)
     data = encode_part(table, metadata)
+    if in_store(plan.output):
+        there = addon("stores.commits", "output_path").commit(plan, partition, data, metadata, replaced, files)
+        return PartSummary(there["rows"], there["statuses"])
     with locked(plan.output, COMMIT_LOCK):
         plan.check_still_there()
         there = read_part_metadata(plan, partition) if part_is_done(plan, partition) else None
@@ -3558,7 +3608,11 @@ class Worker:
         marked: list[Partition] = []
         INTERRUPTION.deferred = True
         try:
-            if any(partition.trying.exists() for partition in todo):
+            if len(todo) > 1 and in_store(self.plan.output):  # one list instead of thousands of requests
+                left_behind = {path.name for path in todo[0].folder.glob("part-*.trying")}
+            else:
+                left_behind = {partition.trying.name for partition in todo if partition.trying.exists()}
+            if left_behind.intersection(partition.trying.name for partition in todo):
                 self._isolate_all()
             since = time.perf_counter()
             begun = (self._begin(partition, retry, marked) for partition in todo)
@@ -3704,6 +3758,7 @@ class Job:
     def pending(self) -> list[Partition]:
         """What is left to do."""
         self.plan.refresh()
+        look_at_parts(self.plan)
         refuse_changed_files(self.plan)
         may_pass = addon("results.retry", "--retry-failed").may_pass_in if self.retry else None
         return [partition for partition in self.plan.partitions
@@ -3795,6 +3850,7 @@ class Snapshot:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        look_at_parts(plan)
         self._digests = [self._digest_of(read_part_metadata(plan, partition)) for partition in plan.partitions]
 
     @staticmethod

@@ -29,6 +29,7 @@ from image_text_sim_clip import (
     atomic_file,
     escape_formula,
     file_sha256,
+    in_store,
     read_sealed,
     say,
     write_sealed,
@@ -224,7 +225,10 @@ class ExportState:
         """Begin anew: first nothing counts as an export any more, and then the files go, all at once by a rename."""
         self._path.unlink(missing_ok=True)
         not_exported.unlink(missing_ok=True)
-        if self.target.exists():
+        if in_store(self.target):
+            for path in self.target.rglob("*"):
+                path.unlink()
+        elif self.target.exists():
             self.target.rename(self._removed)
             shutil.rmtree(self._removed)
         write_sealed(self._path, {**self._wanted, "complete": False})
@@ -365,7 +369,7 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def read_keys(path: pathlib.Path) -> list[str]:
     """The keys of a finished tar, in order; none where there is no tar that can be read to its end."""
     try:
-        with tarfile.open(path) as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file) as tar:
             return [name.removesuffix(".txt") for name in tar.getnames() if name.endswith(".txt")]
     except (FileNotFoundError, tarfile.TarError, EOFError):
         return []
@@ -410,7 +414,8 @@ class ClipRetrieval:
                                       ("text_emb", saved["texts"], saved["text_of_row"])):
             with atomic_file(target / name / f"{name}_{number}.npy") as file:
                 np.save(file, vectors[of_row[rows]].astype(np.float16))
-        table = pq.read_table(partition.parquet, use_threads=False, pre_buffer=False).take(rows)
+        with partition.parquet.open("rb") as file:
+            table = pq.read_table(file, use_threads=False, pre_buffer=False).take(rows)
         columns = {"key": pa.array([f"{partition.start + row:09d}" for row in rows.tolist()], pa.string()),
                    "image_path": table[run.source_name], "caption": table[run.caption_name],
                    "similarity": table["similarity"]}

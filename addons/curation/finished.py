@@ -20,6 +20,7 @@ from image_text_sim_clip import (
     StagedRows,
     Trouble,
     arrow_type,
+    as_path,
     column_name,
     column_names,
     cut_rows,
@@ -152,7 +153,7 @@ def open_run(config: Config) -> FinishedRun:
 
     Trouble: exit 2 for the results of another version, 3 for none or unfinished ones, 7 for a damaged part.
     """
-    output = pathlib.Path(config.output_path)
+    output = as_path(config.output_path)
     manifest = read_manifest(output)
     if manifest:
         refuse_other_format(manifest, output)

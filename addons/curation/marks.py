@@ -15,7 +15,7 @@ from addons.curation.finished import FinishedRun
 from addons.curation.labels import ERROR_RATE, LABELS, Cells, Goal, Marks, Shortfall, make_cells, prove_cut
 from addons.curation.review import find_limits, scatter
 from addons.curation.rules import Curation
-from image_text_sim_clip import EXIT_CONFIG, Trouble, say
+from image_text_sim_clip import EXIT_CONFIG, Trouble, as_path, say
 
 OUT_OF_TURN = "were made out of turn"
 SAME_SCORE = 1e-5  # another machine scores the same pair within 1e-6, and a spreadsheet may have rounded
@@ -27,7 +27,7 @@ def read_marks(path: pathlib.Path) -> Marks:
     """Read the page's labels.csv. Of several marks of one row the last counts. Trouble (exit 2) for what is no such file."""
     marks: dict[int, tuple[int, float]] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for number, cells in enumerate(csv.DictReader(file), 2):
                 row = _read_mark(path, number, cells, marks)
                 marks[row] = marks.pop(row)  # the last one decides, also about the order
@@ -147,7 +147,7 @@ def find_proved_cut(curation: Curation, run: FinishedRun) -> ProvedCut | None:
     goal = make_goal(curation)
     if goal is None or curation.labels is None:
         return None
-    path = pathlib.Path(curation.labels).expanduser()
+    path = as_path(curation.labels).expanduser()
     marks = read_marks(path)
     cells = make_cells(run.matched_counts())
     if not len(cells.rows):

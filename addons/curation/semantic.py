@@ -75,7 +75,7 @@ class SavedImages:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - of this part, while its rows come in several pieces
     def _places_in(self, index: int) -> np.ndarray:
-        with np.load(self._run.plan.partitions[index].embeddings) as file:
+        with self._run.plan.partitions[index].embeddings.open("rb") as stored, np.load(stored) as file:
             places: np.ndarray = file["image_of_row"]
             return places
 

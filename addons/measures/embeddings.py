@@ -53,7 +53,7 @@ def unpack(packed: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
 
 def read_embeddings(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The file's float32 unit vectors and places: images, texts, image_of_row, text_of_row."""
-    with np.load(path) as file:
+    with path.open("rb") as stored, np.load(stored) as file:
         arrays = {name: file[name] for name in file.files}
     return {"images": unpack(arrays["images"], arrays.get("image_scales")),
             "texts": unpack(arrays["texts"], arrays.get("text_scales")),
@@ -136,7 +136,7 @@ class SavedEmbeddings(Measure):
         arrays = _pack_partition(run, scored, kind)
         drift = _sample_drift(scored, arrays)
         if run.replaced:
-            with np.load(run.partition.embeddings) as file:
+            with run.partition.embeddings.open("rb") as stored, np.load(stored) as file:
                 arrays = _append_arrays(dict(file), arrays)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]

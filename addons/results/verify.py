@@ -9,6 +9,7 @@ from image_text_sim_clip import (
     Job,
     Partition,
     Trouble,
+    as_path,
     file_sha256,
     output_disk,
     read_part,
@@ -24,7 +25,7 @@ def verify(job: Job) -> int:
 
     What is flawed is removed, so that the same command without --verify does it again.
     """
-    output = pathlib.Path(job.config.output_path)
+    output = as_path(job.config.output_path)
     if not (output / "manifest.json").is_file():
         raise Trouble(EXIT_CONFIG, f"{output} holds no run to verify")
     job.make_plan(joins=True)

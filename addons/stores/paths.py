@@ -14,6 +14,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 import stat
 import typing
 from collections.abc import Generator, Iterator
@@ -21,8 +22,6 @@ from typing import IO, Any, BinaryIO, Self
 
 from addons.stores import FileInfo, remote
 from image_text_sim_clip import EXIT_DISK, Trouble
-
-WILDCARDS = "*?["
 
 
 class StorePath(pathlib.PosixPath):
@@ -76,10 +75,16 @@ class StorePath(pathlib.PosixPath):
 
     def glob(self, pattern: str) -> Generator[Self, None, None]:
         """The objects in this folder itself whose names fit."""
-        for path, info in remote.STORE.list_folder(str(self)):
-            name = path.rpartition("/")[2]
-            if info and fnmatch.fnmatchcase(name, pattern):
-                yield self / name
+        beginning = re.split(r"[*?\[]", pattern)[0]
+        with _asking(self):
+            names = list(remote.STORE.names_from(f"{self}/{beginning}"))
+        yield from (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
+
+    def iterdir(self) -> Generator[Self, None, None]:
+        """What is in this folder, folders too."""
+        with _asking(self):
+            found = remote.STORE.list_folder(str(self))
+        yield from (self / path.rstrip("/").rpartition("/")[2] for path, _ in found)
 
     def rglob(self, pattern: str) -> Generator[Self, None, None]:
         """The objects in this folder and below whose names fit."""

@@ -227,6 +227,32 @@ class RemoteStore:
                 listed.append((name, info))
         return listed
 
+    def names_from(self, beginning: str) -> Iterator[str]:
+        """Names of a folder's own objects that begin as `beginning` ends; in S3 page by page, as they are asked for.
+
+        Trouble (exit 3) where the store does not answer.
+        """
+        folder = beginning.rpartition("/")[0]
+        system, inner = open_file_system(beginning)
+        if scheme_of(beginning) not in ("s3", "s3a"):
+            names = (path.rpartition("/")[2] for path, info in self.list_folder(folder) if info)
+            yield from (name for name in names if name.startswith(beginning.rpartition("/")[2]))
+            return
+        bucket, _, prefix = inner.partition("/")
+        more: Json = {}
+        while True:
+            try:
+                with calling(folder):
+                    page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise _unreadable(folder, error) from None
+            yield from (entry["Key"].rpartition("/")[2] for entry in page.get("Contents", []))
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
     def glob(self, pattern: str) -> list[str]:
         """URLs that fit the pattern (`*`, `?`, `[a-z]`, and `**` for folders in folders), sorted."""
         system, inner = open_file_system(pattern)
