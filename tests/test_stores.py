@@ -8,6 +8,7 @@ from test_inputs import sample, write_parquet, write_tar
 
 import image_text_sim_clip as script
 from addons import stores
+from addons.images.cache import Cache
 from addons.stores import remote
 from addons.stores.paths import StorePath
 
@@ -166,6 +167,19 @@ def test_memory_store(picture, score_input, tmp_path):
     outcome, rows, *_ = score_input("x", "--set", "csv_path=memory://m/t.csv", "--set", "image_path=memory://m/images")
     assert outcome.code == 0 and rows[0]["status"] == "ok"
     assert json.loads((tmp_path / "out/manifest.json").read_text())["files"][0]["name"] == "t.csv"
+
+
+def test_cache_in_a_bucket(bucket):
+    """What was fetched is kept in a bucket, found again, and forgotten; a damaged entry counts as not there."""
+    cache = Cache(bucket.url("cache"), 1000, respect_opt_out=True)
+    assert cache.read("http://h/a") is None
+    cache.keep("http://h/a", b"body", opted_out=False)
+    assert cache.read("http://h/a") == b"body"
+    entry, = bucket.names("cache")
+    bucket.put(entry, bucket.read(entry)[:-1])
+    assert cache.read("http://h/a") is None
+    cache.forget("http://h/a")
+    assert bucket.names("cache") == []
 
 
 def test_store_path_is_no_local_path(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Several processes that `accelerate launch` or torchrun has started, on one machine or on many that share the output disk.
+"""Several processes that `accelerate launch` or torchrun has started, on one machine or on many that share a disk or a bucket.
 
 Rank 0 plans and hands out the list of pending partitions; rank r takes every n-th of them (n ranks) from its r-th on.
 There is no barrier at the end, which would time out while one rank is still at work: each rank leaves a mark, and rank 0
@@ -11,13 +11,14 @@ import pathlib
 import time
 import typing
 
-from image_text_sim_clip import EXIT_CONFIG, Job, Trouble, name_of_mine, say
+from image_text_sim_clip import EXIT_CONFIG, Job, Trouble, in_store, name_of_mine, say
 
 if typing.TYPE_CHECKING:
     from accelerate import PartialState
 
 PATIENCE = datetime.timedelta(days=30)  # rank 0 may stage a large table while the others wait
-LOOK_AGAIN_S = 0.1  # how often rank 0 looks for the marks of the others
+LOOK_AGAIN_S = 0.1  # how often rank 0 looks for the marks of the others ...
+LOOK_INTO_STORE_S = 2.0  # ... and in an object store, where each look is a request
 
 
 def run(job: Job) -> bool:
@@ -75,6 +76,6 @@ def share_list(job: Job, rank: int, world_size: int) -> tuple[str, list[int]]:
 def await_marks(marks: list[pathlib.Path]) -> None:
     """Wait until every other rank has left its mark, and remove the marks."""
     while not all(mark.exists() for mark in marks):
-        time.sleep(LOOK_AGAIN_S)
+        time.sleep(LOOK_INTO_STORE_S if in_store(marks[0]) else LOOK_AGAIN_S)
     for mark in marks:
         mark.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """Partitions as the items of a Ray Data pipeline, scored by a pool of actors that each hold a model.
 
-A local cluster by default; `ray_address` joins one, whose nodes see the same paths (a shared POSIX disk). The script and
-its add-ons travel along. An actor that dies with its node is started elsewhere and its partition is done again, which is
-harmless: a part appears whole or not at all, and its bytes are the same.
+A local cluster by default; `ray_address` joins one, whose nodes see the same paths: a shared POSIX disk, or an object store
+with nothing else in common. The script, its add-ons and the config travel along. An actor that dies with its node is started
+elsewhere and its partition is done again, which is harmless: a part appears whole or not at all, and its bytes are the same.
 """
+import contextlib
 import dataclasses
 import json
 import logging
@@ -24,6 +25,7 @@ from image_text_sim_clip import (
     Clock,
     Config,
     Job,
+    Json,
     Partition,
     PartSummary,
     Trouble,
@@ -52,14 +54,15 @@ class Answer(typing.TypedDict):
 class RayWorker:
     """An actor: builds the script's Worker in its own process, then maps {"indexes"} of partitions to their Answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage_options: Json | None) -> None:
         import ray
         job = json.loads(os.environ[JOB])
-        os.chdir(job["folder"])  # Ray starts its workers in a copy of the code; the config's paths are relative to the user's
+        with contextlib.suppress(FileNotFoundError):  # a node that has no such folder has its paths in an object store
+            os.chdir(job["folder"])  # Ray starts its workers in a copy of the code; relative paths are the user's
         self.retry: bool = job["retry"]
         self.trouble: Trouble | None = None
         try:
-            config = Config(**job["settings"])
+            config = Config(**job["settings"], storage_options=storage_options)
             self.plan = make_plan(config, joins=True)
             self.worker = Worker(config, self.plan, f"actor {ray.get_runtime_context().get_actor_id()}", Clock())
         except Trouble as trouble:  # told by the first item, because an actor that fails to start is started for ever
@@ -108,6 +111,7 @@ def run(job: Job) -> bool:
             items = ray.data.from_items([{"indexes": group} for group in groups], override_num_blocks=len(groups))
             answers = items.flat_map(
                 RayWorker,
+                fn_constructor_kwargs={"storage_options": job.config.storage_options},  # not with the job: Ray logs that
                 compute=pool, num_cpus=1, num_gpus=job.config.ray_gpus)
             job.follow(summaries(job, answers), todo)
         finally:
@@ -153,8 +157,10 @@ def start_ray(job: Job, code: str, most_actors: int) -> None:
 
 
 def describe_job(job: Job) -> str:
-    """What an actor needs to know, as text."""
-    return json.dumps({"settings": dataclasses.asdict(job.config), "folder": str(pathlib.Path.cwd()), "retry": job.retry})
+    """What an actor needs to know, as text, without the storage_options, which may hold secrets."""
+    settings = dataclasses.asdict(job.config)
+    del settings["storage_options"]
+    return json.dumps({"settings": settings, "folder": str(pathlib.Path.cwd()), "retry": job.retry})
 
 
 def copy_code(folder: pathlib.Path) -> None:

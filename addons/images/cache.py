@@ -10,7 +10,7 @@ import os
 import pathlib
 import threading
 
-from image_text_sim_clip import RowFailure
+from image_text_sim_clip import RowFailure, Trouble, as_path, in_store
 
 KIND = "image_text_sim_clip 1"
 HEAD_BYTES = 512  # more than the line of JSON takes
@@ -20,7 +20,7 @@ class Cache:
     """A folder of entries, safe to share among threads and processes."""
 
     def __init__(self, folder: str, max_bytes: int, respect_opt_out: bool) -> None:
-        self._folder = pathlib.Path(folder)
+        self._folder = as_path(folder)
         self._max_bytes = max_bytes
         self._respect_opt_out = respect_opt_out
 
@@ -32,7 +32,8 @@ class Cache:
         """The body kept for `url`, None for none that can be used; RowFailure (opted_out) if its server is to be respected."""
         try:
             path = self._path(url)
-            if not path.is_file() or path.stat().st_size > self._max_bytes + HEAD_BYTES:
+            is_file = in_store(path) or path.is_file()
+            if not is_file or path.stat().st_size > self._max_bytes + HEAD_BYTES:
                 return None
             line, _, body = path.read_bytes().partition(b"\n")
             head = json.loads(line) if len(line) < HEAD_BYTES else {}
@@ -40,7 +41,7 @@ class Cache:
             if not is_whole or len(body) > self._max_bytes:
                 return None
             opted_out = bool(head["opted_out"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, Trouble, ValueError, KeyError, TypeError):  # Trouble: an object store that does not answer
             return None
         if opted_out and self._respect_opt_out:
             raise RowFailure("opted_out", "X-Robots-Tag")
@@ -52,6 +53,9 @@ class Cache:
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         head = {"kind": KIND, "bytes": len(body), "hash": _hash(body), "opted_out": opted_out}
         try:
+            if in_store(path):
+                path.write_bytes(json.dumps(head).encode() + b"\n" + body)
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 file.write(json.dumps(head).encode() + b"\n")
