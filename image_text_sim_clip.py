@@ -255,6 +255,7 @@ class Config:
     caption_clean: Literal["none", "unescape"] = "none"
     separator: str = "auto"
     quoting: Literal["auto", "none"] = "auto"
+    escape: str = "auto"
     encoding: str = "utf-8"
     limit: int | None = setting(None, 1)
     escape_formulas: bool = False
@@ -317,6 +318,8 @@ class Config:
             raise Trouble(EXIT_CONFIG, "max_score_drift needs parity_rows: with 0 nothing is scored twice")
         if self.separator != "auto" and (len(self.separator) != 1 or self.separator in '"\r\n'):
             raise Trouble(EXIT_CONFIG, f"separator must be auto or one character that can separate, got {self.separator!r}")
+        if self.escape not in ("auto", "none") and (len(self.escape) != 1 or self.escape in ('"', "\r", "\n", self.separator)):
+            raise Trouble(EXIT_CONFIG, f"escape must be auto, none or one character such as \\, got {self.escape!r}")
         choices = {"engine": ["auto", "local", *room_names("engines")], "output_format": ["csv", *room_names("results")]}
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -612,13 +615,15 @@ class Record(NamedTuple):
 class TextTable(NamedTuple):
     """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
 
-    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (see LiteralQuotes).
+    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (see LiteralQuotes),
+    `remarks` are what else is to be said of how it was read.
     """
 
     columns: list[str]
     batches: Iterator[Batch]
     sha256: Callable[[], str]
     literal_lines: Callable[[], int] = lambda: 0
+    remarks: Callable[[], list[str]] = list
 
 
 class Lines(Iterator[str]):
@@ -654,8 +659,9 @@ class Lines(Iterator[str]):
 class _Feed(Iterator[str]):
     """What `csv_records` gives to csv.reader: lines one by one, those of the record at hand kept in `taken`."""
 
-    def __init__(self, lines: Iterator[str]) -> None:
+    def __init__(self, lines: Iterator[str], escape: str) -> None:
         self.lines = lines
+        self.escape = escape
         self.again: collections.deque[str] = collections.deque()  # lines that an unbalanced quote had swallowed
         self.begin()
 
@@ -677,18 +683,25 @@ class _Feed(Iterator[str]):
         self.chars += len(line)
         if self.chars > self.most_chars or len(self.taken) > self.most_lines:
             raise csv.Error("record too long")
-        return line
+        if not self.escape:
+            return line
+        # csv would drop it before any character; here it stays, but before those that it can escape
+        escape = re.escape(self.escape)
+        return re.sub(f"{escape}(?:([{escape}\"\r\n,;\t|])|)", lambda found: found[0] if found[1] else 2 * self.escape, line)
 
 
-def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: str = "auto") -> Iterator[Record]:
+def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: str = "auto",
+                escape: str = "") -> Iterator[Record]:
     """Yield the records in `lines`; `number` is that of the first line. With `quoting` "none" each line is one.
+
+    `escape` is the character that makes a quote, a separator, a line's end or itself behind it plain text; "" for none.
 
     A record that cannot be parsed (an unbalanced quote swallows what follows) costs its first line only: the lines after
     it are read again, so that one stray quote does not take a neighbour with it.
     """
     csv.field_size_limit(MAX_RECORD_CHARS)
-    feed = _Feed(lines)
-    start = functools.partial(csv.reader, feed, delimiter=separator, strict=True,
+    feed = _Feed(lines, escape)
+    start = functools.partial(csv.reader, feed, delimiter=separator, strict=True, escapechar=escape or None,
                               quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL)
     reader = start()
     while True:
@@ -844,13 +857,14 @@ class CsvReader:
         path = pathlib.Path(config.csv_path)
         lines = Lines(path, config.encoding)
         separator = separator_of(config)
-        first = next(csv_records(lines, separator, quoting=config.quoting), None)
+        escape = "" if config.escape in ("auto", "none") else config.escape
+        first = next(csv_records(lines, separator, quoting=config.quoting, escape=escape), None)
         fields = (first.fields if first else None) or []
         columns = name_columns(fields if is_text("".join(fields)) else [], config)
         if isinstance(config.url_column, int):  # no header: the first record is a row, too
             lines = Lines(path, config.encoding)
         literal = LiteralQuotes(config)
-        records = literal.reread(csv_records(lines, separator, lines.taken + 1, config.quoting), len(columns))
+        records = literal.reread(csv_records(lines, separator, lines.taken + 1, config.quoting, escape), len(columns))
         return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path),
                          lambda: literal.lines)
 

@@ -86,3 +86,53 @@ def test_blocks_and_records_agree(folder, pieces, rows, quoting, block):
     if quoting == "none":
         lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[1:]
         assert len(fast[0]) + len(fast[1]) == sum(bool(line) for line in lines)
+
+
+# ── Escaped quotes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SPARK = ('url,caption\na,"a sign that says \\"open\\" on a door"\nb,plain\nc,"he said \\"\nd,"5\\" pipe, new"\n'
+         'e,"x \\",\\" y"\nf,back\\slash\ng,5\\" wide\n')
+
+
+def test_escaped_quotes_are_found(tmp_path, score_input):
+    """A table with lines that are rows only with their quotes escaped is read so, and that is told."""
+    (tmp_path / "t.csv").write_text(SPARK)
+    outcome, rows, bad, _ = score_input("t.csv")
+    assert [(row["url"], row["caption"]) for row in rows] == [
+        ("a", 'a sign that says "open" on a door'), ("b", "plain"), ("d", '5" pipe, new'), ("e", 'x "," y'),
+        ("f", "back\\slash"), ("g", '5" wide')]
+    assert [row["line"] for row in bad] == ["4"] and "a backslash escapes quotes" in outcome.stderr
+    assert [row["url"] for row in score_input("t.csv", "--fresh", escape="none")[1]] == ["b", "c", "f", "g"]
+
+
+def test_a_few_escaped_quotes_in_another_table(tmp_path, score_input):
+    """Where more lines are rows only as CSV has it, a line with escaped quotes is mended by itself, and those are counted."""
+    (tmp_path / "t.csv").write_text('url,caption\na,"C:\\"\nb,"D:\\"\nc,"say \\"hi\\" now"\nd,"E:\\"\n')
+    outcome, rows, bad, _ = score_input("t.csv")
+    assert [row["caption"] for row in rows] == ["C:\\", "D:\\", 'say "hi" now', "E:\\"] and not bad
+    assert "1 lines of" in outcome.stderr and "escape:" in outcome.stderr
+
+
+def test_escape_of_a_whole_table(tmp_path, score_input):
+    """With `escape` all of a table is read so: line ends in such fields as well; other backslashes stay."""
+    (tmp_path / "t.csv").write_text('url,caption\na,"b \\"\n\\" c"\nd,5\\" wide\ne,C:\\new\\, x\nf,"\\\\"\n')
+    _, rows, bad, _ = score_input("t.csv", escape="\\")
+    assert [(row["url"], row["caption"]) for row in rows] == [
+        ("a", 'b "\n" c'), ("d", '5" wide'), ("e", "C:\\new, x"), ("f", "\\")] and not bad
+
+
+@pytest.mark.parametrize("escape", ["\\", "auto"])
+def test_what_pandas_writes_is_read(tmp_path, score_input, escape):
+    """A table that pandas writes with an escape comes back as it was."""
+    import pandas
+    captions = ['say "hi"', "plain", 'a, "b"', '"', "x\\y"]
+    table = pandas.DataFrame({"url": list("abcde"), "caption": captions})
+    table.to_csv(tmp_path / "t.csv", index=False, doublequote=False, escapechar="\\")
+    assert [row["caption"] for row in score_input("t.csv", escape=escape)[1]][:4] == captions[:4]
+
+
+def test_an_escape_that_cannot_be(run_main, write_config):
+    """An escape of several characters, or a quote, is exit 2 and one line."""
+    for escape in ("", "\\\\", '"'):
+        outcome = run_main("--config", write_config(escape=escape))
+        assert outcome.code == 2 and "escape" in outcome.stderr

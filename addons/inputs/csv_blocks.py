@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
+from addons.inputs.escapes import ESCAPE, EscapedQuotes, find_escape
 from addons.inputs.text import Text, is_utf8
 from image_text_sim_clip import (
     MAX_RECORD_CHARS,
@@ -49,10 +50,27 @@ def open_table(config: Config, known: list[str]) -> TextTable:
     Raises Trouble (exit 3) for a table that cannot be read, or lacks the columns.
     """
     text = Text(config.csv_path, config.encoding)
-    grammar = Grammar(separator_of(config), config.quoting == "auto", LiteralQuotes(config))
+    separator = separator_of(config)
+    escape = "" if config.escape in ("auto", "none") else config.escape
+    escaped = EscapedQuotes(separator, config.escape == "auto" and config.quoting == "auto" and separator != ESCAPE)
+    grammar = Grammar(separator, config.quoting == "auto", LiteralQuotes(config), escape, escaped)
     has_header = not isinstance(config.url_column, int)
     columns = name_columns(read_first(text, grammar, put_back=not has_header), config)
-    return TextTable(columns, read_batches(text, grammar, columns), text.sha256, lambda: grammar.literal.lines)
+    if grammar.escaped.is_possible:
+        grammar = grammar._replace(escape=find_escape(text, separator, len(columns)))
+    return TextTable(columns, read_batches(text, grammar, columns), text.sha256, lambda: grammar.literal.lines,
+                     lambda: tell_escapes(text.path, grammar))
+
+
+def tell_escapes(path: str, grammar: "Grammar") -> list[str]:
+    """What is to be said of a table that was read with escaped quotes although `escape: auto`."""
+    lines = grammar.escaped.lines
+    if not grammar.escaped.is_possible or not (grammar.escape or lines):
+        return []
+    if grammar.escape:
+        return [f'in {path} a backslash escapes quotes, so it was read with escape: "\\\\"; if not, set escape: none']
+    return [f"{lines} lines of {path} are rows only if a backslash escapes quotes, and were read so; if that is so of all "
+            'its quotes, set escape: "\\\\"']
 
 
 class Grammar(NamedTuple):
@@ -61,6 +79,8 @@ class Grammar(NamedTuple):
     separator: str
     has_quotes: bool
     literal: LiteralQuotes
+    escape: str  # "" for none
+    escaped: EscapedQuotes
 
     @property
     def quoting(self) -> str:
@@ -80,6 +100,7 @@ def read_first(text: Text, grammar: Grammar, put_back: bool) -> list[str]:
     first: list[str] = []
     try:
         for record in csv.reader(lines(), delimiter=grammar.separator, strict=True,
+                                 escapechar=grammar.escape or None,
                                  quoting=csv.QUOTE_MINIMAL if grammar.has_quotes else csv.QUOTE_NONE):
             if record:
                 first = record
@@ -111,16 +132,19 @@ def read_batches(text: Text, grammar: Grammar, columns: list[str]) -> Iterator[B
 
 
 def may_hold_literal_quotes(batch: Batch, grammar: Grammar) -> bool:
-    """Whether a malformed record of the batch may be a row with its quotes as text, which the careful reader would find."""
+    """Whether a malformed record may be a row with its quotes as text, or escaped, which the careful reader would find."""
     _, malformed = batch
+    if any(grammar.escaped.may_repair(raw) for *_, raw in malformed):
+        return True
     return grammar.literal.is_possible and any('"' in raw for *_, raw in malformed)
 
 
 def read_stretch(text: Text, grammar: Grammar, columns: list[str], size: int) -> Iterator[Batch]:
     """Batches read record by record, until `size` bytes have passed and a record ends for sure."""
     end = text.taken_bytes + size
-    records = csv_records(text.lines(), grammar.separator, text.line, grammar.quoting)
-    return careful_batches(grammar.literal.reread(records, len(columns)), columns, lambda: text.taken_bytes >= end)
+    records = csv_records(text.lines(), grammar.separator, text.line, grammar.quoting, grammar.escape)
+    records = grammar.escaped.reread(grammar.literal.reread(records, len(columns)), len(columns))
+    return careful_batches(records, columns, lambda: text.taken_bytes >= end)
 
 
 def count_lines(block: bytes) -> int:
@@ -139,6 +163,8 @@ def find_clean_end(block: bytes, grammar: Grammar, is_last: bool) -> tuple[int, 
     separator = grammar.separator
     codes = np.frombuffer(block, np.uint8)
     quotes = np.flatnonzero(codes == QUOTE) if grammar.has_quotes else np.zeros(0, np.int64)
+    if grammar.escape and grammar.escape.encode() in block:
+        return 0, quotes
     if not separator.isascii() or block.startswith(codecs.BOM_UTF8):  # Arrow knows no such separator, and drops a BOM
         return 0, quotes
     borders = np.isin(np.arange(256), [ord(separator), CARRIAGE_RETURN, LINE_FEED])

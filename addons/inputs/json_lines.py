@@ -3,13 +3,14 @@
 Cells are text as the file has it: strings without their quotes, numbers in their own digits, true and false as words,
 null and a key that is not there as an empty cell, nested values as JSON. A caption that is a list makes a row of each of its
 captions (caption_lists.py). A line that is no object, that lacks the URL's or the caption's key, or has an object for a
-caption, is malformed: the JSON of an object is nobody's caption. Used for .jsonl and .ndjson, compressed or not.
+caption, is malformed: the JSON of an object is nobody's caption. Used for .jsonl, .ndjson and .json, which may also be one
+array of objects (json_arrays.py), compressed or not.
 """
 import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from pyarrow import json as arrow_json
 
 from addons.inputs import needed_columns
 from addons.inputs.caption_lists import CAPTION_INDEX, OWN_INDEX, split_list
+from addons.inputs.json_arrays import is_array, read_records
 from addons.inputs.text import Text, TextReader, is_utf8
 from image_text_sim_clip import (
     BATCH_ROWS,
@@ -45,17 +47,32 @@ class JsonLinesReader(TextReader):
     """One JSON object a line."""
 
     kind = "jsonl"
-    suffixes = (".jsonl", ".ndjson")
+    suffixes = (".jsonl", ".ndjson", ".json")
 
     def open_table(self, config: Config, known: list[str]) -> TextTable:
         """Open the table at `config.csv_path`; without `known`, its columns are looked for in the first FIRST_BYTES."""
         needed = needed_columns(config)
         limit = config.limit or sys.maxsize
         text = Text(config.csv_path, config.encoding)
+        if is_array(text):
+            return self._open_array(config, known, text)
         columns = known or find_columns(text, needed, limit)
         if not columns:
             raise refuse_start(text, needed)
         return TextTable(columns, LineParser(text, needed, columns, limit).read_batches(), text.sha256)
+
+    def _open_array(self, config: Config, known: list[str], text: Text) -> TextTable:
+        needed = needed_columns(config)
+        limit = config.limit or sys.maxsize
+        columns = known
+        if not known:
+            head = Text(config.csv_path, config.encoding)
+            first = (record for _, record in itertools.takewhile(lambda _: head.taken_bytes <= FIRST_BYTES, read_records(head)))
+            columns = _join_keys(first, needed, [], limit)
+        if not columns:
+            raise Trouble(EXIT_INPUT, f"{text.path} is a list without an object that has {' and '.join(map(repr, needed))} as "
+                                      "text")
+        return TextTable(columns, ArrayParser(text, needed, columns, limit).read_batches(), text.sha256)
 
 
 READER = JsonLinesReader()
@@ -236,7 +253,7 @@ class LineParser:
             try:
                 table = to_table([scan_line(line, self.columns) for line in batch], self.columns)
             except (StopIteration, ValueError, TypeError, AttributeError, RecursionError):  # some line is not plain
-                table, malformed, new_keys = self._parse_carefully(batch, first_line)
+                table, malformed, new_keys = self.parse_carefully(enumerate(batch, first_line))
             self.rows_left -= len(table)
             if new_keys:
                 columns = _join_keys(lines, self.needed, [*self.columns, *new_keys], self.rows_left)
@@ -245,13 +262,13 @@ class LineParser:
                 return
             yield table, malformed
 
-    def _parse_carefully(self, batch: list[str], first_line: int) -> tuple[pa.Table, list[Malformed], list[str]]:
-        """The rows that are left to be read of some lines, the malformed ones among them, and the keys that are no column."""
+    def parse_carefully(self, batch: Iterable[tuple[int, str]]) -> tuple[pa.Table, list[Malformed], list[str]]:
+        """Of some lines, each with its number: the rows that are left to be read, the malformed ones, and the new keys."""
         rows: list[list[str]] = []
         malformed: list[Malformed] = []
         new_keys: dict[str, None] = {}
         known = set(self.columns)
-        for number, line in enumerate(batch, first_line):
+        for number, line in batch:
             if len(rows) >= self.rows_left:
                 break
             if not line.strip(" \t\r\n"):
@@ -266,6 +283,35 @@ class LineParser:
                 cells.setdefault(CAPTION_INDEX, "0")
                 rows.append([cells.get(column, "") for column in self.columns])
         return to_table(rows, self.columns), malformed, list(new_keys)
+
+
+class ArrayParser(LineParser):
+    """The same of a text that is a JSON array."""
+
+    def read_batches(self) -> Iterator[Batch]:
+        """See LineParser."""
+        records = read_records(self.text)
+        while self.rows_left > 0:
+            batch = list(_take_records(records))
+            if not batch:
+                return
+            table, malformed, new_keys = self.parse_carefully(batch)
+            self.rows_left -= len(table)
+            if new_keys:
+                others = (record for _, record in records)
+                yield to_table([], _join_keys(others, self.needed, [*self.columns, *new_keys], self.rows_left)), []
+                return
+            yield table, malformed
+
+
+def _take_records(records: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The next records: BATCH_ROWS of them, or fewer where they are long."""
+    chars = 0
+    for number, record in itertools.islice(records, BATCH_ROWS):
+        yield number, record
+        chars += len(record)
+        if chars > BLOCK_BYTES:
+            return
 
 
 def _take_lines(lines: Iterator[str]) -> Iterator[str]:

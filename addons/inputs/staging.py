@@ -165,6 +165,8 @@ class _FileStager:
         literal_lines = text.literal_lines()
         staged.literal_lines += literal_lines
         self._tell(self.bad.undecodable - first_undecodable, literal_lines)
+        for remark in text.remarks():
+            say(remark)
         staged.files.append({"name": self.file.name, "rows": staged.rows - first_row, **identity,
                              "sha256": text.sha256()})
 
