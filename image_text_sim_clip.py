@@ -262,6 +262,7 @@ class Config:
     # images
     preprocess: Literal["fast", "exact"] = "fast"
     decode: Literal["exact", "scaled", "gpu"] = "exact"
+    follow_links: bool = False
     transparent_over: str = "white"
     exif_orientation: bool = False
     avif: bool = False
@@ -1494,6 +1495,8 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
     """What reads an image's bytes: a folder, or what addons/images knows under the name that `image_path` gives (url)."""
     if pathlib.Path(config.image_path).is_dir():
         folder = pathlib.Path(config.image_path).resolve()
+        if config.follow_links:
+            return functools.partial(read_file, folder, max_bytes=config.max_image_bytes, follow_links=True)
         return functools.partial(read_file, folder, max_bytes=config.max_image_bytes)
     if config.image_path == "url":
         addon("images.fetch", "image_path: url")  # says so where it is missing
@@ -1544,18 +1547,29 @@ def names_in_folder(source: str) -> list[str]:
     return list(names)
 
 
-def read_file(folder: pathlib.Path, source: str, max_bytes: int) -> bytes:
-    """The bytes of the file inside `folder` that `source`, a path or a URL, names (see `names_in_folder`)."""
+def read_file(folder: pathlib.Path, source: str, max_bytes: int, follow_links: bool = False) -> bytes:
+    """The bytes of the file inside `folder` that `source`, a path or a URL, names (see `names_in_folder`).
+
+    With `follow_links` a link inside may lead out. A name that is not there may be spelled otherwise (addons/images/spellings).
+    """
     names = names_in_folder(source)
     if not names:
         raise RowFailure("missing", "no file name")
-    read: Callable[[pathlib.Path, str, int], bytes | None] = \
-        addon("images.inside", "image_path").read_inside if ADDONS.is_dir() else read_inside
-    for name in names:
+    read: Callable[[pathlib.Path, str, int], bytes | None] = read_inside
+    if ADDONS.is_dir() or follow_links:
+        inside = addon("images.inside", "follow_links" if follow_links else "image_path")
+        read = inside.read_following if follow_links else inside.read_inside
+    for name in itertools.chain(names, _other_spellings(names)):
         data = read(folder, name, max_bytes)
         if data is not None:
             return data
     raise RowFailure("missing", "no such file in image_path")
+
+
+def _other_spellings(names: list[str]) -> Iterator[str]:
+    """What else the names may be called; thought of when none of them is there."""
+    if ADDONS.is_dir():
+        yield from addon("images.spellings", "image_path").other_spellings(names)
 
 
 def read_inside(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None:

@@ -5,6 +5,7 @@ a folder for a link in between. Here nothing is opened by a path of more than on
 """
 import collections
 import errno
+import functools
 import os
 import pathlib
 import stat
@@ -13,13 +14,65 @@ from addons.images.memory import reserve_for_image
 from image_text_sim_clip import RowFailure
 
 MAX_LINKS = 40  # followed on the way to one file, as Linux does
+HUB_FOLDERS = ("datasets--", "models--", "spaces--")  # how the folders of the Hub's cache begin, one for each repository
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
 def read_inside(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None:
     """The bytes of `folder`/`name`, None where there is no such file; RowFailure for one that may not be read."""
-    handle = _open_inside(folder, name)
+    handle = _open_blob(folder, name)
     if handle is None:
+        handle = _open_inside(folder, name)
+    if handle is None:
+        return None
+    try:
+        return _read_regular(handle, max_bytes)
+    except OSError:
+        raise RowFailure("corrupt", "the disk cannot read the file") from None
+    finally:
+        os.close(handle)
+
+
+@functools.cache
+def find_blobs(folder: pathlib.Path) -> pathlib.Path | None:
+    """Where the files of the Hub's cache lie that `folder`, a snapshot or a folder in one, has links to; None for no such."""
+    for snapshots in [path for path in folder.parents if path.name == "snapshots"]:
+        blobs = snapshots.parent / "blobs"
+        if snapshots.parent.name.startswith(HUB_FOLDERS) and blobs.is_dir() and not blobs.is_symlink():
+            return blobs
+    return None
+
+
+def _open_blob(folder: pathlib.Path, name: str) -> int | None:
+    """A descriptor of the file in the same cache that a link in a snapshot leads to; None for no such link."""
+    blobs = find_blobs(folder)
+    if blobs is None or name.startswith("/") or ".." in name.split("/"):
+        return None
+    try:
+        path = f"{folder}/{name}"
+        target = os.path.normpath(f"{os.path.dirname(path)}/{os.readlink(path)}")  # noqa: PTH115, PTH120 - texts, nothing more
+        if os.path.dirname(target) != str(blobs):  # noqa: PTH120
+            return None
+        place = os.open(blobs, _FOLDER_FLAGS)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            return os.open(os.path.basename(target), flags, dir_fd=place)  # noqa: PTH119
+        finally:
+            os.close(place)
+    except (OSError, ValueError):  # no link, or one to nothing
+        return None
+
+
+def read_following(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None:
+    """The same with `follow_links`: the name as it is spelled must stay inside, links may lead to any regular file."""
+    path = os.path.normpath(f"{folder}/{name}" if not name.startswith("/") else name)
+    if os.path.commonpath([folder, path]) != str(folder):
+        raise RowFailure("forbidden", "outside image_path")
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block
+    except PermissionError:
+        raise RowFailure("forbidden", "no permission to read the file") from None
+    except (OSError, ValueError):  # none there; a name too long, or with a NUL; links in a circle
         return None
     try:
         return _read_regular(handle, max_bytes)
