@@ -189,7 +189,8 @@ def describe_choice(curation: rules.Curation, cuts: rules.Cuts, run: FinishedRun
         rows=run.row_count, scored=run.scored_count, kept=counts["kept"],
         dropped={name: count for name, count in counts.items() if count and name != "kept"},
         cut_similarity=cut, random_pairs_at_cut=passing, random_pairs=run.profile.get("random_pairs"), model=run.model,
-        curate=dataclasses.asdict(curation), alone=overlaps.alone, overlap=overlaps.both, together=overlaps.together,
+        curate=dataclasses.asdict(curation) | ({"by": run.judged_by} if run.judged_by else {}),
+        alone=overlaps.alone, overlap=overlaps.both, together=overlaps.together,
         exported=exported.count, not_exported=len(exported.missing),
         labels=dataclasses.asdict(proved) if proved else None)
 
@@ -256,7 +257,9 @@ def tell_summary(choice: rules.Choice) -> None:
 def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     """Judge, write, export and show; returns what was chosen and the folder it was written to."""
     curation = check_section(rules.Curation, config.curate or {}, "curate")
-    run = open_run(config)
+    run = open_run(config).judged_by_model(curation.by)
+    if curation.by in run.models:
+        curation = dataclasses.replace(curation, by="similarity")  # of that model, as the run now has it
     try:
         curation = rules.apply_recipe(curation, run.model)
     except ValueError as error:

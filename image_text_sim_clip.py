@@ -492,6 +492,8 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
         raise Trouble(EXIT_CONFIG, f"{path} must hold 'key: value' lines")
     for override in overrides:
         _apply_override(values, override)
+    if isinstance(values.get("pretrained_model"), dict):
+        values = addon("models.several", "pretrained_model").take_apart(values)
     check_keys(Config, values)
     drift = values.get("max_score_drift")
     if isinstance(drift, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", drift):
@@ -1450,12 +1452,16 @@ def name_changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]
 
 def refuse_changed_files(plan: Plan) -> None:
     """Trouble (exit 2) where files of a local model have changed since the run was begun, finished or not; loads nothing."""
-    folder = pathlib.Path(plan.config.pretrained_model)
     recorded = plan.manifest.get("resolved", {}).get("files")
-    if recorded and has_parts(plan.output) and folder.is_dir():
-        digests = hash_decisive_files(folder)
-        own = {name: digest for name, digest in recorded.items() if not name.startswith("base/")}
-        refuse_other_model(plan.output, {"files": digests}, {"files": own})
+    if not recorded or not has_parts(plan.output):
+        return
+    named = (plan.config.measures or {}).get("further_models", [])
+    folders = {"": plan.config.pretrained_model} | {f"{name}/": model for name, model in named[1:]}
+    for prefix, model in folders.items():
+        if pathlib.Path(model).is_dir():
+            digests = {prefix + name: digest for name, digest in hash_decisive_files(pathlib.Path(model)).items()}
+            own = {name: digest for name, digest in recorded.items() if name == prefix + name.rpartition("/")[2]}
+            refuse_other_model(plan.output, {"files": digests}, {"files": own})
 
 
 def forget_results(output: pathlib.Path) -> None:
@@ -1715,6 +1721,7 @@ class ImageSettings:
     crop: tuple[int, int] | None
     resample: int  # Pillow's number: 2 bilinear, 3 bicubic
     fill: int = 0  # the level, of 255, around an image smaller than the crop
+    keeps_strips: bool = False  # an image longer than any model reads stays whole: several models will each trim their own
 
     @classmethod
     def of(cls, processor: Any) -> "ImageSettings":
@@ -1765,7 +1772,7 @@ def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
     the whole strip, one longer than MAX_LONG_EDGE pixels is shrunk by averaging, to a size still far above the model's.
     """
     is_cropped = settings.shortest_edge and settings.crop
-    if max(image.size) <= (MAX_ASPECT * min(image.size) if is_cropped else MAX_LONG_EDGE):
+    if settings.keeps_strips or max(image.size) <= (MAX_ASPECT * min(image.size) if is_cropped else MAX_LONG_EDGE):
         return image
     odd_images = _odd_images()
     trimmed: Image.Image = (odd_images.trim_strip(image, MAX_ASPECT) if is_cropped
@@ -2635,6 +2642,7 @@ class Scorer:
         self._compiled = addon("models.compiled", "compile") if config.compile else None
         if self._compiled:
             self._compiled.compile_encoders(model)
+        self.decoding = self.settings  # what images are decoded for
         self._pixel_table = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
         self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
@@ -2806,6 +2814,10 @@ class Scorer:
             self._float32_model = self.load_plain().to(self.device)
         return self._float32_model
 
+    def own_embeddings(self, images: "EmbeddedImages") -> "torch.Tensor | None":
+        """The embeddings (m, d) of this model; several in one pass have theirs side by side (addons/models/several.py)."""
+        return images.embeddings
+
     def cosines(self, image_embeddings: "torch.Tensor", text_embeddings: "torch.Tensor") -> "np.ndarray":
         """Row-wise dot products of unit embeddings (n, d) -> float32 numpy (n,), clipped to [-1, 1] (rounding)."""
         return (image_embeddings * text_embeddings).sum(-1).clamp(-1, 1).numpy()
@@ -2829,6 +2841,14 @@ class Scorer:
         if embeddings is None:
             return np.empty(0, np.float32)
         return self.cosines(embeddings, self.encode_texts(self.tokenize(texts)[0]))
+
+
+def load_scorer(config: Config) -> Scorer:
+    """The scorer of one model, or of several in one pass."""
+    if "further_models" not in (config.measures or {}):
+        return Scorer(config)
+    several: Scorer = addon("models.several", "pretrained_model").SeveralScorer(config)
+    return several
 
 
 def to_unit(features: "torch.Tensor", with_norms: bool) -> "torch.Tensor":
@@ -2985,6 +3005,7 @@ class Scored:
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
     image_norms: "torch.Tensor | None" = None  # (m,) their lengths before, where a measure asks for them
+    images: "EmbeddedImages | None" = None  # all that were loaded, also those of rows without a score
 
     @classmethod
     def nothing(cls, count: int, status: str) -> "Scored":
@@ -3099,6 +3120,7 @@ class ImagePool(LoaderPool[Loaded]):
 def score_partition(scorer: Scorer | None, run: PartitionRun, images: EmbeddedImages, clock: Clock) -> Scored:
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
     result = Scored.nothing(len(run.rows), "ok")
+    result.images = images
     result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
     for i, source in enumerate(run.sources):
@@ -3127,15 +3149,15 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
         cut = [tokens[text][1] for text in texts]
     if not scored:
         return
-    result.image_embeddings = images.embeddings
+    result.image_embeddings = scorer.own_embeddings(images)
     result.image_norms = images.norms
     result.text_embeddings = scorer.encode_texts(ids, clock)
     with clock.stage("score"):
         place_of_text = {text: place for place, text in enumerate(texts)}
         image_places = [images.place_of[run.sources[i]] for i in scored]
         text_places = [place_of_text[run.captions[i]] for i in scored]
-        assert images.embeddings is not None
-        cosines = scorer.cosines(images.embeddings[image_places], result.text_embeddings[text_places])
+        assert result.image_embeddings is not None
+        cosines = scorer.cosines(result.image_embeddings[image_places], result.text_embeddings[text_places])
         result.cosines[scored] = cosines
         for i, place, cosine in zip(scored, text_places, cosines, strict=True):
             result.truncated[i] = cut[place]
@@ -3609,9 +3631,9 @@ class Worker:
         self.threads = loader_threads(config)
         read = plan.table.read_bytes if plan.table.brings_images else open_source(config, self.threads)
         with clock.stage("load_model"):
-            self.scorer = Scorer(config) if config.pretrained_model != "none" else None
+            self.scorer = load_scorer(config) if config.pretrained_model != "none" else None
         clock.take()
-        self.settings = self.scorer.settings if self.scorer else DRY_RUN_SETTINGS
+        self.settings = self.scorer.decoding if self.scorer else DRY_RUN_SETTINGS
         resize = self.scorer.resize if self.scorer else functools.partial(resize_pillow, settings=DRY_RUN_SETTINGS, gap=1.0)
         self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
         self._guard: Guard | None = None
@@ -3691,6 +3713,9 @@ class Worker:
                 measured = measure.measure(run, scored)
             if not measure.counts_in_rate:
                 uncounted_s += clock.seconds.pop(measure.name)
+            elif measured.uncounted_s:
+                clock.seconds[measure.name] -= measured.uncounted_s
+                uncounted_s += measured.uncounted_s
             values |= measured.values
             kept[measure.name] = measured.kept
             files |= measured.files
@@ -4268,7 +4293,7 @@ def find_excess(job: Job, result: Json) -> Trouble | None:
     if config.max_score_drift is None or config.pretrained_model == "none":
         return None
     stored = job.read_profile()
-    excess = addon("measures.passport", "max_score_drift").find_excess(stored.get("passport"), config.max_score_drift)
+    excess = addon("measures.passport", "max_score_drift").find_excess(stored, config.max_score_drift)
     return Trouble(EXIT_VERIFY, excess) if excess else None
 
 

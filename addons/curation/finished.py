@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from addons.measures import random_pairs
+from addons.measures.further_models import FurtherModels
 from image_text_sim_clip import (
     EXIT_INPUT,
     EXIT_VERIFY,
@@ -52,6 +53,7 @@ class FinishedRun:
     names: list[str]  # the input's columns, as scores.csv names them
     source_name: str
     caption_name: str
+    judged_by: str = ""  # the name of the model whose similarities are judged, where it is not the first one
 
     @property
     def output(self) -> pathlib.Path:
@@ -60,8 +62,31 @@ class FinishedRun:
 
     @property
     def model(self) -> str:
-        """What gave the scores: a Hub id or a folder."""
-        return self.plan.config.pretrained_model
+        """What gave the scores that are judged: a Hub id or a folder."""
+        return str(self.models[self.judged_by]) if self.judged_by else self.plan.config.pretrained_model
+
+    @property
+    def models(self) -> Json:
+        """All models by name, the first one first; none for a run with one model."""
+        return dict((self.plan.config.measures or {}).get(FurtherModels.name) or ())
+
+    @property
+    def similarity_column(self) -> str:
+        """The column of scores.csv that is judged."""
+        return self._own("similarity")
+
+    def _own(self, column: str) -> str:
+        """The name in scores.csv of what is `column` for the model that is judged by."""
+        return f"{column}_{self.judged_by}" if self.judged_by and column in ("similarity", "status") else column
+
+    def judged_by_model(self, name: str) -> "FinishedRun":
+        """This run as the model of that name scored it; itself for the first model, and for a name that is no model's."""
+        if name not in list(self.models)[1:]:
+            return self
+        totals = FurtherModels.add_up(metadata for _, metadata in self.snapshot.metadata())
+        pairs = totals[name]["measures"][random_pairs.RandomPairs.name]
+        profile = self.profile | {"random_pairs": None} | self.profile[FurtherModels.name][name]
+        return dataclasses.replace(self, judged_by=name, random_pairs=pairs, profile=profile)
 
     @property
     def row_count(self) -> int:
@@ -71,6 +96,8 @@ class FinishedRun:
     @property
     def scored_count(self) -> int:
         """How many rows have a similarity."""
+        if self.judged_by:
+            return int(self.profile["scored"])
         return sum(part["similarity_count"] for part in self.parts)
 
     @property
@@ -92,14 +119,19 @@ class FinishedRun:
         return pa.schema(fields)
 
     def chunks(self, columns: list[str]) -> Iterator[tuple[int, "pa.Table"]]:
-        """Yield (number of the first row, table of these columns of the parts) for up to CHUNK_ROWS rows at a time."""
+        """Yield (number of the first row, table of these columns of the parts) for up to CHUNK_ROWS rows at a time.
+
+        `similarity` and `status` are those of the model that is judged by.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
         first_row = 0
         for partition, _ in self.snapshot.metadata():
             with partition.parquet.open("rb") as file, pq.ParquetFile(file) as part:  # by name Arrow would look for a URI
-                for batch in part.iter_batches(CHUNK_ROWS, columns=columns):
-                    yield first_row, pa.Table.from_batches([batch])
+                for batch in part.iter_batches(CHUNK_ROWS, columns=[self._own(name) for name in columns]):
+                    table = pa.Table.from_batches([batch])
+                    shown = {self._own(name): name for name in columns}
+                    yield first_row, table.rename_columns([shown[name] for name in table.column_names])
                     first_row += batch.num_rows
 
     def similarities(self) -> Iterator[np.ndarray]:

@@ -152,7 +152,7 @@ def _read_rows(run: FinishedRun, images: RunImages, first_row: int, table: "pa.T
     """The rows at these places of a chunk."""
     sources = images.locate(first_row, table)
     further_names = [column.name for column in run.further_columns]
-    names = [run.source_name, run.caption_name, "similarity", "status", "detail", *further_names]
+    names = [run.source_name, run.caption_name, run.similarity_column, "status", "detail", *further_names]
     columns = [table[name].take(places).to_pylist() for name in names]
     rows = []
     for place, (url, caption, similarity, status, detail, *cells) in zip(places, zip(*columns, strict=True), strict=True):

@@ -6,13 +6,14 @@
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
     captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
     contrast.py       the similarity less what image and caption score with everything else
+    further_models.py the scores of further models in the same pass (`pretrained_model` as a mapping)
     thresholds.py     where others have cut this model's scores, and how many rows pass there
     labels.py         what an image shows, by prompts alone
     heads.py          small networks on the image's embedding, such as an aesthetics predictor
     target_embeddings.py    how near each image is to the images of another run
     image_columns.py, drift.py, moments.py    what several measures share; no measures themselves
 
-A run with a model computes every measure whose `wanted(config)` is true. The first six are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The first seven are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:
@@ -76,6 +77,7 @@ class Measured(NamedTuple):
     values: "dict[str, np.ndarray]"  # for each of its columns a value per row at hand, (n,); NaN or None for no value
     kept: Json  # goes into the part's metadata: JSON, and the same for the same rows on any machine
     files: Mapping[pathlib.Path, bytes] = MappingProxyType({})  # written next to the part when that is; its metadata binds them
+    uncounted_s: float = 0.0  # seconds that stay out of its stage and of the run's pairs/s
 
 
 class Measure:

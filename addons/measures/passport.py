@@ -332,11 +332,16 @@ def _earlier_pairs(run: PartitionRun) -> list[list[float]]:
     return list(kept["pairs"]) if kept else []
 
 
-def find_excess(drift: Json | None, most: float) -> str | None:
+def find_excess(profile: Json, most: float) -> str | None:
     """What to say where a run drifted by more than `most`, or nothing was scored twice; None if all is well.
 
-    `drift` is the entry `passport` of profile.json.
+    `profile` is profile.json; of several models the first that drifts is told.
     """
+    entries = [profile, *(profile.get("further_models") or {}).values()]
+    return next((excess for entry in entries if (excess := _find_excess_of_one(entry.get("passport"), most))), None)
+
+
+def _find_excess_of_one(drift: Json | None, most: float) -> str | None:
     if not drift or not drift["rows"]:
         return "max_score_drift is set, but no row was scored twice"
     if drift["max_difference"] <= most:

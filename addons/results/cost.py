@@ -47,11 +47,15 @@ Figures = dict[str, Any]  # a JSON object of numbers and names, as profile.json 
 
 
 class Measured(typing.NamedTuple):
-    """What the sample showed: how many rows it had, the bytes of a part per row, and the profile of those that count."""
+    """What the sample showed: how many rows it had, the bytes of a part per row, and the profile of those that count.
+
+    `weights_mib` is what each of several models' weights take in memory, by name; empty for one model.
+    """
 
     sampled_rows: int
     part_bytes_per_row: float
     profile: Figures
+    weights_mib: dict[str, float]
 
 
 def tell_cost(job: Job) -> int:
@@ -80,7 +84,8 @@ def measure_sample(job: Job, folder: pathlib.Path) -> Measured:
     totals["rows"] = count_rows(counted)
     sampled_rows = count_rows(sample.partitions)
     part_bytes = sum(bytes_of_part(partition) for partition in sample.partitions)
-    return Measured(sampled_rows, part_bytes / sampled_rows, totals | explain(totals))
+    weights_mib = sample.manifest.get("resolved", {}).get("weights_mib", {})
+    return Measured(sampled_rows, part_bytes / sampled_rows, totals | explain(totals), weights_mib)
 
 
 def plan_sample(job: Job, folder: pathlib.Path) -> Plan:
@@ -111,7 +116,8 @@ def count_rows(partitions: list[Partition]) -> int:
 
 def bytes_of_part(partition: Partition) -> int:
     """What a part and the files next to it take on the disk."""
-    files = (partition.parquet, partition.times, partition.embeddings)
+    others = partition.folder.glob(f"{partition.embeddings.stem}.*.npz")  # of further models
+    files = (partition.parquet, partition.times, partition.embeddings, *others)
     return sum(path.stat().st_size for path in files if path.exists())
 
 
@@ -135,12 +141,14 @@ def estimate_needs(plan: Plan, measured: Measured) -> Figures:
         "staged_bytes": staged.stat().st_size if staged.exists() else 0,
         "peak_rss_mib": profile["peak_rss_mib"],
         "peak_gpu_mib": profile["peak_gpu_mib"],
+        **({"weights_mib": measured.weights_mib} if measured.weights_mib else {}),
     }
 
 
 def describe_needs(needs: Figures) -> dict[str, str]:
     """The estimate in words, a line each."""
     workers = ", ".join(f"{hours:,.2f} h on {count}" for count, hours in needs["hours"].items())
+    models = "".join(f"; weights of {name} {mib:,.0f} MiB" for name, mib in needs.get("weights_mib", {}).items())
     gpu = f", {needs['gpu_hours']:,.1f} GPU-hours" if needs["gpu_hours"] else ""
     return {
         "pairs": f"{needs['rows']:,} in {needs['partitions']:,} partitions; {needs['sampled_rows']:,} of them sampled, "
@@ -150,7 +158,8 @@ def describe_needs(needs: Figures) -> dict[str, str]:
         "time": f"{workers} workers like this one{gpu}",
         "disk": f"{needs['parts_bytes'] / 2**20:,.1f} MiB for the parts, {needs['staged_bytes'] / 2**20:,.1f} MiB staged, "
                 "and about as much again as the table for scores.csv",
-        "memory": f"{needs['peak_rss_mib']:,.0f} MiB RAM, {needs['peak_gpu_mib']:,.0f} MiB GPU each (peaks)",
+        "memory": f"{needs['peak_rss_mib']:,.0f} MiB RAM, {needs['peak_gpu_mib']:,.0f} MiB GPU each (peaks)"
+                  f"{models}",
         "limited by": needs["limited_by"],
         "change first": needs["change_first"],
     }
