@@ -118,7 +118,7 @@ def test_keys_that_are_no_text(load, key):
 WRONG = [
     ("csv_path", "3"), ("csv_path", "null"), ("csv_path", "[a, b]"), ("csv_path", "true"),
     ("use_cuda", "1"), ("use_cuda", "'yes'"), ("use_cuda", "null"),
-    ("pretrained_model", "{a: b}"), ("caption_template", "{}"), ("separator", "1"),
+    ("pretrained_model", "[a, b]"), ("caption_template", "{}"), ("separator", "1"),
     ("dtype", "float64"), ("dtype", "32"), ("dtype", "null"), ("preprocess", "Fast"), ("decode", "''"), ("engine", "spark"),
     ("limit", "'10'"), ("limit", "1.5"), ("limit", "10.0"), ("limit", "true"), ("limit", "1e3"),
     ("batch_size", "large"), ("batch_size", "null"), ("batch_size", "true"), ("batch_size", "2.0"), ("batch_size", "Auto"),
