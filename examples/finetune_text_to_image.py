@@ -382,7 +382,7 @@ class Trainer:
         known = self.out / "options.json"
         state_path = self.out / "state.pt"
         if state_path.exists() and not self.options.fresh:
-            earlier = json.loads(known.read_text(encoding="utf-8"))
+            earlier = read_settings(known)
             for name, value in settings.items():
                 if earlier.get(name) != value:
                     raise Trouble(EXIT_CONFIG, f"{self.out} was begun with another {name} ({earlier.get(name)}, now {value}): "
@@ -432,6 +432,15 @@ class Trainer:
             say(f"stopped: {reason}")
         return {"steps": looks[-1]["step"], "prompts": self.curated.count if self.curated else len(self.prompts),
                 "held_out": len(self.held_out), **scores, "best_step": best["step"], "stopped": reason, "output": str(self.out)}
+
+
+def read_settings(path: pathlib.Path) -> dict[str, str]:
+    """The settings that a run wrote down; raises Trouble (exit 5) where they are gone."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(value) for name, value in settings.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise Trouble(EXIT_DISK, f"cannot read {path}: {type(error).__name__}; discard the run with --fresh") from None
 
 
 def digest_of(texts: Sequence[str]) -> str:

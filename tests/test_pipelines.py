@@ -370,6 +370,36 @@ def test_settings_that_do_not_fit_a_family_are_one_line(start):
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow  # another pipeline is built
+def test_autoencoder_with_a_mean_and_a_deviation_for_each_channel(folders, tmp_path):
+    """As some for SDXL have: painted as the class paints, and what is encoded is decoded again."""
+    import shutil
+    shutil.copytree(folders("stable_diffusion_xl"), tmp_path / "copy")
+    config = tmp_path / "copy/vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latents_mean": [-1.6, 0.3, 2.2, 1.6],
+                                                                   "latents_std": [8.4, 5.9, 4.4, 5.1]}))
+    family = load_family(str(tmp_path / "copy"), "main", torch.float32)
+    painter = Painter(family, Painting(SIDE, 2, 3.0), Lora(4, family.lora_targets, 0), torch.device("cpu"))
+    noise = painter.noise(2, torch.Generator().manual_seed(3))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "copy")
+    theirs = own_call(pipeline, PROMPTS[:2], noise, 3.0, steps=2)
+    assert torch.allclose(painter.paint(PROMPTS[:2], noise).images, theirs, atol=1e-5)
+    images = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    once = family.pipeline.vae.decode(family.pipeline.vae.encode(images).latent_dist.mode()).sample
+    assert torch.allclose(family.decode(family.encode_images(images)), (once / 2 + 0.5).clamp(0, 1), atol=1e-5)
+
+
+def test_model_of_edm_is_refused(folders, tmp_path):
+    """Its noise is not that of DDIM, whatever its prediction_type says."""
+    import shutil
+    shutil.copytree(folders("stable_diffusion_xl"), tmp_path / "copy")
+    index = tmp_path / "copy/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    (tmp_path / "copy/scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "EDMEulerScheduler"}))
+    with pytest.raises(script.Trouble, match="EDMEulerScheduler is for models that were trained by EDM"):
+        load_family(str(tmp_path / "copy"), "main", torch.float32)
+
+
 def test_scheduler_of_another_kind_is_refused(folders, tmp_path):
     """A transformer that predicts velocity with a scheduler that expects noise: nothing sensible comes of it."""
     import shutil

@@ -338,6 +338,12 @@ def test_resumption_with_other_settings_is_refused(start, configs, tmp_path, wri
 def test_damaged_state_is_one_line(start, tmp_path):
     """It is never half loaded."""
     start(steps=2).run()
+    known = tmp_path / "tuned/options.json"
+    settings = known.read_text()
+    known.write_text("{")
+    with pytest.raises(script.Trouble, match=r"cannot read .*options.json: .*--fresh"):
+        start().run()
+    known.write_text(settings)
     (tmp_path / "tuned/state.pt").write_bytes(b"PK\3\4 no such thing")
     with pytest.raises(script.Trouble, match=r"cannot read .*state.pt: .*--fresh") as caught:
         start().run()

@@ -37,10 +37,15 @@ class Autoencoded:
                 part.requires_grad_(False)
                 part.eval()
 
-    @property
-    def _shift(self) -> float:
-        """What is taken off the latents before they are scaled (flow models have that)."""
-        return float(self.pipeline.vae.config.get("shift_factor") or 0.0)
+    def _scale_and_shift(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled latents are the autoencoder's less a shift, times a scale: (scale, shift), each a number or one a channel."""
+        config = self.pipeline.vae.config
+        scale = torch.tensor(float(config.scaling_factor)).to(latents)
+        shift = torch.tensor(float(config.get("shift_factor") or 0.0)).to(latents)
+        if config.get("latents_mean") and config.get("latents_std"):  # of some autoencoders for SDXL
+            scale = scale / torch.tensor(config.latents_std).view(1, -1, 1, 1).to(latents)
+            shift = torch.tensor(config.latents_mean).view(1, -1, 1, 1).to(latents)
+        return scale, shift
 
     @contextlib.contextmanager
     def _own_precision(self) -> Iterator[None]:
@@ -63,13 +68,16 @@ class Autoencoded:
                 latents = encoded.latent_dist.mode()
             else:
                 latents = encoded.latent_dist.mean + encoded.latent_dist.std * noise.to(encoded.latent_dist.mean)
-        return (upcast(latents) - self._shift) * vae.config.scaling_factor
+        latents = upcast(latents)
+        scale, shift = self._scale_and_shift(latents)
+        return (latents - shift) * scale
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1] of scaled latents."""
         vae = self.pipeline.vae
+        scale, shift = self._scale_and_shift(latents)
         with self._own_precision():
-            decoded = vae.decode((latents / vae.config.scaling_factor + self._shift).to(vae.dtype)).sample
+            decoded = vae.decode((latents / scale + shift).to(vae.dtype)).sample
         return (upcast(decoded) / 2 + 0.5).clamp(0, 1)
 
 
@@ -87,6 +95,9 @@ class NoisePredicting(Autoencoded):
         if prediction not in PREDICTIONS:
             raise Trouble(EXIT_MODEL, f"{pipeline.config._name_or_path}: its scheduler has the prediction_type {prediction!r}; "
                                       f"this example knows {', '.join(PREDICTIONS)}")
+        if "EDM" in type(pipeline.scheduler).__name__:  # whose noise is not that of any DDIM scheduler
+            raise Trouble(EXIT_MODEL, f"{pipeline.config._name_or_path}: its scheduler {type(pipeline.scheduler).__name__} is "
+                                      "for models that were trained by EDM; this example does not train those")
         # deterministic, so that an image depends on its noise alone, and differentiable in every step
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
         self.freeze()
