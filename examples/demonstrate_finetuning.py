@@ -20,6 +20,7 @@ did teacher or judge.
 """
 import argparse
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -73,8 +74,8 @@ def run(*command: object) -> None:
 
 def large_shapes() -> list[Scene]:
     """Every scene of one large shape."""
-    return [Scene((Thing("large", colour, shape),), "", ground) for colour in sorted(COLOURS) for shape in SHAPES
-            for ground in sorted(BACKGROUNDS)]
+    kinds = itertools.product(sorted(COLOURS), SHAPES, sorted(BACKGROUNDS))
+    return [Scene((Thing("large", colour, shape),), "", ground) for colour, shape, ground in kinds]
 
 
 def write_inputs(out: pathlib.Path) -> None:
@@ -91,7 +92,8 @@ def write_inputs(out: pathlib.Path) -> None:
 
 def real_drawings(scorers: dict[str, Scorer], side: int) -> dict[str, float]:
     """Each scorer's mean dissimilarity of real drawings of the held-out scenes at this size: what there is to reach."""
-    rng, known = random.Random(0), {caption(scene) for scene in held_out_scenes()}  # noqa: S311 - repeatable numbers
+    rng = random.Random(0)  # noqa: S311 - repeatable numbers
+    known = {caption(scene) for scene in held_out_scenes()}
     scenes = [scene for scene in large_shapes() if caption(scene) in known] * 4
     images = [draw(scene, side, rng, 4) for scene in scenes]
     return {name: round(float(1 - scorer.similarity(images, map(caption, scenes)).mean()), 4)
@@ -102,7 +104,8 @@ def optimise_free_image(loss: DissimilarityLoss, crop: float, noise: float, step
     """The first and the last of 64 x 64 free pixels that start as faint noise on grey and follow the loss alone."""
     generator = torch.Generator().manual_seed(0)
     pixels = (0.5 + 0.05 * torch.randn(1, 3, 64, 64, generator=generator)).requires_grad_()
-    optimiser, images = torch.optim.Adam([pixels], lr=0.03), []
+    optimiser = torch.optim.Adam([pixels], lr=0.03)
+    images = []
     for step in range(steps + 1):
         if step in (0, steps):
             levels = (pixels.detach().clamp(0, 1)[0] * 255).round().byte()
@@ -129,23 +132,28 @@ def measure_free_images(scorers: dict[str, Scorer]) -> tuple[dict[str, dict], li
 
 def cut_cell(grid: Image.Image, number: int, side: int, columns: int = 8) -> Image.Image:
     """Image `number` of one of the fine-tuning's grids."""
-    left, top = number % columns * (side + 2), number // columns * (side + 2)
+    left = number % columns * (side + 2)
+    top = number // columns * (side + 2)
     return grid.crop((left, top, left + side, top + side))
 
 
 def draw_comparison(out: pathlib.Path, held_out: pathlib.Path, target: pathlib.Path, side: int, zoom: int = 3) -> None:
     """Every third held-out prompt, a column each; a pair of rows for each seed, before and after."""
-    rows = [(f"seed {seed}, {when}", out / f"seed-{seed}" / f"{when}.png") for seed in SEEDS for when in ("before", "after")]
+    rows = [(f"seed {seed}, {when}", out / f"seed-{seed}" / f"{when}.png")
+            for seed, when in itertools.product(SEEDS, ("before", "after"))]
     prompts = read_prompts(held_out, "caption")
     cells = range(0, 24, 3)
-    step, margin, head = side * zoom + 6, 110, 36
+    step = side * zoom + 6
+    margin = 110
+    head = 36
     sheet = Image.new("RGB", (margin + len(cells) * step, head + len(rows) * step + 8 * len(SEEDS)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, cell in enumerate(cells):
         thing, ground = prompts[cell].removeprefix("a large ").removesuffix(" background").split(" on a ")
         pen.text((margin + column * step, 4), f"{thing}\non {ground}", fill="black")
     for number, (name, path) in enumerate(rows):
-        top, grid = head + number * step + 8 * (number // 2), Image.open(path).convert("RGB")
+        top = head + number * step + 8 * (number // 2)
+        grid = Image.open(path).convert("RGB")
         pen.text((4, top + step // 2 - 8), name, fill="black")
         for column, cell in enumerate(cells):
             image = cut_cell(grid, cell, side).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)

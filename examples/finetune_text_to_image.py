@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -422,9 +423,10 @@ class Trainer:
         names = [name for name in looks[0] if name not in ("step", "diversity")]
         with output_disk(self.out), open(self.out / "held_out.csv", "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["prompt", *(f"{name}_{when}" for name in names for when in ("before", "after"))])
+            table.writerow(["prompt", *(f"{name}_{when}" for name, when in itertools.product(names, ("before", "after")))])
             for i, prompt in enumerate(self.watch.prompts):
-                table.writerow([prompt, *(row[name][i] for name in names for row in (looks[0], looks[-1]))])
+                cells = [row[name][i] for name, row in itertools.product(names, (looks[0], looks[-1]))]
+                table.writerow([prompt, *cells])
         scores = {name: {"before": round(mean(looks[0][name]), 4), "after": round(mean(looks[-1][name]), 4)} for name in names}
         best = looks[self.patience.best(looks, self.watch.names[-1])]
         write_report(self.out, self.watch.prompts, looks, self.settings(), reason)

@@ -6,7 +6,7 @@ allocator cannot use, and CUDA's own. So it is a guide, not a promise.
 """
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 import torch
@@ -35,7 +35,7 @@ class KeptTensors:
     """Counts the bytes that autograd keeps while it is entered; weights count nothing."""
 
     def __init__(self, *modules: torch.nn.Module) -> None:
-        self._known = {storage_key(value) for module in modules for value in (*module.parameters(), *module.buffers())}
+        self._known = {storage_key(value) for value in values_of(modules)}
         self._held: list[torch.Tensor] = []  # or a storage's place would be given to another
         self.bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
@@ -63,9 +63,15 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def count_bytes(*modules: torch.nn.Module) -> int:
     """The bytes of the modules' weights and buffers, each counted once."""
-    found = {storage_key(value): value.untyped_storage().nbytes() for module in modules
-             for value in (*module.parameters(), *module.buffers())}
+    found = {storage_key(value): value.untyped_storage().nbytes() for value in values_of(modules)}
     return sum(found.values())
+
+
+def values_of(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    """The weights and buffers of all the modules."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 def make_twin(painter: Painter, checkpointing: bool) -> Family:

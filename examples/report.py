@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import html
 import io
+import itertools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ def draw_chart(looks: list[Json], names: list[str]) -> str:
     """An SVG of each scorer's mean dissimilarity over the steps; a dashed line where the last name's is best."""
     width, height = CHART
     left, top, right, bottom = MARGINS
-    values = [mean(row[name]) for row in looks for name in names]
+    values = [mean(row[name]) for row, name in itertools.product(looks, names)]
     low = min(values)
     span = (max(values) - low) or 1.0
     most_steps = looks[-1]["step"] or 1

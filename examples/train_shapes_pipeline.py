@@ -41,8 +41,11 @@ CHALLENGE_SET = pathlib.Path(__file__).resolve().parent.parent / "challenge_set"
 sys.path.insert(0, str(CHALLENGE_SET))
 from draw_shapes import Scene, caption, draw, held_out_scenes, random_scene  # noqa: E402 - lies in the folder named just above
 
-SIDE, BATCH = 32, 16
-MIDDLE, SPREAD, SHRINK = 0.5, 0.37, 0.05  # mean and deviation of the drawings' colours in [0, 1], and a small scale
+SIDE = 32
+BATCH = 16
+MIDDLE = 0.5  # the mean of the drawings' colours in [0, 1]
+SPREAD = 0.37  # and their deviation
+SHRINK = 0.05  # a small scale
 T5_TOKENS = 1  # of zeros, in place of T5's states (fine-tuning's --text-tokens)
 CAPTION_DROPOUT = 0.1  # share of drawings learnt without their caption, so that classifier-free guidance has a base
 
@@ -60,8 +63,10 @@ def draw_centred(scene: Scene, rng: random.Random) -> np.ndarray:
 
 def training_drawings(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     """Pixels (count, 3, SIDE, SIDE) uint8 of scenes of one large shape, and their captions; held-out scenes never appear."""
-    rng, forbidden = random.Random(seed), {caption(scene) for scene in held_out_scenes()}
-    pixels, captions = np.empty((count, SIDE, SIDE, 3), np.uint8), []
+    rng = random.Random(seed)
+    forbidden = {caption(scene) for scene in held_out_scenes()}
+    pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    captions = []
     while len(captions) < count:
         scene = random_scene(rng, 1)
         if scene.things[0].size == "large" and caption(scene) not in forbidden:

@@ -257,14 +257,14 @@ class CuratedSet:
         self.held_out = held_out or self._choose_held_out()
         self._watched = set(self.held_out)
         self.count = 0
+        self.watched = 0  # pairs whose caption is held out
         self.left_out = 0  # pairs whose weighting cell is empty
         self._highest = -math.inf
         self._total = 0.0  # of exp(exponent - highest)
         self._take_stock()
         if not self.count:
-            raise Trouble(EXIT_INPUT, f"{path} holds no pair to train on" + (
-                f": {self.left_out} have an empty {weighting.column}" if self.left_out else "; all captions are held out"
-                if self._watched else ""))
+            raise Trouble(EXIT_INPUT, f"{path} holds no pair to train on: {self.watched} are held out, {self.left_out} have an "
+                                      f"empty {weighting.column}")
 
     def _all_pairs(self) -> Iterator[Pair]:
         for shard in self.shards:
@@ -291,6 +291,7 @@ class CuratedSet:
         """Count the pairs to train on and sum their weights, in one pass."""
         for pair in self._all_pairs():
             if pair.caption in self._watched:
+                self.watched += 1
                 continue
             exponent = self.weighting.exponent(pair)
             if exponent is None:
@@ -314,7 +315,7 @@ class CuratedSet:
         for number in itertools.count(epoch):
             order = random.Random(f"{self.seed} {number}")  # noqa: S311 - repeatable, not secret
             shards = order.sample(self.shards, len(self.shards))
-            pairs = (pair for shard in shards for pair in self._trained(shard))
+            pairs = itertools.chain.from_iterable(map(self._trained, shards))
             yield from itertools.islice(shuffled(pairs, order, SHUFFLE_ROWS), within, None)
             within = 0
 

@@ -1,6 +1,8 @@
 """Training with several teachers, a judge, patience and an average: the error, when it ends, what is kept, what it costs."""
+import io
 import json
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import diffusers
 import tiny_pipelines
 from safetensors.torch import load_file
 
+from addons.curation.export import add_member
 from examples import finetune_text_to_image as finetune
 from examples.memory import KeptTensors, StepMemory, count_bytes, count_remembered, tell_memory
 from examples.painter import relative_norm_change
@@ -203,24 +206,25 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def imagefolder(tmp_path, noise):
-    """Six curated images."""
+def webdataset(tmp_path, noise):
+    """Six curated images in a tar."""
     folder = tmp_path / "curated"
     folder.mkdir()
-    rows = []
-    for i in range(6):
-        noise(40, 30, seed=i).save(folder / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"caption {i}", "dissimilarity": i / 10}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with tarfile.open(folder / "kept-00000.tar", "w") as tar:
+        for i in range(6):
+            buffer = io.BytesIO()
+            noise(40, 30, seed=i).save(buffer, "PNG")
+            add_member(tar, f"{i}.png", buffer.getvalue())
+            add_member(tar, f"{i}.json", json.dumps({"text": f"caption {i}", "dissimilarity": i / 10}).encode())
     return folder
 
 
 @pytest.mark.parametrize("kind", ["prompts", "images"])
-def test_killed_and_resumed_is_undisturbed(start, imagefolder, tmp_path, monkeypatch, kind):
+def test_killed_and_resumed_is_undisturbed(start, webdataset, tmp_path, monkeypatch, kind):
     """In the middle of an epoch, with an average, dropped captions and two batches a step; the log's last line is torn."""
     options = {"ema": 0.9, "accumulate": 2, "steps": 5, "evaluate_every": 5}
     if kind == "images":
-        options |= {"prompts": None, "images": imagefolder, "drop_captions": 0.3}
+        options |= {"prompts": None, "images": webdataset, "drop_captions": 0.3}
     start(output=tmp_path / "whole", **options).run()
     killed = start(output=tmp_path / "killed", **options)
     learn = killed._learn
@@ -300,7 +304,7 @@ def test_weights_count_once_and_what_does_not_fit_says_so():
 
 # ── What the user can mend is one line ────────────────────────────────────────────────────────────────────────────────
 
-def test_settings_that_do_not_belong_together_are_one_line(start, configs, imagefolder):
+def test_settings_that_do_not_belong_together_are_one_line(start, configs, webdataset):
     """Exit 2, before anything is loaded."""
     for changes, message in (
             ({"teacher_weights": [1, 2]}, "--teacher-weights must have as many values as --teacher (1), got 2"),
@@ -308,7 +312,7 @@ def test_settings_that_do_not_belong_together_are_one_line(start, configs, image
             ({"teacher": configs, "teacher_weights": [1, 0]}, "--teacher-weights must be above 0, got 1.0 0.0"),
             ({"teacher": configs, "judge": configs[1]}, "the judge has the teacher's weights"),
             ({"patience": 2}, "give a --judge"), ({"temperature": 0}, "--temperature must be above 0"),
-            ({"prompts": None, "images": imagefolder, "hold_norm": 1}, "go with --prompts"),
+            ({"prompts": None, "images": webdataset, "hold_norm": 1}, "go with --prompts"),
             ({"ema": 1}, "--ema must lie in"), ({"drop_captions": 2}, "--drop-captions must lie in")):
         with pytest.raises(script.Trouble) as caught:
             start(**changes)
