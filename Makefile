@@ -57,6 +57,6 @@ clean:  ## remove the virtual environment, caches and the demo's results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/ready-for-tests: .venv/ready tests/requirements.txt addons/requirements.txt examples/requirements.txt addons/requirements-scale.txt
+.venv/ready-for-tests: .venv/ready tests/requirements.txt addons/requirements.txt examples/requirements.txt addons/requirements-scale.txt addons/requirements-cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@

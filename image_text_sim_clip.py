@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from addons.images.memory import Account
     from addons.inputs import Reader, Rows
     from addons.measures import Measure
+    from addons.models.openvino_runtime import Encoders
     from addons.results.memory_curve import MemoryCurve
     from addons.results.progress import ProgressBar, ProgressLog
     from addons.stores.paths import StorePath
@@ -248,6 +249,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8"] = "none"
     compile: bool = False
+    runtime: Literal["auto", "torch", "openvino"] = "auto"
     # the table
     url_column: str | int = setting("url", 0)
     caption_column: str | int = setting("caption", 0)
@@ -2634,21 +2636,35 @@ class Scorer:
             self.settings = self.family.image_settings()
             levels = self._normalised_levels()
             self._try_files()
-        model = self.family.model
-        self.quantization = "none"
-        if config.quantization != "none":
-            self.quantization = addon("models.quantize", "quantization").quantize_model(model, self.device)
-        align_weights(model.to(self.device, getattr(torch, self.dtype)))
-        self._compiled = addon("models.compiled", "compile") if config.compile else None
-        if self._compiled:
-            self._compiled.compile_encoders(model)
         self.decoding = self.settings  # what images are decoded for
-        self._pixel_table = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
+        self.pixel_levels = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
         self._float32_model: Any = None
         self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
         cores = usable_cores() if self.device == "cpu" else 1
         self.lanes = 0 if PROFILED else cores
+        self.quantization = "none"
+        self._compiled: types.ModuleType | None = None
+        self.encoders: Family | Encoders = self._open_encoders()
+
+    def _open_encoders(self) -> "Family | Encoders":
+        """What computes features: the family with its model in torch, or another runtime that offers the same."""
+        import torch
+        config = self.config
+        if config.runtime == "openvino" or (config.runtime == "auto" and config.quantization != "none"):
+            key = "runtime" if config.runtime == "openvino" else "quantization"
+            encoders: Encoders | None = addon("models.openvino_runtime", key).open_runtime(self)
+            if encoders:
+                self.quantization = encoders.quantization
+                return encoders
+        model = self.family.model
+        if config.quantization != "none":
+            self.quantization = addon("models.quantize", "quantization").quantize_model(model, self.device)
+        align_weights(model.to(self.device, getattr(torch, self.dtype)))
+        if config.compile:
+            self._compiled = addon("models.compiled", "compile")
+            self._compiled.compile_encoders(model)
+        return self.family
 
     @functools.cached_property
     def _lane_pool(self) -> ThreadPoolExecutor:
@@ -2660,7 +2676,8 @@ class Scorer:
         """Have a lane compute `encode(batch)`; the future gives the embeddings and the seconds they took in `stage`."""
         def encode_timed() -> Encoded:
             clock = Clock()
-            with clock.stage(stage, time.thread_time if self.device == "cpu" else time.perf_counter):
+            computes_here = self.device == "cpu" and self.encoders is self.family
+            with clock.stage(stage, time.thread_time if computes_here else time.perf_counter):
                 embeddings = encode(batch)
             return embeddings, clock.seconds
         if self.lanes:
@@ -2682,6 +2699,7 @@ class Scorer:
                 "adapter": self.files.has_adapter, "safetensors": (self.files.base or self.files).safetensors,
                 "device": self.device, "dtype": self.dtype, "quantization": self.quantization,
                 "decoder": "gpu" if self.gpu_decoder else "pillow", "batch_size": self.batch_size, **self.family.describe(),
+                **({} if isinstance(self.encoders, Family) else self.encoders.identity()),
                 "libraries": find_versions((*DECISIVE_LIBRARIES, *["peft"] * self.files.has_adapter))}
 
     def _normalised_levels(self) -> "np.ndarray":
@@ -2721,7 +2739,7 @@ class Scorer:
         batch = pixels.result() if isinstance(pixels, Future) else pixels
 
         def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
-            return self.family.features_of_bytes(model, part, self._pixel_table)
+            return self.encoders.features_of_bytes(model, part, self.pixel_levels)
         return self._embed(forward, batch, self.keeps_norms)
 
     @profile
@@ -2732,7 +2750,7 @@ class Scorer:
             return torch.empty(0, 0)
 
         def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
-            return self.family.text_features(model, part.to(self.device))
+            return self.encoders.text_features(model, part.to(self.device))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         flying = []
         for own_length, alike in itertools.groupby(order, lambda i: self._padded_length(ids[i])):
@@ -2763,7 +2781,8 @@ class Scorer:
         most = self.family.context_length
         if self._compiled:
             return int(self._compiled.few_lengths(len(ids), most))
-        return min(most, -(-len(ids) // 8) * 8) if self.quantization != "none" else 0
+        by_eights = self.quantization != "none" or self.encoders is not self.family
+        return min(most, -(-len(ids) // 8) * 8) if by_eights else 0
 
     def stack(self, batch: list[Any]) -> "torch.Tensor | Future[torch.Tensor]":
         """Loaders' arrays (3, H, W) as one uint8 tensor (n, 3, H, W) that `encode_images` takes, or a future of it."""
@@ -2802,7 +2821,7 @@ class Scorer:
 
     def is_plain_float32(self) -> bool:
         """Whether the model's weights and arithmetic are those of the files, in float32."""
-        return self.dtype == "float32" and self.quantization == "none"
+        return self.dtype == "float32" and self.quantization == "none" and self.encoders is self.family
 
     def load_plain(self) -> Any:
         """The model once more, in float32 on the CPU."""

@@ -65,7 +65,7 @@ def test_int8_models_rank_as_float32_does(name, shelf, tmp_path):
     """Embeddings of a published shape with random weights keep a cosine of 0.999 to float32's, in any batch."""
     def load(**keys):
         return script.Scorer(script.Config(pretrained_model=str(shelf(name)), use_cuda=False, **keys))
-    plain, eight = load(), load(quantization="int8")
+    plain, eight = load(), load(quantization="int8", runtime="torch")
     assert eight.quantization.startswith("int8 by")
     side = plain.settings.crop or plain.settings.size
     pixels = torch.randint(0, 256, (4, 3, *side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_int8_run_states_its_drift(model_bits, shapes, bundled_model, run_main, 
     for number, keys in enumerate(({"batch_size": 32}, {"batch_size": 7, "partition_rows": 50})):
         out = tmp_path / f"out{number}"
         outcome = run_main("--config", shapes(rows=150, pretrained_model=bundled_model, quantization="int8", dtype=model_bits,
-                                              parity_rows=64, output_path=str(out), **keys))
+                                              parity_rows=64, runtime="torch", output_path=str(out), **keys))
         assert outcome.result["scored"] == 150
         drift = json.loads((out / "profile.json").read_text())["passport"]
         assert 1e-5 < drift["max_difference"] < 0.03

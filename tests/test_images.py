@@ -709,7 +709,7 @@ def test_exact_equals_the_processor(scorers, noise):
             pixels = scorer.resize(image)
             assert pixels.dtype == np.uint8
             expected = np.asarray(scorer.family.processor(noise(width, height, mode=mode).convert("RGB"))["pixel_values"][0])
-            levels = scorer._pixel_table.numpy()
+            levels = scorer.pixel_levels.numpy()
             assert np.array_equal(np.stack([levels[c][pixels[c]] for c in range(3)]), expected.astype(np.float32))
 
 

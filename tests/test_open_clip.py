@@ -182,7 +182,7 @@ def test_a_run_scores_what_open_clip_scores(name, batch, folders, pairs, run_mai
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", THREE_KINDS)
-@pytest.mark.parametrize("keys", [{"quantization": "int8"}, {"dtype": "bfloat16"}, {"preprocess": "fast"}],
+@pytest.mark.parametrize("keys", [{"quantization": "int8", "runtime": "torch"}, {"dtype": "bfloat16"}, {"preprocess": "fast"}],
                          ids=["int8", "bfloat16", "fast"])
 def test_fewer_bits_drift_little(name, keys, folders, pairs, run_main, read_table, tmp_path):
     """int8, bfloat16 and fast preprocessing stay near open_clip's cosines, and the score passport states the same drift."""

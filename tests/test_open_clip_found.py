@@ -299,7 +299,7 @@ def test_a_borrowed_tower_is_scored(own, model, monkeypatch):
     scorer = load(own)
     assert asked == [(f"local-dir:{own}", True)]
     assert scorer.similarity(images, tiny.CAPTIONS) == pytest.approx(load(model).similarity(images, tiny.CAPTIONS), abs=1e-6)
-    assert "quantization needs a vision_model" in refusal(own, quantization="int8")
+    assert "quantization needs a vision_model" in refusal(own, quantization="int8", runtime="torch")
 
 
 # ── OpenAI's own archives ─────────────────────────────────────────────────────────────────────────────────────────────

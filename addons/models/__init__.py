@@ -44,6 +44,8 @@ The shortcuts, each imported only where its config key asks for it; the first tw
 
     quantize.py     `quantization: int8`: the encoders' linear layers multiply bytes
     compiled.py     `compile: true`: both encoders through torch.compile
+    openvino_runtime.py   `runtime: openvino`: both encoders under OpenVINO, for a CPU;
+    openvino_convert.py   how they are converted, calibrated for int8, and kept in a cache
     batch_size.py   `batch_size: auto` on a GPU: the smallest batch that is nearly as fast as the fastest
 """
 from typing import TYPE_CHECKING
