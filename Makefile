@@ -26,6 +26,7 @@ lint: .venv/ready-for-tests  ## ruff and mypy
 
 bench: .venv/ready  ## time this script, a one-by-one loop and plain batches (ViT-B/32, CPU, ten minutes)
 	$(BIN)/python tests/bench.py --out scores/bench --plot readme_imgs/throughput.png
+	$(BIN)/python tests/bench_several.py --out scores/bench-several
 
 bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray on the same dry run; MB/s of staging; rows/s of scores.csv and curate
 	$(BIN)/python tests/bench_scale.py

@@ -96,6 +96,25 @@ def test_columns_equal_runs_of_their_own(table, models, write_config, run_main, 
     assert any(row["status"] == "ok" and row["similarity_sig"] == "" for row in rows)  # nothing that its tokenizer knows
 
 
+@pytest.mark.parametrize(("preprocess", "times"), [("fast", 1), ("exact", 2)])
+def test_equal_images_are_resized_once(shapes, run_main, bundled_model, read_table, tmp_path, monkeypatch, preprocess, times):
+    """Models that read images of one kind share the fast resize, and score as they do alone."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundled_model, copy)
+    resize = script.Scorer.resize
+    calls = []
+
+    def resize_and_count(scorer, image):
+        calls.append(image.size)
+        return resize(scorer, image)
+    monkeypatch.setattr(script.Scorer, "resize", resize_and_count)
+    models = {"b32": bundled_model, "copy": str(copy)}
+    assert run_main("--config", shapes(pretrained_model=models, rows=30, preprocess=preprocess)).code == 0
+    assert len(calls) == 2 + times * len({row["url"] for row in read_table(tmp_path / "out/scores.csv")})  # each tries one
+    rows = read_table(tmp_path / "out/scores.csv")
+    assert [row["similarity_copy"] for row in rows] == [row["similarity"] for row in rows]
+
+
 def test_a_lost_part_is_done_again_to_the_same_bytes(table, models, write_config, run_main, tmp_path):
     """Resuming, verifying and running anew give the same scores."""
     config = write_config(pretrained_model=models, partition_rows=11, save_embeddings="float32")
@@ -107,6 +126,19 @@ def test_a_lost_part_is_done_again_to_the_same_bytes(table, models, write_config
     assert run_main("--config", config).code == 0
     assert (tmp_path / "out/scores.csv").read_bytes() == scores
     assert run_main("--config", config, "--verify").code == 0
+
+
+def test_two_ranks_give_the_same_bytes(models, shapes, run_main, start_cli, tmp_path):
+    """torchrun scores every model's columns, and saves its embeddings, as one process does."""
+    config = shapes(pretrained_model=models, rows=60, partition_rows=10, save_embeddings="float16", use_cuda=False)
+    assert run_main("--config", config, "--set", f"output_path={tmp_path / 'local'}").code == 0
+    process = start_cli("--config", config, interpreter=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 0, stderr
+    files = ["scores.csv", *(f"parts/{path.name}" for path in (tmp_path / "local/parts").glob("*.npz"))]
+    assert len(files) == 1 + 6 * len(models)
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "local" / file).read_bytes(), file
 
 
 def test_retry_scores_the_row_with_every_model(shapes, models, run_main, read_table, tmp_path, monkeypatch):

@@ -161,7 +161,14 @@ class SeveralScorer(Scorer):
 
     def resize_for_all(self, image: "Image.Image") -> "np.ndarray":
         """RGB image -> a `PixelsOfAll` of (3, H, W) arrays of bytes, which takes the place of one array."""
-        pixels: Any = PixelsOfAll(scorer.resize(image) for scorer in self._all())
+        made: dict[ImageSettings, np.ndarray] = {}  # the fast resize of models that read the same is done once
+        arrays = []
+        for scorer in self._all():
+            is_fast = self.config.preprocess == "fast" and scorer.settings.knows_fast_resize()
+            arrays.append(made[scorer.settings] if scorer.settings in made else scorer.resize(image))
+            if is_fast:
+                made[scorer.settings] = arrays[-1]
+        pixels: Any = PixelsOfAll(arrays)
         of_all: np.ndarray = pixels
         return of_all
 
