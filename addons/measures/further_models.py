@@ -130,8 +130,11 @@ class FurtherModels(Measure):
     @classmethod
     def columns_for(cls, config: Config) -> tuple[Column, ...]:
         """The columns of every run for each further model."""
-        return tuple(Column(f"{column.name}_{name}", column.type, f"{column.meaning}; by {model}")
-                     for name, model in further_models(config).items() for column in RESULT_COLUMNS)
+        columns: list[Column] = []
+        for name, model in further_models(config).items():
+            columns += [Column(f"{column.name}_{name}", column.type, f"{column.meaning}; by {model}")
+                        for column in RESULT_COLUMNS]
+        return tuple(columns)
 
     def __init__(self, config: Config, plan: Plan, scorer: "Scorer | None", loader: ImageLoader) -> None:
         super().__init__(config, plan, scorer, loader)
@@ -190,10 +193,7 @@ class FurtherModels(Measure):
         for part in parts:
             for name in kept_by(cls, part) or {}:
                 of_models.setdefault(name, []).append(metadata_of(part, name))
-        return {name: {"model": of_parts[0]["model"], "scored": sum(part["similarity_count"] for part in of_parts),
-                       "sum": math.fsum(part["similarity_sum"] for part in of_parts),
-                       "measures": {measure.name: measure.add_up(of_parts) for measure in INNER}}
-                for name, of_parts in of_models.items()}
+        return {name: add_up_parts(of_parts) for name, of_parts in of_models.items()}
 
     @classmethod
     def describe(cls, total: "dict[str, Json]") -> Json | None:
@@ -233,6 +233,14 @@ class FurtherModels(Measure):
             lines += [f"{name}: {measure.name.replace('_', ' ')}: {measure.tell(of_one[measure.name])}"
                       for measure in INNER if measure.name in of_one]
         return f"\n{'':>16}  ".join(lines)
+
+
+def add_up_parts(parts: list[Json]) -> Json:
+    """What `FurtherModels.add_up` says of one model, from what each part's metadata would be if it were that model's alone."""
+    return {"model": parts[0]["model"],
+            "scored": sum(part["similarity_count"] for part in parts),
+            "sum": math.fsum(part["similarity_sum"] for part in parts),
+            "measures": {measure.name: measure.add_up(parts) for measure in INNER}}
 
 
 def metadata_of(part: Json, name: str) -> Json:
