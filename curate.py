@@ -31,7 +31,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from addons.curation import ImageRule, duplicates, marks, plots, review, rules
+from addons.curation import ImageRule, duplicates, examples, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows
 from addons.curation.finished import FinishedRun, open_run, read_similarities, read_values
 from addons.curation.images import RunImages
@@ -80,8 +80,11 @@ def find_cuts(curation: rules.Curation, run: FinishedRun, proved: marks.ProvedCu
 
 
 def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, images: RunImages | None,
-              saved: SavedImages | None, verdicts: np.ndarray) -> Overlaps:
-    """Fill `verdicts`, uint8 (rows,), with every row's verdict; returns what the rules on one row would drop alone."""
+              saved: SavedImages | None, verdicts: np.ndarray) -> tuple[Overlaps, dict[str, duplicates.Dropped]]:
+    """Fill `verdicts`, uint8 (rows,), with every row's verdict.
+
+    Returns what the rules on one row would drop alone, and by its name what each rule between rows drops.
+    """
     import pyarrow.compute as pc
     row_rules = rules.make_row_rules(curation, cuts)
     image_rules = rules.make_image_rules(curation)
@@ -109,9 +112,10 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
             candidates.add(first_row + left, rules.order_keys(similarities[left]),
                            [duplicates.hash_bytes(sources[i].encode()) for i in left],
                            [duplicates.hash_bytes(captions[i].strip().encode()) for i in left], fingerprints[left])
-    for rule, rows in duplicates.find_duplicates(candidates.gather(), neighbour_rules).items():
-        verdicts[rows] = rules.VERDICTS[rule]
-    return overlaps
+    dropped = duplicates.find_duplicates(candidates.gather(), neighbour_rules)
+    for rule, found in dropped.items():
+        verdicts[found.rows] = rules.VERDICTS[rule]
+    return overlaps, dropped
 
 
 def judge_images(images: RunImages, image_rules: Sequence[ImageRule], sources: list[str], perceptual: bool,
@@ -290,7 +294,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         saved = None
         if curation.duplicate_images == "semantic":
             saved = stack.enter_context(contextlib.closing(SavedImages(run, scratch, os.getpid())))
-        overlaps = judge_all(run, curation, cuts, images, saved, verdicts)
+        overlaps, dropped = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images, config.escape_formulas), folder)
@@ -299,7 +303,8 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         draw_measures(run, curation, verdicts, folder)
         if curation.review:
             assert images
-            review.write_review(run, images, config, verdicts, choice, curation.review_rows, folder / "review.html")
+            shown = examples.choose_examples(verdicts, dropped, review.scatter)
+            review.write_review(run, images, config, verdicts, choice, shown, curation.review_rows, folder / "review.html")
         write_json(folder / "curated.json", dataclasses.asdict(choice))
     return choice, folder
 

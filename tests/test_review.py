@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 import curate
 import image_text_sim_clip as script
-from addons.curation import labels, review
+from addons.curation import examples, labels, review
+from addons.curation.duplicates import Dropped
+from addons.curation.rules import RULES, VERDICTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -211,6 +213,56 @@ def test_filters(table, open_page):
     assert cards(page, "above").count() == 12 and not page.locator("#below").is_visible()
     assert "missing" in cards(page, "above").first.inner_text()
     assert page.locator("#failures summary").all_inner_texts() == ["corrupt: 10 rows", "missing: 30 rows"]
+
+
+def test_examples_are_chosen_by_number_alone():
+    """Of each rule the rows with the smallest scattered numbers; of a rule between rows groups, who stays first."""
+    rng = np.random.default_rng(4)
+    names = ("kept", "not_scored", "min_similarity", "image_size")
+    verdicts = rng.choice([VERDICTS[name] for name in names], 5000).astype(np.uint8)
+    verdicts[rng.choice(5000, 600, replace=False)] = VERDICTS["duplicate_image"]
+    rows = np.flatnonzero(verdicts == VERDICTS["duplicate_image"])
+    stays = rng.choice(np.flatnonzero(verdicts == VERDICTS["kept"]), 40)[np.arange(len(rows)) % 40]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "CHUNK", 700)
+        found = examples.choose_examples(verdicts, {"duplicate_image": Dropped(rows, stays)}, review.scatter)
+    by_rule = {example.rule: example for example in found}
+    assert list(by_rule) == [name for name in RULES if name in ("min_similarity", "image_size", "duplicate_image")]
+    dropped = np.flatnonzero(verdicts == VERDICTS["image_size"])
+    first = sorted(dropped[np.argsort(review.scatter(dropped))][:examples.ROWS].tolist())
+    assert by_rule["image_size"].row_numbers() == first and not by_rule["image_size"].is_between_rows
+    groups = by_rule["duplicate_image"].groups
+    assert len(groups) == examples.GROUPS
+    for stays_here, *members in groups:
+        assert members == rows[stays == stays_here][:examples.MEMBERS - 1].tolist()
+
+
+@pytest.mark.slow
+def test_examples_of_each_rule(tmp_path, monkeypatch, open_page):
+    """The page shows rows that each rule dropped, also where the sample has none, and groups with the row that stays first."""
+    similarities = np.linspace(0.9, 0.1, 60, dtype=np.float32)
+    captions = [HOSTILE[n % len(HOSTILE)] if n >= 40 else f"drawing {n % 10}" for n in range(60)]
+    write_finished_run(tmp_path / "out", similarities, captions, [f"shape-{n:03d}.png" for n in range(60)])
+    path = write_page(tmp_path, monkeypatch, review_rows=3, min_similarity=0.3, duplicate_captions="exact")
+    page = open_page(path, 390, 800, "dark")
+    summaries = page.locator("#examples summary")
+    assert summaries.all_inner_texts() == ["min similarity: 12 rows", "duplicate caption: 8 groups"]
+    summaries.nth(0).click()
+    page.locator("#examples .score").nth(11).wait_for()
+    below = page.locator("#examples details").nth(0).locator(".score").all_inner_texts()
+    assert len(below) == 12 and max(map(float, below)) < 0.3
+    summaries.nth(1).press("Enter")
+    groups = page.locator("#examples details").nth(1).locator("ul")
+    groups.nth(7).wait_for()
+    assert groups.count() == 8
+    for number in range(8):
+        badges = groups.nth(number).locator(".badge").all_inner_texts()
+        assert badges[0] == "stays" and set(badges[1:]) == {"duplicate caption"}
+        texts = groups.nth(number).locator(".caption").all_inner_texts()
+        assert len(set(texts)) == 1
+    assert page.locator("#examples img").count() == page.locator("#examples li").count()
+    assert page.locator("#examples button").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
     duplicates.py   the rules that compare rows with each other
     semantic.py     one of them: images that show the same, by their embeddings
     overlaps.py     what each rule would drop alone
+    examples.py     the rows that the review page shows of each rule
     labels.py       the statistics of marked pairs: the farthest cut that they prove
     marks.py        labels.csv, and what curate.labels makes of it
     export.py       what is written for trainers: Parquet, an imagefolder, webdataset tars
@@ -68,8 +69,8 @@ class NeighbourRule(Protocol):
     def name(self) -> str:
         """The verdict of a row that fails: one of `rules.RULES`."""
 
-    def keeps(self, rows: "Neighbours") -> "np.ndarray":
-        """Tell which of n rows stay, given the best row first: bool (n,)."""
+    def find_staying(self, rows: "Neighbours") -> "np.ndarray":
+        """For each of n rows, given the best row first, the place of the row that stays for it, its own if it stays: (n,)."""
 
 
 class Export(Protocol):

@@ -98,17 +98,16 @@ class Candidates:
 
 # ── Groups ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def is_first_of_group(groups: np.ndarray) -> np.ndarray:
-    """Which elements of (n,) are the first of their value: bool (n,)."""
-    first = np.zeros(len(groups), bool)
-    first[np.unique(groups, return_index=True)[1]] = True
-    return first
-
-
-def is_of_first_source(groups: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    """Which elements belong to the source that is met first in their group: an image keeps all its captions. bool (n,)."""
+def find_first_of_group(groups: np.ndarray) -> np.ndarray:
+    """For each element of (n,) the place of the first one of its value: int64 (n,)."""
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    return sources == sources[first][group]
+    return first[group]
+
+
+def find_first_source(groups: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """The same, but the elements of the source that is met first in a group stay all: an image keeps its captions."""
+    first = find_first_of_group(groups)
+    return np.where(sources == sources[first], np.arange(len(groups)), first)
 
 
 class Leaders:
@@ -170,9 +169,9 @@ class OneCaptionPerImage:
 
     name: ClassVar[str] = "one_caption_per_image"
 
-    def keeps(self, rows: Neighbours) -> np.ndarray:
-        """Tell which rows are the best of their source: bool (n,)."""
-        return is_first_of_group(rows.sources)
+    def find_staying(self, rows: Neighbours) -> np.ndarray:
+        """For each row the place of the best one of its source: int64 (n,)."""
+        return find_first_of_group(rows.sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +180,9 @@ class EqualImages:
 
     name: ClassVar[str] = "duplicate_image"
 
-    def keeps(self, rows: Neighbours) -> np.ndarray:
-        """Tell which rows are of the best source of their image: bool (n,)."""
-        return is_of_first_source(rows.images, rows.sources)
+    def find_staying(self, rows: Neighbours) -> np.ndarray:
+        """For each row the place of the best one of its image, or its own if it is of that one's source: int64 (n,)."""
+        return find_first_source(rows.images, rows.sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +192,9 @@ class SimilarImages:
     distance: int  # bits
     name: ClassVar[str] = "duplicate_image"
 
-    def keeps(self, rows: Neighbours) -> np.ndarray:
-        """Tell which rows are of the best source of their group: bool (n,)."""
-        return is_of_first_source(group_similar(rows.images, self.distance), rows.sources)
+    def find_staying(self, rows: Neighbours) -> np.ndarray:
+        """For each row the place of the best one of its group, or its own if it is of that one's source: int64 (n,)."""
+        return find_first_source(group_similar(rows.images, self.distance), rows.sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +203,9 @@ class EqualCaptions:
 
     name: ClassVar[str] = "duplicate_caption"
 
-    def keeps(self, rows: Neighbours) -> np.ndarray:
-        """Tell which rows are the best of their caption: bool (n,)."""
-        return is_first_of_group(rows.captions)
+    def find_staying(self, rows: Neighbours) -> np.ndarray:
+        """For each row the place of the best one of its caption: int64 (n,)."""
+        return find_first_of_group(rows.captions)
 
 
 def make_neighbour_rules(curation: "Curation", saved: "SavedImages | None" = None) -> list[NeighbourRule]:
@@ -227,11 +226,19 @@ def make_neighbour_rules(curation: "Curation", saved: "SavedImages | None" = Non
     return made
 
 
-def find_duplicates(rows: Neighbours, rules: Sequence[NeighbourRule]) -> dict[str, np.ndarray]:
-    """Row numbers to drop, by the name of the rule; each rule is applied to what the last one left."""
+class Dropped(NamedTuple):
+    """What a rule between rows drops, as row numbers of the input in parallel arrays, int64 (n,)."""
+
+    rows: np.ndarray  # the dropped ones
+    stays: np.ndarray  # of each, the row that stays for it
+
+
+def find_duplicates(rows: Neighbours, rules: Sequence[NeighbourRule]) -> dict[str, Dropped]:
+    """What is dropped, by the name of the rule; each rule is applied to what the last one left."""
     dropped = {}
     for rule in rules:
-        stays = rule.keeps(rows)
-        dropped[rule.name] = rows.rows[~stays]
-        rows = rows.select(stays)
+        staying = rule.find_staying(rows)
+        goes = staying != np.arange(len(staying))
+        dropped[rule.name] = Dropped(rows.rows[goes], rows.rows[staying[goes]])
+        rows = rows.select(~goes)
     return dropped

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from addons.curation.examples import Examples
 from addons.curation.export import Cell, none_for_nan
 from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
@@ -340,14 +341,26 @@ def describe_failures(failures: dict[str, list[ShownRow]], counts: dict[str, int
     return described
 
 
-def write_review(run: FinishedRun, images: RunImages, config: Config, verdicts: np.ndarray, choice: Choice, wanted: int,
-                 path: pathlib.Path) -> None:
-    """Write the page to `path`, with `wanted` pairs on it (or all, where there are fewer)."""
+def describe_examples(examples: Sequence[Examples], rows: dict[int, ShownRow]) -> list[Json]:
+    """The page's examples of each rule; `rows` holds the rows by their numbers."""
+    described = []
+    for example in examples:
+        groups = [[rows[row].for_page() for row in group] for group in example.groups]
+        described.append({"rule": example.rule, "between_rows": example.is_between_rows, "groups": groups})
+    return described
+
+
+def write_review(run: FinishedRun, images: RunImages, config: Config, verdicts: np.ndarray, choice: Choice,
+                 examples: Sequence[Examples], wanted: int, path: pathlib.Path) -> None:
+    """Write the page to `path`, with `wanted` pairs on it (or all, where there are fewer), and the rules' examples."""
     chosen = choose_sample(run.similarities, wanted)
-    sample, failures = collect_rows(run, images, verdicts, chosen)
+    of_rules = np.array([row for example in examples for row in example.row_numbers()], np.int64)
+    collected, failures = collect_rows(run, images, verdicts, np.union1d(chosen, of_rules))
+    in_sample = np.isin([row.row for row in collected], chosen)
+    sample = [row for row, is_in in zip(collected, in_sample, strict=True) if is_in]
     cells = make_cells(run.matched_counts())
     set_turns(sample, cells, run.similarities)
-    thumbnails = add_thumbnails(sample, images, config)
+    thumbnails = add_thumbnails(collected, images, config)
     content = describe_run(run.profile) | describe_choice(choice, run) | {
         "further": [{"name": column.name, "meaning": column.meaning, "type": column.type} for column in run.further_columns],
         "cells": describe_cells(cells),
@@ -355,6 +368,7 @@ def write_review(run: FinishedRun, images: RunImages, config: Config, verdicts: 
         "strata": SAMPLE_BINS,
         "run": run.plan.fingerprint,
         "sample": [row.for_page() for row in sample],
+        "examples": describe_examples(examples, {row.row: row for row in collected}),
         "thumbnails": thumbnails,
         "failures": describe_failures(failures, run.profile["failed"]),
         "notes": tell_notes(len(sample), choice.scored),

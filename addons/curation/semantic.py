@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from addons.curation.duplicates import Neighbours, is_of_first_source
+from addons.curation.duplicates import Neighbours, find_first_source
 from addons.curation.finished import FinishedRun
 from addons.measures.embeddings import read_embeddings, unpack
 from image_text_sim_clip import output_disk
@@ -174,13 +174,13 @@ class SemanticImages:
     distance: float  # 1 - the cosine
     name: ClassVar[str] = "duplicate_image"
 
-    def keeps(self, rows: Neighbours) -> np.ndarray:
-        """Tell which rows are of the best source of their group: bool (n,)."""
+    def find_staying(self, rows: Neighbours) -> np.ndarray:
+        """For each row the place of the best one of its group, or its own if it is of that one's source: int64 (n,)."""
         if not len(rows.images):
-            return np.ones(0, bool)
+            return np.empty(0, np.int64)
         distinct, first, image_of_row = np.unique(rows.images, return_index=True, return_inverse=True)
         order = np.argsort(first)  # the best row's image first
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         groups = group_vectors(self.saved.write(distinct[order]), self.distance)
-        return is_of_first_source(groups[rank[image_of_row]], rows.sources)
+        return find_first_source(groups[rank[image_of_row]], rows.sources)
