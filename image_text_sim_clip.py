@@ -323,7 +323,10 @@ class Config:
             raise Trouble(EXIT_CONFIG, f"separator must be auto or one character that can separate, got {self.separator!r}")
         if self.escape not in ("auto", "none") and (len(self.escape) != 1 or self.escape in ('"', "\r", "\n", self.separator)):
             raise Trouble(EXIT_CONFIG, f"escape must be auto, none or one character such as \\, got {self.escape!r}")
-        choices = {"engine": ["auto", "local", *room_names("engines")], "output_format": ["csv", *room_names("results")]}
+        formats = ["csv"]
+        if self.output_format != "csv":  # which files of addons/results write a kind of results only they themselves can say
+            formats += [name for name in room_names("results") if hasattr(addon(f"results.{name}", "output_format"), "FORMAT")]
+        choices = {"engine": ["auto", "local", *room_names("engines")], "output_format": formats}
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise Trouble(EXIT_CONFIG, f"{key} must be {' | '.join(known)}, got {getattr(self, key)!r}")
@@ -337,6 +340,12 @@ class Config:
         except ValueError:
             raise Trouble(EXIT_CONFIG, f"transparent_over must be a colour such as white or #ff8800, got "
                                        f"{self.transparent_over!r}") from None
+
+    @functools.cached_property
+    def result_columns(self) -> "tuple[Column, ...]":
+        """See the function of that name; found once, as each part asks for it."""
+        measured = itertools.chain.from_iterable(measure.columns_for(self) for measure in find_measures(self))
+        return (*SCORE_COLUMNS, *measured, *STATUS_COLUMNS)
 
 
 # Keys that may differ between a run and its resumption, because no score depends on them, and no status but those of servers
@@ -561,8 +570,7 @@ def find_measures(config: Config) -> "list[type[Measure]]":
 
 def result_columns(config: Config) -> tuple[Column, ...]:
     """The columns that a run adds to its input, in order; they depend on the config alone."""
-    measured = itertools.chain.from_iterable(measure.columns_for(config) for measure in find_measures(config))
-    return (*SCORE_COLUMNS, *measured, *STATUS_COLUMNS)
+    return config.result_columns
 
 
 def column_names(columns: Iterable[Column]) -> list[str]:

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from small_inputs import encoded
 
 import image_text_sim_clip as script
 from addons.curation import duplicates, export
@@ -19,12 +20,6 @@ from addons.measures import images as images_measure
 UPRIGHT = script.Config(pretrained_model="none", exif_orientation=True)
 AS_STORED = script.Config(pretrained_model="none")
 ROTATED = [None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
-
-
-def encoded(image, format_, **options):
-    data = io.BytesIO()
-    image.save(data, format_, **options)
-    return data.getvalue()
 
 
 def pixels_of(data, config=AS_STORED):

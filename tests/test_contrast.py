@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from conftest import BUNDLED_MODEL, ROOT
+from small_inputs import unit
 
 import curate
 import image_text_sim_clip as script
@@ -11,11 +12,6 @@ from addons.measures import contrast
 from addons.measures.embeddings import read_embeddings
 
 BATCH = 32_768
-
-
-def unit(rng, count, size=16):
-    vectors = rng.standard_normal((count, size)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def penalty(cosines, own, scale, batch):

@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from small_inputs import encoded
 
 import image_text_sim_clip as script
 
@@ -43,12 +44,6 @@ def decoded(data, **keys):
     image = script.decode_image(data, configured(**keys))
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
-
-
-def encoded(image, format_="PNG", **options):
-    data = io.BytesIO()
-    image.save(data, format_, **options)
-    return data.getvalue()
 
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

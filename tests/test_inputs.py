@@ -12,12 +12,12 @@ import json
 import os
 import pickle
 import random
-import tarfile
 import types
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_inputs import write_tar
 
 import image_text_sim_clip as script
 from addons import inputs, stores
@@ -185,15 +185,6 @@ def test_a_row_group_is_decoded_once(tmp_path, monkeypatch):
 
 
 # ── Webdataset tars ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-def write_tar(path, members):
-    """A tar of (name, bytes) pairs."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
 
 def sample(key, image, caption, **fields):
     """Three members as img2dataset writes them."""

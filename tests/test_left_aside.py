@@ -9,6 +9,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_inputs import write_tar
 
 import image_text_sim_clip as script
 from addons import inputs
@@ -111,14 +112,6 @@ def parquet_bytes(**columns):
 
 
 ONE_ROW = parquet_bytes(url=["u"], caption=["c"])
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 # ── Names in tars ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,14 +7,10 @@ import pytest
 from conftest import BUNDLED_MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_inputs import unit
 
 import image_text_sim_clip as script
 from addons.measures import random_pairs
-
-
-def unit(rng, count, size=8):
-    vectors = rng.standard_normal((count, size)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def histogram_of(values):

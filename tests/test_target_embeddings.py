@@ -4,15 +4,11 @@ import json
 import numpy as np
 import pytest
 from conftest import BUNDLED_MODEL
+from small_inputs import unit
 
 import curate
 import image_text_sim_clip as script
 from addons.measures import target_embeddings as target
-
-
-def unit(rng, count, size=16):
-    vectors = rng.standard_normal((count, size)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("tile", [3, 4096])

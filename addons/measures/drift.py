@@ -1,10 +1,41 @@
 """Drift: by how much scores differ from those of a more exact way of computing them. Used by passport.py and embeddings.py."""
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from addons.measures import Measure, kept_by
 from image_text_sim_clip import Json
+
+
+class DriftMeasure(Measure):
+    """A measure that scores some rows in two ways and tells the difference over all parts; it has no columns."""
+
+    @classmethod
+    def pairs_of(cls, kept: Json) -> list[list[float]]:
+        """[score, reference score] of the rows of a part that were scored both ways, from what the measure keeps in it."""
+        raise NotImplementedError
+
+    @classmethod
+    def add_up(cls, parts: Iterable[Json]) -> list[list[float]] | None:
+        """[score, reference score] of all rows that were scored both ways; None where no part kept any."""
+        entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
+        if not entries:
+            return None
+        pairs = []
+        for kept in entries:
+            pairs += cls.pairs_of(kept)
+        return pairs
+
+    @classmethod
+    def describe(cls, total: list[list[float]] | None) -> Json | None:
+        """The drift over all these rows; None where no part kept any."""
+        return None if total is None else compare_pairs(total)
+
+    @classmethod
+    def tell(cls, entry: Json) -> str:
+        """The line of the summary."""
+        return describe_drift(entry)
 
 
 def compare_scores(scores: Sequence[float], references: Sequence[float]) -> Json:

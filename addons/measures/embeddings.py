@@ -10,13 +10,12 @@ A part's metadata holds the sha256 of its file, and without it the part is not d
 """
 import io
 import pathlib
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from addons.measures import Measure, Measured, kept_by
-from addons.measures.drift import compare_pairs, describe_drift
+from addons.measures import Measured
+from addons.measures.drift import DriftMeasure
 from image_text_sim_clip import Config, Json, PartitionRun, Scored
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def _unpack_some(arrays: dict[str, np.ndarray], name: str, places: np.ndarray) -
 
 # ── The measure ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-class SavedEmbeddings(Measure):
+class SavedEmbeddings(DriftMeasure):
     """Files of embeddings next to the parts; `saved_embeddings` in profile.json says what saving them in fewer bits costs."""
 
     name = "saved_embeddings"
@@ -143,25 +142,9 @@ class SavedEmbeddings(Measure):
         return Measured({}, {"kind": kind, "drift": drift}, {run.partition.embeddings: buffer.getvalue()})
 
     @classmethod
-    def add_up(cls, parts: Iterable[Json]) -> list[list[float]] | None:
-        """[score from what is saved, score] of the rows that were computed again; None where no part has saved embeddings."""
-        entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
-        if not entries:
-            return None
-        pairs = []
-        for kept in entries:
-            pairs += kept["drift"]
-        return pairs
-
-    @classmethod
-    def describe(cls, total: list[list[float]] | None) -> Json | None:
-        """The drift of scores computed from what is saved; None where nothing is."""
-        return None if total is None else compare_pairs(total)
-
-    @classmethod
-    def tell(cls, entry: Json) -> str:
-        """The line of the summary."""
-        return describe_drift(entry)
+    def pairs_of(cls, kept: Json) -> list[list[float]]:
+        """[score from what is saved, score] of the rows that were computed again."""
+        return list(kept["drift"])
 
 
 MEASURE = SavedEmbeddings

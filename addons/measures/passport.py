@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from addons.images.memory import Account, image_memory
-from addons.measures import Measure, Measured, kept_by
-from addons.measures.drift import compare_pairs, describe_drift
+from addons.measures import Measured, kept_by
+from addons.measures.drift import DriftMeasure
 from image_text_sim_clip import (
     Config,
     ImageLoader,
@@ -238,7 +238,7 @@ class ChosenRows:
     sources: list[str]  # of all of these, in order; one that several rows share stands there several times
 
 
-class Passport(Measure):
+class Passport(DriftMeasure):
     """`passport` in profile.json: what `drift.compare_scores` says of the rows that were scored twice."""
 
     name = "passport"
@@ -305,25 +305,9 @@ class Passport(Measure):
         self.reference.close()
 
     @classmethod
-    def add_up(cls, parts: Iterable[Json]) -> list[list[float]] | None:
-        """[score, reference score] of all rows that were scored twice; None where no part has a passport."""
-        entries = [kept for kept in (kept_by(cls, part) for part in parts) if kept]
-        if not entries:
-            return None
-        pairs = []
-        for kept in entries:
-            pairs += [pair[1:] for pair in kept["pairs"]]
-        return pairs
-
-    @classmethod
-    def describe(cls, total: list[list[float]] | None) -> Json | None:
-        """The drift over all rows that were scored twice; None where no part has a passport."""
-        return None if total is None else compare_pairs(total)
-
-    @classmethod
-    def tell(cls, entry: Json) -> str:
-        """The line of the summary."""
-        return describe_drift(entry)
+    def pairs_of(cls, kept: Json) -> list[list[float]]:
+        """[score, reference score] of the rows that were scored twice."""
+        return [pair[1:] for pair in kept["pairs"]]
 
 
 def _earlier_pairs(run: PartitionRun) -> list[list[float]]:
