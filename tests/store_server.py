@@ -1,16 +1,20 @@
 """An S3 server on loopback (moto), and what tests do with its buckets."""
 import contextlib
+import hashlib
 import http.client
 import http.server
 import itertools
+import json
 import os
 import pathlib
+import re
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 import fsspec
 
@@ -179,3 +183,87 @@ class FaultyProxy:
         if is_cut:
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_WR)
+
+
+class DatasetHub:
+    """A dataset on a Hub: the few calls that hf://datasets/owner/name/... needs."""
+
+    def __init__(self, files):
+        self.requests = []
+        hub = self
+        commit = "c" * 40
+
+        def describe(name):
+            return {"type": "file", "path": name, "oid": hashlib.sha1(files[name]).hexdigest(), "size": len(files[name])}
+
+        def list_tree(folder, is_recursive):
+            start = f"{folder}/" if folder else ""
+            below = sorted(name for name in files if name.startswith(start))
+            folders = {start + name.removeprefix(start).partition("/")[0] for name in below if "/" in name.removeprefix(start)}
+            own = below if is_recursive else [name for name in below if "/" not in name.removeprefix(start)]
+            return [{"type": "directory", "path": name, "oid": "d" * 40, "size": 0} for name in sorted(folders)] + [
+                describe(name) for name in own]
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def answer(self, status, body, headers=()):
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": commit, **dict(headers)}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def answer_json(self, content):
+                self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+            def do_GET(self):
+                path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+                hub.requests.append(f"{self.command} {self.path}")
+                rest = path.removeprefix("/api/datasets/owner/name")
+                if path.startswith("/datasets/owner/name/resolve/"):
+                    self.send_file(path.split("/", 6)[6])
+                elif rest == path:
+                    self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+                elif rest.startswith("/tree/"):
+                    self.answer_json(list_tree("/".join(rest.split("/")[3:]), "recursive=true" in self.path.lower()))
+                else:
+                    self.answer_json({"_id": "0" * 24, "id": "owner/name", "sha": commit, "private": False, "tags": [],
+                                      "downloads": 0, "likes": 0, "siblings": []})
+            do_HEAD = do_GET
+
+            def do_POST(self):
+                hub.requests.append(f"POST {self.path}")
+                asked = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                names = asked.get("paths") or []
+                found = [describe(name) for name in names if name in files]
+                found += [{"type": "directory", "path": name, "oid": "d" * 40} for name in names
+                          if any(file.startswith(f"{name}/") for file in files)]
+                self.answer_json(found)
+
+            def send_file(self, name):
+                if name not in files:
+                    self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+                    return
+                body = files[name]
+                headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept-Ranges": "bytes"}
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+                if asked:
+                    first = int(asked[1])
+                    part = body[first:int(asked[2]) + 1]
+                    headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
+                    self.answer(206, part, headers)
+                else:
+                    self.answer(200, body, headers)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()

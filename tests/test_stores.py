@@ -192,3 +192,17 @@ def test_store_path_is_no_local_path(tmp_path, monkeypatch):
         with pytest.raises(TypeError, match="object store"):
             list(use() or ())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dataset_on_the_hub(tmp_path, write_config, run_cli, read_table, picture):
+    """A table and images in a dataset on the Hub are read with its few calls, and a file that is not there is one line."""
+    hub = store_server.DatasetHub({"pairs/t.csv": b"url,caption\na.jpg,one\nb.jpg,two\n", "images/a.jpg": picture})
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    place = "hf://datasets/owner/name"
+    config = write_config(csv_path=f"{place}/pairs/t.csv", image_path=f"{place}/images")
+    outcome = run_cli("--config", config, env=environment)
+    assert outcome.code == 0, outcome.stderr
+    assert [row["status"] for row in read_table(tmp_path / "out/scores.csv")] == ["ok", "missing"]
+    missing = run_cli("--config", config, "--set", f"csv_path={place}/pairs/none.csv", "--fresh", env=environment)
+    hub.close()
+    assert missing.code == 3 and len(missing.stderr.splitlines()) == 1, missing.stderr

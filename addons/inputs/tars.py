@@ -24,10 +24,13 @@ from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
 from addons.inputs.json_lines import Cells, NestedCaption, check_width, parse_object, parse_rows
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
+from addons.stores import SCHEME
 from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from addons.stores.spool import Spool
 
 # those that are not read here become rows all the same, and their status says so
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic",
@@ -228,6 +231,18 @@ def hash_entries(entries: list[Entry]) -> str:
 
 # ── Reader and rows ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+def fetch_in_turn(found: list[InputFile]) -> Iterator[InputFile]:
+    """Copies of tars that lie in an object store, and of the Parquet next to each, until the next one is asked for."""
+    from addons.stores import spool
+    return spool.fetch_in_turn(found, ".parquet")
+
+
+def open_spool(found: list[InputFile]) -> "Spool":
+    """What fetches tars that lie in an object store, each once."""
+    from addons.stores import spool
+    return spool.Spool(found, ".parquet")
+
+
 class TarReader(InPlaceReader):
     """Webdataset tars, any number of them; each begins a partition."""
 
@@ -250,9 +265,10 @@ class TarReader(InPlaceReader):
         described: list[Manifest] = []
         left_aside = LeftAside()
         starts = [0]
+        fetched = fetch_in_turn(found) if is_in_store(found) else iter(found)
         for file in found:
             try:
-                entry, names, first_rows = self._describe_tar(file, config, left_aside, is_only=len(found) == 1)
+                entry, names, first_rows = self._describe_tar(file, next(fetched), config, left_aside, is_only=len(found) == 1)
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys(names))
@@ -273,16 +289,16 @@ class TarReader(InPlaceReader):
                     "starts": sorted({start for start in starts if start < rows})}
         return manifest | {"input_rows": input_rows} if CAPTION_INDEX in columns else manifest
 
-    def _describe_tar(self, file: InputFile, config: Config, left_aside: LeftAside,
+    def _describe_tar(self, file: InputFile, here: InputFile, config: Config, left_aside: LeftAside,
                       is_only: bool) -> tuple[Manifest, list[str], list[int]]:
         """A tar's entry in manifest.json, the names of its pairs' fields, and the first row of each pair.
 
-        What is no pair's is added to `left_aside`.
+        `here` is the tar itself or, of one in an object store, its copy. What is no pair's is added to `left_aside`.
 
         Raises OSError, and Trouble (exit 3) for an only file that is no tar.
         """
         entry = {"name": file.name, "rows": 0, **self.identify(file)}
-        entries, flaw, left = index_shard(file)
+        entries, flaw, left = index_shard(here)
         left_aside.add_all(left, f"{file.name}/")
         if flaw and not entries:
             if is_only:
@@ -296,7 +312,7 @@ class TarReader(InPlaceReader):
         entry["nested_captions"] = 0
         names: dict[str, None] = {}
         first_rows = []
-        for texts in read_members(file, entries, column_name(config.caption_column)):
+        for texts in read_members(here, entries, column_name(config.caption_column)):
             names.update(dict.fromkeys(texts.rows[0]))
             check_width(len(names))
             entry["nested_captions"] += texts.has_nested_caption
@@ -326,6 +342,7 @@ class TarRows(FileRows):
         self.caption_column = column_name(config.caption_column)
         self.max_bytes = config.max_image_bytes
         self.entry_counts: list[int] = [file.get("input_rows", file["rows"]) for file in manifest["files"]]
+        self._spool: Spool | None = open_spool(found) if is_in_store(found) else None
         self._indexed_number = -1  # the place in `files` of the tar whose index is kept
         self._entries: list[Entry] = []
         self._picks: Sequence[Pick] = []  # of the rows of that tar
@@ -339,7 +356,7 @@ class TarRows(FileRows):
             places = list(dict.fromkeys(pick.place for pick in picks))
             entries = [self._entries[place] for place in places]
             try:
-                texts_of = dict(zip(places, read_members(file, entries, self.caption_column), strict=True))
+                texts_of = dict(zip(places, read_members(self._fetch(number), entries, self.caption_column), strict=True))
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             rows += [self._make_row(file, self._entries[pick.place], texts_of[pick.place].rows, pick.caption) for pick in picks]
@@ -374,8 +391,9 @@ class TarRows(FileRows):
         if int(size) > self.max_bytes:
             raise RowFailure("too_large", f"{size} bytes")
         reserve_for_image(int(size))
+        tar_file = self._spool.find(int(number)) if self._spool else self.files[int(number)]
         try:
-            with self.files[int(number)].open() as file:
+            with tar_file.open() as file:
                 file.seek(int(offset))
                 data = file.read(int(size))
         except OSError:
@@ -393,10 +411,19 @@ class TarRows(FileRows):
                 self._indexed_number = number
             yield number, self._picks[first:end]
 
+    def _fetch(self, number: int) -> InputFile:
+        """The tar where it can be read all over. Trouble (exit 3) for one in an object store that cannot be fetched."""
+        if self._spool is None:
+            return self.files[number]
+        try:
+            return self._spool.fetch(number)
+        except OSError as error:
+            raise Trouble(EXIT_INPUT, f"cannot read {self.files[number].name}: {error.strerror or error}") from None
+
     def _index(self, number: int) -> list[Entry]:
         file = self.files[number]
         try:
-            entries = index_shard(file).entries
+            entries = index_shard(self._fetch(number)).entries
         except PermissionError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror}") from None
         if len(entries) != self.entry_counts[number]:
@@ -410,13 +437,18 @@ class TarRows(FileRows):
         file = self.files[number]
         picks: list[Pick] = []
         try:
-            for place, texts in enumerate(read_members(file, self._entries, self.caption_column)):
+            for place, texts in enumerate(read_members(self._fetch(number), self._entries, self.caption_column)):
                 picks += [Pick(place, caption) for caption in range(len(texts.rows))]
         except OSError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
         if len(picks) != self.counts[number]:
             raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
         return picks
+
+
+def is_in_store(found: list[InputFile]) -> bool:
+    """Whether the tars lie in an object store."""
+    return bool(found) and SCHEME.match(found[0].path) is not None
 
 
 READER = TarReader()

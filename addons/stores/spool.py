@@ -1,0 +1,107 @@
+"""Files of an object store that are read all over, such as tars: each is fetched once, as a stream, to a temporary file.
+
+At most a few lie on the disk at a time, in a folder that ends with the process; what a killed process left is removed by the
+next one.
+"""
+import collections
+import contextlib
+import functools
+import pathlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import psutil
+
+from addons.inputs.files import InputFile
+from addons.stores import SCHEME
+from addons.stores.remote import STORE
+
+AHEAD = 4  # files that are fetched side by side when all are read in turn
+KEPT = 3  # files that are kept of those that were asked for last: the loaders may still be at the one before
+FOLDER_NAME = "image_text_sim_clip-spool-"
+
+
+@functools.cache
+def spool_folder() -> pathlib.Path:
+    """This process's folder for fetched files."""
+    place = pathlib.Path(tempfile.gettempdir())
+    for left in place.glob(f"{FOLDER_NAME}*"):
+        number = left.name.removeprefix(FOLDER_NAME).partition("-")[0]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    holder = tempfile.TemporaryDirectory(prefix=f"{FOLDER_NAME}{psutil.Process().pid}-", ignore_cleanup_errors=True)
+    _HOLDERS.append(holder)
+    return pathlib.Path(holder.name)
+
+
+_HOLDERS: list["tempfile.TemporaryDirectory[str]"] = []  # each ends with the process
+
+
+def fetch(file: InputFile, number: int, side_suffix: str) -> InputFile:
+    """Fetch a file, and the one next to it with `side_suffix` if it is there; where they lie now. Raises OSError."""
+    target = spool_folder() / f"{number}-{threading.get_ident()}.fetched"
+    STORE.fetch(file.path, target)
+    side = file.next_to(side_suffix)
+    if side.info() is not None:
+        STORE.fetch(side.path, target.with_suffix(side_suffix))
+    return InputFile(file.name, str(target))
+
+
+def remove(file: InputFile, side_suffix: str) -> None:
+    """Remove a fetched file and the one next to it."""
+    path = pathlib.Path(file.path)
+    path.unlink(missing_ok=True)
+    path.with_suffix(side_suffix).unlink(missing_ok=True)
+
+
+def fetch_in_turn(files: list[InputFile], side_suffix: str) -> Iterator[InputFile]:
+    """Each file where it can be read all over: where it lies, or fetched, some ahead, until the next one is asked for."""
+    if not files or not SCHEME.match(files[0].path):
+        yield from files
+        return
+    waiting: collections.deque[Future[InputFile]] = collections.deque()
+    numbered = enumerate(files)
+    with ThreadPoolExecutor(AHEAD, "spool") as pool:
+        try:
+            while True:
+                for number, file in numbered:
+                    waiting.append(pool.submit(fetch, file, number, side_suffix))
+                    if len(waiting) == AHEAD:
+                        break
+                if not waiting:
+                    return
+                fetched = waiting.popleft().result()
+                yield fetched
+                remove(fetched, side_suffix)
+        finally:
+            for future in waiting:
+                future.cancel()
+            for future in waiting:
+                with contextlib.suppress(Exception):
+                    remove(future.result(), side_suffix)
+
+
+class Spool:
+    """The fetched files of one input that were asked for last, by their number."""
+
+    def __init__(self, files: list[InputFile], side_suffix: str) -> None:
+        self._files = files
+        self._side_suffix = side_suffix
+        self._fetched: dict[int, InputFile] = {}
+
+    def fetch(self, number: int) -> InputFile:
+        """The file of that number where it can be read all over. Raises OSError."""
+        if not SCHEME.match(self._files[number].path):
+            return self._files[number]
+        if number not in self._fetched:
+            self._fetched[number] = fetch(self._files[number], number, self._side_suffix)
+            for old in list(self._fetched)[:-KEPT]:
+                remove(self._fetched.pop(old), self._side_suffix)
+        return self._fetched[number]
+
+    def find(self, number: int) -> InputFile:
+        """The same without fetching: where it lies if it is not here."""
+        return self._fetched.get(number, self._files[number])
