@@ -62,8 +62,6 @@ def test_tables_of_each_kind(bucket, score_input, tmp_path, picture, number):
     name = write_tables(tmp_path / "in", picture)[number]
     bucket.put_folder(tmp_path / "in", "in")
     assert score_input(f"in/{name}", output_path=str(tmp_path / "local"))[0].code == 0
-    outcome = score_input("", output_path=str(tmp_path / "remote"))[0]
-    assert outcome.code == 3
     config = {"csv_path": bucket.url(f"in/{name}"), "output_path": str(tmp_path / "remote")}
     arguments = [argument for key, value in config.items() for argument in ("--set", f"{key}={value}")]
     outcome = score_input("in/t.csv", *arguments)[0]
