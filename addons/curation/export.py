@@ -1,9 +1,9 @@
 """Write the rows that curation kept: tables, an `imagefolder` for Hugging Face datasets, or webdataset tars.
 
-Images are written as the bytes that were scored, never encoded anew. Each row carries `similarity`, `dissimilarity` and
-the columns of further measures, so that a trainer can weight by them. Every file is written under another name and then
-renamed: one that exists is complete, which is all of resuming, and an export that was interrupted ends with the same
-bytes as one that was not. That the whole is complete is written last and taken away first.
+Images are written as the bytes that were scored, never encoded anew. Each row carries the table's other columns, `similarity`,
+`dissimilarity` and the columns of further measures, so that a trainer can weight by them. Every file is written under another
+name and then renamed: one that exists is complete, which is all of resuming, and an export that was interrupted ends with the
+same bytes as one that was not. That the whole is complete is written last and taken away first.
 """
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ import math
 import pathlib
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypeVar
 
 import numpy as np
@@ -60,6 +60,7 @@ class Record:
     caption: str
     similarity: float
     dissimilarity: float
+    columns: dict[str, Cell]  # the table's other columns, typed where the table was
     further: dict[str, Cell]  # the columns of further measures
 
     @property
@@ -68,10 +69,18 @@ class Record:
         return f"{self.row:09d}"
 
     def describe(self) -> dict[str, Cell]:
-        """What goes into metadata.jsonl and the tars' JSON files; a further column that clashes becomes measure_<name>."""
+        """What goes into metadata.jsonl and the tars' JSON files.
+
+        A column of the table that clashes becomes input_<name>, one of a measure measure_<name>.
+        """
         described: dict[str, Cell] = {"text": self.caption, "row": self.row, "url": self.url,
                                       "similarity": self.similarity, "dissimilarity": self.dissimilarity}
         reserved = {*described, "file_name", "image"}
+        for name, value in self.columns.items():
+            shown = name
+            while shown in reserved or shown in described:
+                shown = f"input_{shown}"
+            described[shown] = value
         for name, value in self.further.items():
             described[f"measure_{name}" if name in reserved else name] = value
         return described
@@ -110,16 +119,47 @@ class KeptRows:
         """Yield the kept rows one by one."""
         further_names = [column.name for column in self.run.further_columns]
         names = [self.run.source_name, self.run.caption_name, "similarity", "dissimilarity", *further_names]
+        others = [name for name in self.run.names if name not in (self.run.source_name, self.run.caption_name)]
         for first_row, table, verdicts in self.run.judged_chunks(self.verdicts):
             places = np.flatnonzero(verdicts == KEPT)
             if not len(places):
                 continue
             sources = images.locate(first_row, table)
             columns = [table[name].take(places).to_pylist() for name in names]
-            for place, (url, caption, similarity, dissimilarity, *cells) in zip(places.tolist(), zip(*columns, strict=True),
-                                                                                strict=True):
+            cells_of = {name: typed_cells(table[name].take(places).to_pylist(), self.run.types.get(name, ""))
+                        for name in others}
+            for number, (url, caption, similarity, dissimilarity, *cells) in enumerate(zip(*columns, strict=True)):
+                place = int(places[number])
+                own = {name: column[number] for name, column in cells_of.items()}
                 further = dict(zip(further_names, map(none_for_nan, cells), strict=True))
-                yield Record(first_row + place, sources[place], url, caption, similarity, dissimilarity, further)
+                yield Record(first_row + place, sources[place], url, caption, similarity, dissimilarity, own, further)
+
+
+def typed_cells(texts: list[str], kind: str) -> list[Cell]:
+    """Cells of the input as it had them: whole numbers ("int"), numbers ("float"), truth values ("bool") or, else, text.
+
+    An empty cell of a typed column is None, and one that is not of its type stays text.
+    """
+    if not kind:
+        return list(texts)
+    read = READ_TYPES[kind]
+    cells: list[Cell] = []
+    for text in texts:
+        try:
+            cells.append(read(text) if text else None)
+        except (ValueError, KeyError):
+            cells.append(text)
+    return cells
+
+
+def read_number(text: str) -> Cell:
+    """A number that JSON can hold; None for one that is not finite."""
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+READ_TYPES: dict[str, Callable[[str], Cell]] = {"int": int, "float": read_number,
+                                                "bool": {"true": True, "false": False}.__getitem__}
 
 
 def none_for_nan(cell: Cell) -> Cell:

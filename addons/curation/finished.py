@@ -56,6 +56,13 @@ class FinishedRun:
     judged_by: str = ""  # the name of the model whose similarities are judged, where it is not the first one
 
     @property
+    def types(self) -> dict[str, str]:
+        """The type of each column of the input that had another than text: int, float or bool."""
+        of_input: dict[str, str] = self.plan.manifest.get("types", {})
+        shown_as = dict(zip(self.plan.manifest["columns"], self.names, strict=True))
+        return {shown_as[name]: kind for name, kind in of_input.items() if name in shown_as}
+
+    @property
     def output(self) -> pathlib.Path:
         """The folder of the scores."""
         return self.plan.output

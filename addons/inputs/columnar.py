@@ -117,6 +117,9 @@ class BlockReader(InPlaceReader):
             described["input_rows"] = _count_input_rows([looked.entry for looked in looked_at], config.limit)
             for looked in looked_at:
                 looked.entry.pop("first_rows", None)
+        types = _find_types(looked_at, list(columns))
+        if types:
+            described["types"] = types
         if any(looked.has_images for looked in looked_at):
             described["holds_images"] = True
         cuts = _cut_long_rows(looked_at)
@@ -172,6 +175,30 @@ class LookedAt(NamedTuple):
     block_rows: list[int]
     row_bytes: list[float]  # of a row of each block, on average
     has_images: bool
+
+
+def _find_types(looked_at: list[LookedAt], columns: list[str]) -> dict[str, str]:
+    """The columns that are numbers or truth values in all files that have them, for those who write the table anew."""
+    found: dict[str, str] = {}
+    for name in columns:
+        stored = CAPTION_INDEX if name == OWN_INDEX else name
+        kinds = {name_type(looked.schema.field(stored).type) for looked in looked_at if stored in looked.schema.names}
+        kinds |= {"" for looked in looked_at if name in dict(looked.file.folder_columns)}
+        if kinds and "" not in kinds:
+            found[name] = kinds.pop() if len(kinds) == 1 else ""
+    if any(is_list(field.type) for looked in looked_at for field in looked.schema) and CAPTION_INDEX in columns:
+        found[CAPTION_INDEX] = "int"
+    return {name: kind for name, kind in found.items() if kind}
+
+
+def name_type(kind: pa.DataType) -> str:
+    """What a column's type is called in manifest.json; "" for what is text there."""
+    types = pa.types
+    if types.is_integer(kind):
+        return "int"
+    if types.is_floating(kind):
+        return "float"
+    return "bool" if types.is_boolean(kind) else ""
 
 
 def _count_input_rows(entries: list[Manifest], limit: int | None) -> int:

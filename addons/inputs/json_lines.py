@@ -6,6 +6,7 @@ captions (caption_lists.py). A line that is no object, that lacks the URL's or t
 caption, is malformed: the JSON of an object is nobody's caption. Used for .jsonl, .ndjson and .json, which may also be one
 array of objects (json_arrays.py), compressed or not.
 """
+import contextlib
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from pyarrow import json as arrow_json
 
 from addons.inputs import needed_columns
 from addons.inputs.caption_lists import CAPTION_INDEX, OWN_INDEX, split_list
+from addons.inputs.files import InputFile
 from addons.inputs.json_arrays import is_array, read_records
 from addons.inputs.text import Text, TextReader, is_utf8
 from image_text_sim_clip import (
@@ -61,6 +63,19 @@ class JsonLinesReader(TextReader):
             raise refuse_start(text, needed)
         return TextTable(columns, LineParser(text, needed, columns, limit).read_batches(), text.sha256)
 
+    def guess_types(self, file: InputFile, config: Config) -> dict[str, str]:
+        """The types of the values in the first FIRST_BYTES."""
+        text = Text(file.path, config.encoding)
+        records: Iterator[str] = (record for _, record in read_records(text)) if is_array(text) else text.lines()
+        types: dict[str, set[type]] = {}
+        for record in itertools.takewhile(lambda _: text.taken_bytes <= FIRST_BYTES, records):
+            with contextlib.suppress(ValueError, RecursionError):
+                values = json.loads(record)
+                for key, value in values.items() if isinstance(values, dict) else ():
+                    types.setdefault(OWN_INDEX if key == CAPTION_INDEX else key, set()).add(type(value))
+        found = {key: _name_types(kinds - {type(None)}) for key, kinds in types.items()}
+        return {key: name for key, name in found.items() if name}
+
     def _open_array(self, config: Config, known: list[str], text: Text) -> TextTable:
         needed = needed_columns(config)
         limit = config.limit or sys.maxsize
@@ -76,6 +91,15 @@ class JsonLinesReader(TextReader):
 
 
 READER = JsonLinesReader()
+
+
+def _name_types(kinds: set[type]) -> str:
+    """What values of these types are together: int, float or bool; "" for none of them, or no values at all."""
+    if kinds == {int}:
+        return "int"
+    if kinds and kinds <= {int, float}:
+        return "float"
+    return "bool" if kinds == {bool} else ""
 
 
 # ── A line ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,8 @@ from image_text_sim_clip import (
     say,
 )
 
+TYPES = {"int": r"^(-?\d{1,18})?$", "float": r"^(-?\d+(\.\d+)?([eE][+-]?\d+)?)?$", "bool": r"^(true|false)?$"}
+
 OpenTable = Callable[[Config, list[str]], TextTable]  # see text.TextReader
 
 
@@ -48,6 +50,7 @@ class Staged:
     malformed: int = 0
     literal_lines: int = 0
     has_data_uris: bool = False
+    types: dict[str, str] = dataclasses.field(default_factory=dict)  # of columns that are not text as far as was read
     files: list[Manifest] = dataclasses.field(default_factory=list)
     cuts: list[int] = dataclasses.field(default_factory=list)
 
@@ -59,7 +62,8 @@ class Reading(NamedTuple):
     config: Config
 
 
-def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config: Config, output: pathlib.Path) -> Manifest:
+def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config: Config, output: pathlib.Path,
+                types: dict[str, str] | None = None) -> Manifest:
     """Stage the files; returns what the manifest says of them (see the script's `stage`, which does it for a script alone)."""
     readings = [Reading(file, dataclasses.replace(config, csv_path=file.path)) for file in found if not _is_empty(file, found)]
     if not readings:
@@ -67,7 +71,7 @@ def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config
     columns = _find_columns(readings, open_table)
     is_first = True
     while True:
-        staged = _stage_once(readings, open_table, columns, is_first, config, output)
+        staged = _stage_once(readings, open_table, columns, is_first, config, output, types or {})
         if staged.columns == columns:
             break
         columns = staged.columns
@@ -76,6 +80,8 @@ def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config
                  "literal_lines": staged.literal_lines, "files": staged.files}
     if staged.cuts:
         described["cuts"] = staged.cuts
+    if staged.types:
+        described["types"] = staged.types
     if CAPTION_INDEX in columns:
         described["input_rows"] = count_staged(output / "pairs.parquet")
     if staged.has_data_uris:
@@ -107,9 +113,11 @@ def check_width(columns: dict[str, None]) -> None:
 
 
 def _stage_once(readings: list[Reading], open_table: OpenTable, columns: list[str], is_first: bool, config: Config,
-                output: pathlib.Path) -> Staged:
+                output: pathlib.Path, types: dict[str, str]) -> Staged:
     """Write pairs.parquet and bad_rows.csv; ends early where a file has columns that are not among `columns`."""
-    staged = Staged(columns)
+    staged = Staged(columns, types=dict(types))
+    if CAPTION_INDEX in columns:
+        staged.types[CAPTION_INDEX] = "int"
     with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
         bad = (FileOfBadRows if len(readings) > 1 else BadRows)(bad_file, config.escape_formulas)
         table = StagedTable(staged_file, columns)
@@ -176,6 +184,8 @@ class _FileStager:
         rows = pa.Table.from_arrays(cells, names=staged.columns)
         if not staged.has_data_uris:
             staged.has_data_uris = bool(find_data_uris(rows[column_name(self.config.url_column)]).any())
+        for name in [name for name, kind in staged.types.items() if name in staged.columns and not has_type(rows[name], kind)]:
+            staged.types.pop(name)
         self.table.append(rows)
         staged.rows += len(rows)
 
@@ -200,6 +210,11 @@ class _FileStager:
         if literal_lines:
             say(f"{literal_lines} lines of {path} are rows only if their quotes are text, and were read so; if that is true of "
                 "all its quotes, set quoting: none")
+
+
+def has_type(cells: pa.ChunkedArray, kind: str) -> bool:
+    """Whether all cells of a column are of that type, or empty."""
+    return bool(pc.all(pc.match_substring_regex(cells, TYPES[kind])).as_py() is not False)
 
 
 def describe_file(file: InputFile) -> Manifest:

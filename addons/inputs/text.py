@@ -185,11 +185,15 @@ class TextReader:
         """
         raise NotImplementedError
 
+    def guess_types(self, file: files.InputFile, config: Config) -> dict[str, str]:
+        """Which columns seem to be other than text: int, float or bool, by name. A kind that has no types knows none."""
+        return {}
+
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader."""
         from addons.inputs.staging import stage_files
         found = files.list_files(config.csv_path, self)
-        described = stage_files(self.kind, self.open_table, found, config, output)
+        described = stage_files(self.kind, self.open_table, found, config, output, self.guess_types(found[0], config))
         left_aside = files.find_left_aside(config.csv_path, self)
         left_aside.tell(config.csv_path)
         return described | {"left_aside": left_aside.describe()} if left_aside.total else described

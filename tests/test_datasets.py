@@ -1,0 +1,101 @@
+"""Datasets as the library `datasets` lays them out are scored, curated and exported to what it loads; tables keep columns."""
+import json
+import pathlib
+import tarfile
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+import curate
+import image_text_sim_clip as script
+
+SHAPES = script.ADDONS.parent / "challenge_set/shapes"
+NAMES = [f"shape-{number:03d}.png" for number in range(12)]
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    """The real library, with its caches in tmp_path."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf/datasets"))
+    return pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def score_and_export(run_main, write_config, bundled_model, tmp_path):
+    """Score an input and export what is kept; returns the summary and the folder of the export."""
+    def run(csv_path, export, **keys):
+        config = write_config(**{"csv_path": str(csv_path), "image_path": str(SHAPES), "pretrained_model": bundled_model,
+                                 "parity_rows": 0, "curate": {"export": export}, **keys})
+        outcome = run_main("--config", config, "--fresh")
+        assert outcome.code == 0, outcome.stderr
+        assert curate.main(["--config", str(config)]) == 0
+        return outcome, tmp_path / "out/curated" / export
+    return run
+
+
+def make_dataset(datasets):
+    """Images embedded in the table, with lists of captions, numbers and truth values."""
+    features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string")),
+                                  "score": datasets.Value("float32"), "number": datasets.Value("int64"),
+                                  "is_odd": datasets.Value("bool"), "licence": datasets.Value("string")})
+    rows = [{"image": {"bytes": (SHAPES / name).read_bytes(), "path": name}, "captions": [f"a red circle {n}", "a star"],
+             "score": n / 8, "number": n or None, "is_odd": n % 2 == 1, "licence": "CC0"} for n, name in enumerate(NAMES)]
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["to_parquet", "shards"])
+def test_a_dataset_comes_back(tmp_path, datasets, score_and_export, layout):
+    """Parquet as `datasets` writes it is scored, curated, and exported to an imagefolder that `datasets` loads, typed."""
+    made = make_dataset(datasets)
+    folder = tmp_path / "repo"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    (folder / ".gitattributes").write_text("*.parquet filter=lfs\n")
+    shards = 1 if layout == "to_parquet" else 3
+    for number in range(shards):  # what push_to_hub puts into data/
+        made.shard(shards, number, contiguous=True).to_parquet(folder / f"data/train-{number:05d}-of-{shards:05d}.parquet")
+    outcome, exported = score_and_export(folder, "imagefolder", url_column="image", caption_column="captions",
+                                         image_path="nowhere", partition_rows=5)
+    assert outcome.result["scored"] == 24 and outcome.result["input_rows"] == 12
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(exported), split="train")
+    assert len(loaded) == 24
+    first = loaded[2]
+    assert first["image"].size == (64, 64) or first["image"].size[0] > 0
+    assert (first["text"], first["number"], first["is_odd"], first["score"], first["licence"], first["caption_index"]) == (
+        "a red circle 1", 1, True, 0.125, "CC0", 0)
+    assert loaded[0]["number"] is None and loaded.features["number"].dtype == "int64"
+    assert loaded.features["is_odd"].dtype == "bool" and "float" in loaded.features["score"].dtype
+    files = sorted(pathlib.Path(exported).rglob("*.png"))
+    assert files[0].read_bytes() == (SHAPES / NAMES[0]).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("export", ["webdataset", "imagefolder"])
+def test_exports_keep_the_columns(tmp_path, score_and_export, kind, export):
+    """The input's other columns are in the exports, numbers as such where the table had types; no two names clash."""
+    rows = [{"url": name, "caption": "a star", "id": n, "size": n + 0.5, "ok": True, "text": "t", "row": "r", "mixed": n,
+             "similarity": "s", "empty": None} for n, name in enumerate(NAMES[:3])]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    elif kind == "jsonl":
+        rows[2]["mixed"] = "x"
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pa.csv.write_csv(pa.Table.from_pylist(rows), tmp_path / "t.csv")
+    _, exported = score_and_export(tmp_path / f"t.{kind}", export)
+    if export == "imagefolder":
+        found = [json.loads(line) for line in (exported / "train/metadata.jsonl").read_text().splitlines()]
+    else:
+        with tarfile.open(exported / "kept-00000.tar") as tar:
+            found = [json.loads(tar.extractfile(name).read()) for name in tar.getnames() if name.endswith(".json")]
+    typed = kind != "csv"
+    assert [row["id"] for row in found] == ([0, 1, 2] if typed else ["0", "1", "2"])
+    assert [row["size"] for row in found] == ([0.5, 1.5, 2.5] if typed else ["0.5", "1.5", "2.5"])
+    assert found[0]["ok"] in ((True,) if typed else ("true",)) and found[0]["text"] == "a star"
+    assert (found[0]["input_text"], found[0]["input_row"], found[0]["input_similarity"]) == ("t", "r", "s")
+    assert isinstance(found[0]["similarity"], float) and found[0]["row"] == 0
+    assert [row["mixed"] for row in found] == ([0, 1, 2] if kind == "parquet" else ["0", "1", "x" if kind == "jsonl" else "2"])
