@@ -295,7 +295,11 @@ def _choose_for_all(csv_path: str, paths: list[str], readers: Sequence[Reader]) 
 
 def _choose_in_folder(csv_path: str, paths: list[str], readers: Sequence[Reader]) -> Reader:
     """What is read where it lies goes before text, of which a .txt alone is a note; files of another kind do not matter."""
-    found = [reader for reader in readers if any(fits(reader, path) for path in paths)]
+    for reader in readers:
+        claims = getattr(reader, "claims", None)
+        if claims and claims(paths):
+            return reader
+    found = [reader for reader in readers if not hasattr(reader, "claims") and any(fits(reader, path) for path in paths)]
     in_place = _in_place(found)
     side_suffixes = set(itertools.chain.from_iterable(reader.side_suffixes for reader in in_place))
     main = [reader for reader in in_place if not side_suffixes.intersection(reader.suffixes)]

@@ -3,6 +3,7 @@
 Columns are those of all files together, in the order in which they first appear; what a file lacks is "" in its rows, or what
 the names of its folders say (`lang=en/`).
 """
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -224,7 +225,8 @@ def describe_file(file: InputFile) -> Manifest:
         raise Trouble(EXIT_INPUT, f"cannot read csv_path {file.path}: no such file")
     described = {"bytes": info.bytes, "mtime_ns": info.mtime_ns}
     if not SCHEME.match(file.path):  # a write that keeps the modification time still moves the change time
-        described["ctime_ns"] = pathlib.Path(file.path).stat().st_ctime_ns
+        with contextlib.suppress(OSError):  # a glob, of the images of a folder
+            described["ctime_ns"] = pathlib.Path(file.path).stat().st_ctime_ns
     return described
 
 

@@ -197,14 +197,14 @@ def read_members(tar_file: InputFile, entries: list[Entry], caption_column: str)
             file.seek(member.offset)
             return file.read(member.size).decode("utf-8-sig", "replace")
         for entry in entries:
-            rows, is_nested = _read_rows(text_of(entry.members.get("json")) or "{}", caption_column)
+            rows, is_nested = read_cells(text_of(entry.members.get("json")) or "{}", caption_column)
             rows = [{**entry.fields, **cells} for cells in rows]
             if not rows[0].get(caption_column) and len(rows) == 1:
                 rows[0][caption_column] = text_of(entry.members.get("txt"))
             yield Texts(rows, is_nested)
 
 
-def _read_rows(text: str, caption_column: str) -> tuple[list[Cells], bool]:
+def read_cells(text: str, caption_column: str) -> tuple[list[Cells], bool]:
     """The fields of a .json, for each of its captions, and whether that is nested; none for what is no JSON."""
     try:
         return parse_rows(text, caption_column), False

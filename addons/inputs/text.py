@@ -11,8 +11,12 @@ import pyarrow as pa
 
 from addons.inputs import Manifest, Rows, files
 from addons.inputs.compression import ERRORS, MAGIC_BYTES, Unpacked, name_compression, unpack
+from addons.inputs.left_aside import LeftAside
 from addons.stores import find_store
 from image_text_sim_clip import EXIT_INPUT, Config, StagedRows, TextTable, Trouble
+
+if typing.TYPE_CHECKING:
+    from addons.inputs.staging import OpenTable
 
 READ_BYTES = 1 << 20  # of a file at a time, at least
 LINE_PIECE_BYTES = 65_536  # of text that is cut into physical lines at a time
@@ -185,6 +189,18 @@ class TextReader:
         """
         raise NotImplementedError
 
+    def find_files(self, config: Config) -> list[files.InputFile]:
+        """The files that are staged, in order. Raises Trouble (exit 3) unless there are any, and all are there."""
+        return files.list_files(config.csv_path, self)
+
+    def left_aside(self, config: Config) -> LeftAside:
+        """What else lies where `csv_path` is a folder."""
+        return files.find_left_aside(config.csv_path, self)
+
+    def opener(self, config: Config) -> "OpenTable":
+        """What opens each of the files, as `open_table` does."""
+        return self.open_table
+
     def guess_types(self, file: files.InputFile, config: Config) -> dict[str, str]:
         """Which columns seem to be other than text: int, float or bool, by name. A kind that has no types knows none."""
         return {}
@@ -192,9 +208,9 @@ class TextReader:
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader."""
         from addons.inputs.staging import stage_files
-        found = files.list_files(config.csv_path, self)
-        described = stage_files(self.kind, self.open_table, found, config, output, self.guess_types(found[0], config))
-        left_aside = files.find_left_aside(config.csv_path, self)
+        found = self.find_files(config)
+        described = stage_files(self.kind, self.opener(config), found, config, output, self.guess_types(found[0], config))
+        left_aside = self.left_aside(config)
         left_aside.tell(config.csv_path)
         return described | {"left_aside": left_aside.describe()} if left_aside.total else described
 
@@ -210,7 +226,7 @@ class TextReader:
         """See Reader. An input of one file may have another name."""
         from addons.inputs.staging import has_changed
         try:
-            found = files.list_files(config.csv_path, self)
+            found = self.find_files(config)
         except Trouble as trouble:
             return [str(trouble)]
         entries = manifest["files"]

@@ -1,0 +1,290 @@
+"""Folders of images with their captions: a .txt or .json of the same name next to each, or an imagefolder's metadata files.
+
+    shapes/0.png  shapes/0.txt  shapes/a/1.jpg  shapes/a/1.json ...        the key is the path up to the last dot
+    train/0.png  train/1.png ...  train/metadata.jsonl                     {"file_name": "0.png", "caption": ...}
+
+The images come from the folder itself, and `image_path` does not count; a row's URL is the image's path inside the folder. With
+metadata files (metadata.csv, metadata.jsonl, as Hugging Face's `datasets` writes them) their rows are the rows. Else each image
+is one, or one for each of its captions: the field of its .json that `caption_column` names, else its .txt or .caption; an image
+without a text is `empty_caption`. All text is staged, as that of tables is.
+"""
+import dataclasses
+import functools
+import hashlib
+import itertools
+import pathlib
+import posixpath
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from addons.inputs import Manifest, Rows, delimited, files, json_lines, needed_columns
+from addons.inputs.caption_lists import CAPTION_INDEX
+from addons.inputs.compression import plain_suffix
+from addons.inputs.files import InputFile, as_text
+from addons.inputs.json_lines import Cells, check_width
+from addons.inputs.left_aside import LeftAside, kind_by_ending
+from addons.inputs.staging import OpenTable, describe_file
+from addons.inputs.tars import IMAGES, MAX_TEXT_BYTES, read_cells
+from addons.inputs.text import TextReader
+from addons.stores import FileInfo, find_store
+from image_text_sim_clip import (
+    BATCH_ROWS,
+    Batch,
+    Config,
+    StagedRows,
+    TextTable,
+    column_name,
+    read_file,
+    to_table,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEXT_SUFFIXES = (".txt", ".caption")
+SIDE_SUFFIXES = (*TEXT_SUFFIXES, ".json")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+FILE_NAME = "file_name"  # the column of metadata files that names the image, from the folder that they lie in
+
+
+class Pair(NamedTuple):
+    """An image and the files of its captions; None for one that is not there."""
+
+    image: str
+    text: str | None
+    json: str | None
+
+
+class FolderFile(InputFile):
+    """All pairs of a folder as one file of the input: what is known of it is known of all together."""
+
+    def info(self) -> FileInfo | None:
+        """How many bytes its texts have together, images counted as one each; the last time that any was written."""
+        size = 0
+        newest = 0
+        for pair in find_pairs(self.path):
+            for path in pair:
+                info = find_store(path).info(path) if path else None
+                if info:
+                    size += 1 if path == pair.image else info.bytes
+                    newest = max(newest, info.mtime_ns)
+        return FileInfo(size, newest)
+
+
+def stem_of(path: str) -> str:
+    """A path up to the last dot of its name."""
+    return path.rpartition(".")[0]
+
+
+def find_pairs(csv_path: str) -> list[Pair]:
+    """The images that `csv_path` names, in order, each with the files of its captions."""
+    paths = files.expand_path(csv_path)
+    images = [path for path in paths if path.lower().endswith(READER.suffixes)]
+    if find_store(csv_path).is_folder(csv_path):
+        others = paths
+    else:
+        others = [stem_of(image) + suffix for image in images for suffix in SIDE_SUFFIXES]
+        others = [path for path in others if find_store(path).info(path)]
+    sides = {(stem_of(path), plain_suffix(path)): path for path in others if path.lower().endswith(SIDE_SUFFIXES)}
+    pairs = []
+    for image in images:
+        texts = (sides.get((stem_of(image), suffix)) for suffix in TEXT_SUFFIXES)
+        pairs.append(Pair(image, next(filter(None, texts), None), sides.get((stem_of(image), ".json"))))
+    return pairs
+
+
+def find_metadata(csv_path: str) -> list[InputFile]:
+    """The metadata files of the folder."""
+    if not find_store(csv_path).is_folder(csv_path):
+        return []
+    start = len(csv_path.rstrip("/")) + 1
+    return [InputFile(path[start:], path, files.folder_columns(csv_path, path)) for path in files.expand_path(csv_path)
+            if path.rpartition("/")[2].lower() in METADATA_NAMES]
+
+
+def read_text(path: str | None) -> str:
+    """The text of a caption's file, without the line's end behind it; "" for none, or one that is too long for a caption."""
+    info = find_store(path).info(path) if path else None
+    if path is None or info is None or info.bytes > MAX_TEXT_BYTES:
+        return ""
+    with find_store(path).open(path) as file:
+        return file.read().decode("utf-8-sig", "replace").rstrip("\r\n")
+
+
+class ImageFolderReader(TextReader):
+    """Images in a folder with their captions next to them."""
+
+    kind = "images"
+    suffixes = tuple(f".{ending}" for ending in IMAGES)
+
+    def claims(self, paths: list[str]) -> bool:
+        """Whether the files of a folder are images with their captions, whatever else lies there."""
+        stems = {stem_of(path) for path in paths if path.lower().endswith(self.suffixes)}
+        sides = {stem_of(path) for path in paths if path.lower().endswith(SIDE_SUFFIXES)}
+        has_metadata = any(path.rpartition("/")[2].lower() in METADATA_NAMES for path in paths)
+        return bool(stems) and (has_metadata or not stems.isdisjoint(sides))
+
+    def find_files(self, config: Config) -> list[InputFile]:
+        """The metadata files, or else all pairs as one file."""
+        needed_columns(config)
+        name = config.csv_path.rstrip("/").rpartition("/")[2]
+        return find_metadata(config.csv_path) or [FolderFile(name, config.csv_path)]
+
+    def left_aside(self, config: Config) -> LeftAside:
+        """What in the folder is neither an image nor of one."""
+        left_aside = LeftAside()
+        metadata = {file.path for file in find_metadata(config.csv_path)}
+        pairs = find_pairs(config.csv_path)
+        used = metadata.union(pair.image for pair in pairs)
+        if not metadata:
+            used.update(path for pair in pairs for path in pair[1:] if path)
+        if find_store(config.csv_path).is_folder(config.csv_path):
+            below = files.list_below(config.csv_path)
+            start = len(config.csv_path.rstrip("/")) + 1
+            for path in [*below.files, *below.hidden_files]:
+                if path not in used:
+                    left_aside.add(kind_by_ending(path), path[start:])
+        return left_aside
+
+    def opener(self, config: Config) -> OpenTable:
+        """What opens a metadata file, or the pairs of the folder."""
+        if find_metadata(config.csv_path):
+            return functools.partial(open_metadata, config.csv_path)
+        return self.open_table
+
+    def open_table(self, config: Config, known: list[str]) -> TextTable:
+        """Open the pairs of a folder."""
+        reading = PairsReading(config, known)
+        return TextTable(reading.columns, reading.read_batches(), reading.sha256)
+
+    def differences(self, manifest: Manifest, config: Config) -> list[str]:
+        """See Reader. Pairs are compared by their names and texts."""
+        pairs = self.find_files(config)[0]
+        if not isinstance(pairs, FolderFile) or len(manifest["files"]) > 1:
+            return super().differences(manifest, config)
+        entry = manifest["files"][0]
+        if all(entry.get(key) == value for key, value in describe_file(pairs).items()):
+            return []
+        if PairsReading(config, manifest["columns"]).sha256() == entry["sha256"]:
+            return []
+        return [f"the images or captions in {pairs.name} are others"]
+
+    def open(self, manifest: Manifest, config: Config, output: pathlib.Path) -> Rows:
+        """See Reader."""
+        return FolderRows(StagedRows(output / "pairs.parquet"), config)
+
+
+READER = ImageFolderReader()
+
+
+# ── Metadata files ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def open_metadata(root: str, config: Config, known: list[str]) -> TextTable:
+    """A metadata file below `root` as a table whose URLs are the images' paths from there.
+
+    Its own column of the URLs' name becomes input_<name>, unless that is `file_name`.
+    """
+    reader: TextReader = delimited.READER if plain_suffix(config.csv_path) == ".csv" else json_lines.READER
+    url_column = column_name(config.url_column)
+    own = {url_column: FILE_NAME, f"input_{url_column}": url_column} if url_column != FILE_NAME else {}
+    shown = {FILE_NAME: url_column, url_column: f"input_{url_column}"} if url_column != FILE_NAME else {}
+    folder = posixpath.relpath(posixpath.dirname(config.csv_path), root)
+    prefix = "" if folder == "." else f"{folder}/"
+    table = reader.open_table(dataclasses.replace(config, url_column=FILE_NAME), [own.get(name, name) for name in known])
+
+    def batches() -> Iterator[Batch]:
+        for rows, malformed in table.batches:
+            names = pc.binary_join_element_wise(prefix, rows[FILE_NAME], "")
+            rows = rows.set_column(rows.schema.get_field_index(FILE_NAME), FILE_NAME, names)
+            yield rows.rename_columns([shown.get(name, name) for name in rows.column_names]), malformed
+    return table._replace(columns=[shown.get(name, name) for name in table.columns], batches=batches())
+
+
+# ── Pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class PairsReading:
+    """The pairs of a folder as a table, hashed as they are read."""
+
+    def __init__(self, config: Config, known: list[str]) -> None:
+        self._config = config
+        self._pairs = find_pairs(config.csv_path)
+        self._root = folder_of(config.csv_path)
+        self._digest = hashlib.sha256()
+        self._url = column_name(config.url_column)
+        self._caption = column_name(config.caption_column)
+        self._left = self._read_rows()
+        self.columns = known or self._find_columns()
+
+    def _find_columns(self) -> list[str]:
+        """The columns of all rows; where there are no .json files there is nothing to look for."""
+        columns = dict.fromkeys((self._url, self._caption))
+        for pair in self._pairs:
+            columns.update(dict(files.folder_columns(self._config.csv_path, pair.image)))
+            if pair.json:
+                columns.update(dict.fromkeys(read_cells(read_text(pair.json), self._caption)[0][0]))
+                check_width(len(columns))
+        return list(columns)
+
+    def _read_rows(self) -> Iterator[Cells]:
+        for pair in self._pairs:
+            name = posixpath.relpath(pair.image, self._root)
+            text = read_text(pair.text)
+            fields = read_text(pair.json)
+            self._digest.update(repr((name, text, fields)).encode("utf-8", "backslashreplace"))
+            rows, _ = read_cells(fields or "{}", self._caption)
+            for cells in rows:
+                caption = cells.get(self._caption) or (text if len(rows) == 1 else "")
+                from_folders = dict(files.folder_columns(self._config.csv_path, pair.image))
+                yield {CAPTION_INDEX: "0", **from_folders, **cells, self._caption: caption, self._url: as_text(name)}
+
+    def read_batches(self) -> Iterator[Batch]:
+        """Batches of rows."""
+        while batch := list(itertools.islice(self._left, BATCH_ROWS)):
+            yield self._to_table(batch), []
+
+    def _to_table(self, batch: list[Cells]) -> pa.Table:
+        return to_table([[cells.get(column, "") for column in self.columns] for cells in batch], self.columns)
+
+    def sha256(self) -> str:
+        """Of the names of all images and all of their texts; reads what is left of them."""
+        for _ in self._left:
+            pass
+        return self._digest.hexdigest()
+
+
+def folder_of(csv_path: str) -> str:
+    """The folder from which the paths of the images count: `csv_path` itself, or what comes before its wildcards."""
+    if find_store(csv_path).is_folder(csv_path):
+        return csv_path
+    fixed = list(itertools.takewhile(lambda name: not set(name) & set("*?[{"), csv_path.split("/")[:-1]))
+    return "/".join(fixed) or ("/" if csv_path.startswith("/") else ".")
+
+
+class FolderRows:
+    """The staged rows of a folder of images, which brings these along."""
+
+    brings_images = True
+
+    def __init__(self, rows: Rows, config: Config) -> None:
+        self.rows = rows
+        self.url_column = column_name(config.url_column)
+        self.folder = pathlib.Path(folder_of(config.csv_path)).resolve()
+        self._read = functools.partial(read_file, self.folder, max_bytes=config.max_image_bytes)
+        if config.follow_links:
+            self._read = functools.partial(self._read, follow_links=True)
+
+    def read(self, start: int, stop: int) -> "pd.DataFrame":
+        """Rows [start, stop) as columns of text."""
+        return self.rows.read(start, stop)
+
+    def sources(self, start: int, stop: int) -> list[str]:
+        """The paths of the images inside the folder."""
+        urls: list[str] = self.rows.read(start, stop)[self.url_column].tolist()
+        return urls
+
+    def read_bytes(self, source: str) -> bytes:
+        """The bytes of an image. Raises RowFailure."""
+        return self._read(source)
