@@ -41,9 +41,12 @@ def liven(module: torch.nn.Module) -> torch.nn.Module:
     """Weights of about unit gain, from this module's own seed."""
     generator = torch.Generator().manual_seed(sum(p.numel() for p in module.parameters()))
     with torch.no_grad():
-        for weight in module.parameters():
+        for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(noise / math.sqrt(weight[0].numel()) if weight.ndim > 1 else weight + 0.1 * noise)
+            if weight.ndim > 1:
+                weight.copy_(noise / math.sqrt(weight[0].numel()))
+            else:
+                weight.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))  # a norm's, or a bias
     return module.eval()
 
 

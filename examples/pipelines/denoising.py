@@ -38,13 +38,15 @@ class Autoencoded:
                 part.eval()
 
     def _scale_and_shift(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled latents are the autoencoder's less a shift, times a scale: (scale, shift), each a number or one a channel."""
+        """Scaled latents are the autoencoder's less a shift, times a scale: (scale, shift), in a shape that applies to them."""
+        def as_latents(values: float | list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
         config = self.pipeline.vae.config
-        scale = torch.tensor(float(config.scaling_factor)).to(latents)
-        shift = torch.tensor(float(config.get("shift_factor") or 0.0)).to(latents)
+        scale = as_latents(float(config.scaling_factor))
+        shift = as_latents(float(config.get("shift_factor") or 0.0))
         if config.get("latents_mean") and config.get("latents_std"):  # of some autoencoders for SDXL
-            scale = scale / torch.tensor(config.latents_std).view(1, -1, 1, 1).to(latents)
-            shift = torch.tensor(config.latents_mean).view(1, -1, 1, 1).to(latents)
+            scale = scale / as_latents(config.latents_std)
+            shift = as_latents(config.latents_mean)
         return scale, shift
 
     @contextlib.contextmanager
