@@ -9,6 +9,8 @@ import pathlib
 import shutil
 import sys
 
+import family_models
+import open_clip_models
 import pytest
 from models import ARCHITECTURES, change_config, change_weights
 
@@ -123,6 +125,44 @@ def test_a_changed_file_is_refused_by_name(name, shelf, tmp_path, half_a_run, ru
         assert f"({file} {what})" in outcome.stderr, outcome.stderr
         assert outcome.stderr.count("\n") == 1
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
+    assert run_main("--config", config).result["scored"] == 4
+
+
+def ways_to_change_files(folder):
+    """At least ten changes of one file each, for a folder of any format: each file of it other, or gone, and new ones."""
+    ways = {}
+    for path in sorted(folder.iterdir()):
+        is_json = path.suffix == ".json"
+        ways[path.name, "has changed"] = with_key(path.name, "more", 1) if is_json else turn_a_byte(path.name)
+        if "config.json" not in (path.name, path.name.removeprefix("open_clip_")) and path.suffix != ".safetensors":
+            ways[path.name, "is gone"] = remove(path.name)
+    new = ("added_tokens.json", "special_tokens_map.json", "adapter_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+           "tokenizer_config.json", "preprocessor_config.json", "model.safetensors.index.json")
+    for name in new:
+        if not (folder / name).exists():
+            ways[name, "is new"] = write_new(name)
+    return ways
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*family_models.FAMILIES, "open_clip quickgelu", "open_clip siglip", "open_clip clipa"])
+def test_a_changed_file_of_another_family_is_refused_by_name(name, tmp_path, half_a_run, run_main):
+    """The same for the families of addons/models and for open_clip's format: whichever file changes, goes or is new."""
+    folder = tmp_path / "a-model"
+    if name.startswith("open_clip "):
+        open_clip_models.write_model(folder, name.partition(" ")[2])
+    else:
+        folder.mkdir()
+        family_models.FAMILIES[name](folder)
+    config = half_a_run(folder)
+    ways = ways_to_change_files(folder)
+    assert len(ways) >= 10
+    for (file, what), change in ways.items():
+        with put_back(folder):
+            change(folder)
+            outcome = run_main("--config", config)
+        assert outcome.code == 2, (file, what, outcome.stderr)
+        assert f"({file} {what})" in outcome.stderr, outcome.stderr
     assert run_main("--config", config).result["scored"] == 4
 
 
