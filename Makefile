@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := image_text_sim_clip.py curate.py addons challenge_set examples readme_imgs tests
 
-.PHONY: help demo test quick fuzz lint bench bench-scale bench-web bench-gpu figures model finetuned clean
+.PHONY: help demo test quick fuzz lint bench bench-scale bench-web bench-stores bench-gpu figures model finetuned clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ bench-scale: .venv/ready-for-tests  ## rows/s of one process, two ranks and Ray 
 
 bench-web: .venv/ready-for-tests  ## images/s from a loopback web with hosts that fail, next to img2dataset (IMG2DATASET=its command)
 	$(BIN)/python tests/bench_web.py
+
+bench-stores: .venv/ready-for-tests  ## images/s from an object store and over plain HTTP, from one server on loopback
+	$(BIN)/python tests/bench_stores.py
 
 bench-gpu: .venv/ready  ## the same on CUDA, with more models
 	$(BIN)/python tests/bench.py --out scores/bench --gpu --plot scores/bench/throughput-gpu.png

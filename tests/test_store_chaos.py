@@ -8,7 +8,7 @@ import store_server
 from test_store_output import remote_run, results_in, results_of, strange_objects  # noqa: F401 - a fixture
 
 import image_text_sim_clip as script
-from addons.stores import commits, remote
+from addons.stores import commits, remote, s3_reader
 from addons.stores.paths import StorePath
 
 
@@ -21,11 +21,13 @@ def proxied(bucket, s3_endpoint, monkeypatch):
         proxies.append(store_server.FaultyProxy(s3_endpoint, every, kinds))
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].endpoint)
         remote._open_file_system.cache_clear()
+        s3_reader.open_reader.cache_clear()
         return proxies[-1]
     yield start
     for proxy in proxies:
         proxy.close()
     remote._open_file_system.cache_clear()
+    s3_reader.open_reader.cache_clear()
 
 
 @pytest.mark.slow

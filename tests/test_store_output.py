@@ -119,9 +119,12 @@ def test_retry_failed_with_embeddings(remote_run, bucket, monkeypatch):
 
 
 def test_plan_tells_the_cost(remote_run, bucket):
-    """--plan scores a sample and leaves the store with the plan alone."""
+    """--plan counts requests and bytes per million rows, and leaves the store with the plan alone."""
     outcome = remote_run("--plan")
     assert outcome.code == 0 and outcome.result["rows"] == 40, outcome.stderr
+    told = outcome.result["object_store"]
+    assert told["GET"] > 1e6 and told["PUT"] >= 3 * 6 / 40 * 1e6 and told["bytes_read"] > 1e6
+    assert "per million rows" in outcome.stderr and "object_store" not in remote_run.local("--plan").result
     assert not [name for name in bucket.names("out") if "part-" in name]
 
 

@@ -10,6 +10,7 @@ import tempfile
 import typing
 from typing import Any
 
+from addons.stores import traffic
 from image_text_sim_clip import (
     EXIT_INPUT,
     Clock,
@@ -67,8 +68,11 @@ def tell_cost(job: Job) -> int:
     if not job.plan.row_count:
         raise Trouble(EXIT_INPUT, f"{job.config.csv_path} has no rows to plan for")
     with output_disk("a temporary folder"), tempfile.TemporaryDirectory() as folder:
+        before = traffic.count_traffic(job.config)
         measured = measure_sample(job, pathlib.Path(folder))
     needs = estimate_needs(job.plan, measured)
+    if asked := traffic.estimate_traffic(job.plan, before, measured.sampled_rows, measured.part_bytes_per_row):
+        needs["object_store"] = asked
     for name, value in describe_needs(needs).items():
         say(f"{name:>20}  {value}")
     print(json.dumps(needs), flush=True)
@@ -160,6 +164,7 @@ def describe_needs(needs: Figures) -> dict[str, str]:
                 "and about as much again as the table for scores.csv",
         "memory": f"{needs['peak_rss_mib']:,.0f} MiB RAM, {needs['peak_gpu_mib']:,.0f} MiB GPU each (peaks)"
                   f"{models}",
+        **({"object store": traffic.describe_traffic(needs["object_store"])} if "object_store" in needs else {}),
         "limited by": needs["limited_by"],
         "change first": needs["change_first"],
     }
