@@ -133,3 +133,50 @@ def test_kills_at_random_moments(remote_run, bucket, tmp_path, start_cli):  # no
         assert results_in(bucket, f"out-{runs}") == results_of(tmp_path / "local")
         assert strange_objects(bucket, f"out-{runs}") == []
     assert done >= kills
+
+
+def test_credentials_that_run_out(remote_run, monkeypatch):  # noqa: F811
+    """Credentials that expire in the middle end the run in one line, make no row a failure, and the same command goes on."""
+    original = remote.RemoteStore.read_up_to
+    reads = []
+
+    def expire(self, path, size):
+        reads.append(path)
+        if len(reads) > 2:
+            raise remote.ExpiredCredentials(13, "no permission (The provided token has expired.)", path)
+        return original(self, path, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.RemoteStore, "read_up_to", expire)
+        outcome = remote_run()
+    errors = [line for line in outcome.stderr.splitlines() if line.startswith("error")]
+    assert outcome.code == 3 and len(errors) == 1 and "expired" in errors[0] and "Traceback" not in outcome.stderr
+    assert remote_run().result["failed"] == {"missing": 8}
+
+
+def test_refused_credentials_are_told_apart():
+    """What a client says of a token that has expired is not taken for a file that may not be read."""
+    for said, is_expired in (("The provided token has expired.", True), ("ExpiredToken", True), ("Access Denied", False)):
+        with pytest.raises(PermissionError) as raised, remote.calling("s3://b/k"):
+            raise PermissionError(said)
+        assert isinstance(raised.value, remote.ExpiredCredentials) == is_expired
+
+
+def test_object_that_is_replaced_while_it_is_read(bucket, tmp_path, monkeypatch):
+    """An object of which another version comes while it is read is an error, never a mixture of both."""
+    monkeypatch.setattr(remote, "READ_BLOCK_BYTES", 1 << 20)
+    path = bucket.put("big", b"1" * (5 << 20))
+    file = remote.STORE.open(path)
+    assert file.read(10) == b"1" * 10
+    bucket.put("big", b"2" * (5 << 20))
+    file.seek(4 << 20)
+    with pytest.raises(OSError):
+        file.read(10)
+    opened = remote.RemoteStore.open
+
+    def replace_after(self, path):
+        file = opened(self, path)
+        bucket.put("big", b"3" * (5 << 20))
+        return file
+    monkeypatch.setattr(remote.RemoteStore, "open", replace_after)
+    with pytest.raises(OSError):
+        remote.STORE.fetch(path, tmp_path / "copy")
