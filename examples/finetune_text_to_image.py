@@ -142,6 +142,8 @@ class Trainer:
         if side % family.side_multiple:
             raise Trouble(EXIT_CONFIG, f"--resolution must be a multiple of {family.side_multiple} for a "
                                        f"{family.pipeline_class}, got {side}")
+        if side > family.largest_side:
+            raise Trouble(EXIT_CONFIG, f"--resolution must be at most {family.largest_side} for {options.model}, got {side}")
         guidance = family.usual_guidance if options.guidance is None else options.guidance
         lora = Lora(options.lora_rank, tuple(options.lora_targets or family.lora_targets), options.seed)
         self.painter = Painter(family, Painting(side, options.denoising_steps, guidance), lora, device,

@@ -144,7 +144,8 @@ def measure_step(painter: Painter, teachers: Teachers, others: list[torch.nn.Mod
     parts = [part for part in painter.family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
     learning = sum(weight.numel() * weight.element_size() for weight in painter.lora().values())
     side = painter.painting.side
-    sides = [one for one in (side // 2, side, side * 2) if one % painter.family.side_multiple == 0 and one > 0]
+    sides = [one for one in (side // 2, side, side * 2)
+             if one == side or (one % painter.family.side_multiple == 0 and 0 < one <= painter.family.largest_side)]
     remembered = {one: count_remembered(painter, batch, one, gradient_steps, checkpointing)
                   + count_teachers(teachers, one, batch, painter.device) for one in sides}
     return StepMemory(count_bytes(*parts, teachers, *others), learning * (4 if has_average else 3), remembered)

@@ -416,7 +416,7 @@ def test_judge_is_compared_where_the_teacher_is_the_same():
 def test_flow_pipeline_of_the_shapes_is_trained_and_fine_tuned(arguments, tmp_path):
     """A million parameters; the fine-tuning takes it as it is, with one token of zeros in place of T5."""
     shapes_pipeline.train(tmp_path / "flow", "flow", seed=0, drawings=16, steps=2)
-    trainer = start(arguments(model=tmp_path / "flow", text_tokens=1))
+    trainer = start(arguments(model=tmp_path / "flow", text_tokens=1, steps=1))
     assert 0.8e6 < sum(weight.numel() for weight in trainer.painter.family.denoiser.parameters()) < 1.2e6
     assert trainer.painter.painting.side == 32 and trainer.painter.conditions(["a"]).states.shape == (2, 33, 256)
-    assert trainer.advance(0)["loss"] > 0
+    assert trainer.run()["steps"] == 1

@@ -363,6 +363,7 @@ def test_settings_that_do_not_fit_a_family_are_one_line(start):
     """A resolution that is no multiple, a velocity's norm without velocity, layers that are not there."""
     for name, changes, message in (("flux", {"resolution": 36}, "multiple of 8 for a FluxPipeline, got 36"),
                                    ("stable_diffusion", {"hold_norm": 1}, "--hold-norm is for models of flow matching"),
+                                   ("stable_diffusion_3", {"resolution": 136}, "--resolution must be at most 128"),
                                    ("stable_diffusion_xl", {"text_tokens": 77}, "--text-tokens is for T5"),
                                    ("flux", {"lora_targets": "nowhere"}, "--lora-targets nowhere: ")):
         with pytest.raises(script.Trouble, match=message) as caught:

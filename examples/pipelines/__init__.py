@@ -92,6 +92,10 @@ class Family(Protocol):
     def side_multiple(self) -> int:
         """Sides must be multiples of this."""
 
+    @property
+    def largest_side(self) -> int:
+        """No larger image can be painted."""
+
     def latent_shape(self, side: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of side x side pixels."""
 

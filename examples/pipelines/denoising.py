@@ -30,6 +30,11 @@ class Autoencoded:
     may_lack: ClassVar[tuple[str, ...]] = ()
     pipeline: diffusers.DiffusionPipeline
 
+    @property
+    def largest_side(self) -> int:
+        """The models of most families have no bound of their own."""
+        return 2**16
+
     def freeze(self) -> None:
         """No weight of the pipeline learns."""
         for part in self.pipeline.components.values():

@@ -25,6 +25,11 @@ class StableDiffusion3(FlowMatching):
         """A latent pixel times the transformer's patch."""
         return self.pipeline.vae_scale_factor * self.pipeline.patch_size
 
+    @property
+    def largest_side(self) -> int:
+        """It has learnt positions for so many patches and no more."""
+        return self.pipeline.transformer.config.pos_embed_max_size * self.side_multiple
+
     def latent_shape(self, side: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents."""
         edge = side // self.pipeline.vae_scale_factor
