@@ -1,4 +1,5 @@
 """JSON Lines: each object is a row whose cells give its values back, and the fast way finds what line by line finds."""
+import csv
 import gzip
 import json
 from unittest import mock
@@ -194,3 +195,16 @@ def test_plain_lines_are_read_fast(tmp_path, score_input, monkeypatch):
         for n in range(20)))
     assert [list(row.values())[:7] for row in score_input("t.jsonl")[1]] == [
         [f"u{n}", "2020-01-01", f"{n}.50", str(n), "true", "", "1" * (n > 5)] for n in range(20)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz"])
+def test_first_line_may_be_long(tmp_path, score_input, ending):
+    """A first row of several megabytes is a row, and its keys are columns; a line without end is told."""
+    csv.field_size_limit(10 * 1024 * 1024)
+    caption = "long " * 700_000
+    lines = [json.dumps({"url": "a", "caption": caption, "own": "x"}), json.dumps({"url": "b", "caption": "short"})]
+    text = f"[{','.join(lines)}]" if ending == "json" else "\n".join(lines)
+    data = text.encode()
+    (tmp_path / f"t.{ending}").write_bytes(gzip.compress(data, 1) if ending.endswith("gz") else data)
+    rows = score_input(f"t.{ending}")[1]
+    assert [(row["url"], len(row["caption"]), row["own"]) for row in rows] == [("a", len(caption), "x"), ("b", 5, "")]

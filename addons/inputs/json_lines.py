@@ -21,7 +21,7 @@ from addons.inputs import needed_columns
 from addons.inputs.caption_lists import CAPTION_INDEX, OWN_INDEX, split_list
 from addons.inputs.files import InputFile
 from addons.inputs.json_arrays import is_array, read_records
-from addons.inputs.text import Text, TextReader, is_utf8
+from addons.inputs.text import LONGEST_LINE_BYTES, Text, TextReader, is_utf8
 from image_text_sim_clip import (
     BATCH_ROWS,
     EXIT_INPUT,
@@ -195,10 +195,15 @@ def _to_cells(values: JsonObject, text: str) -> Cells:
 
 
 def find_columns(text: Text, needed: list[str], limit: int) -> list[str]:
-    """The keys of the rows, `limit` at most, in the first FIRST_BYTES of `text`, which are not taken; [] without a row."""
-    head = text.peek(FIRST_BYTES)
+    """The keys of the rows, `limit` at most, in the first FIRST_BYTES of `text`, or as many as its first line has; they are not
+    taken. [] without a row."""
+    size = FIRST_BYTES
+    head = text.peek(size)
+    while len(head) == size and b"\n" not in head and size < LONGEST_LINE_BYTES:  # the first line alone is longer
+        size *= 2
+        head = text.peek(size)
     lines = head.splitlines()
-    if len(head) == FIRST_BYTES:
+    if len(head) == size:
         del lines[-1]  # it may go on
     decoded = (line.decode("utf-8", text.errors) for line in lines)
     return _join_keys(decoded, needed, [], limit)
