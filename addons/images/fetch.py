@@ -39,6 +39,7 @@ FIRST_PAUSE_S = 0.25  # before the second attempt; doubled from try to try
 MOST_REFUSALS = 8  # of one row by a host that serves others
 AUTO_CONCURRENCY = 1024
 FILES_KEPT_BACK = 128  # descriptors for everything else that this process opens
+MOST_KEPT = 512  # connections for later: each takes some 20 kB
 FETCHING_SHARE = 2 / 3  # of the other descriptors; the rest are connections kept for later
 UNCLAIMED_IMAGES = 128  # fetched or decoded, and not taken yet: beyond that no new fetch begins
 BURST_BYTES_A_CORE = 16 * 2**20  # that may come at once
@@ -114,13 +115,16 @@ def count_connections(config: Config) -> tuple[int, int]:
     free = max(8, limit - FILES_KEPT_BACK)
     most = AUTO_CONCURRENCY if config.fetch_concurrency == "auto" else config.fetch_concurrency
     concurrency = max(1, min(most, int(free * FETCHING_SHARE)))
-    return concurrency, max(1, min(concurrency, free - concurrency))
+    return concurrency, max(1, min(concurrency, free - concurrency, MOST_KEPT))
 
 
 class Fetcher:
-    """URL -> bytes. Call it from any thread for one URL; or `submit` many, and be called back in the event loop's thread."""
+    """URL -> bytes. Call it from any thread for one URL; or `submit` many, and be called back in the event loop's thread.
 
-    def __init__(self, config: Config) -> None:
+    What 0.1 took besides the config, callers may still give: it is of no use any more.
+    """
+
+    def __init__(self, config: Config, *obsolete: object) -> None:
         self.config = config
         concurrency, kept_connections = count_connections(config)
         self.flow = Flow(concurrency, usable_cores() * BURST_BYTES_A_CORE, UNCLAIMED_IMAGES)
