@@ -7,7 +7,8 @@
 people write it; (c) this script with its defaults and with faster settings. Models have their published shapes and random
 weights (speed does not depend on them), the images are cut from the bundled photographs: 70 % 0.3 MP, 20 % 0.8 MP,
 10 % 3 MP JPEGs (on a GPU 256 to 512 px), with captions of 6 to 40 words. Nothing comes from the network. A rate counts
-from the first pair to the last, without imports, model loading and the score passport. Overlap is the script's wall time
+from the first pair to the last, without imports, model loading and the score passport. torchmetrics' CLIPScore joins, in
+batches of 32, where TORCHMETRICS names a Python that has it (an environment to throw away). Overlap is the script's wall time
 over what its stages take alone, divided among the cores: 1.0 means that no core ever waited.
 """
 import argparse
@@ -27,9 +28,13 @@ from bench_work import SIZES, SMALL_SIZES, write_model, write_pairs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOOPS = {"one by one": 1, "plain batches": 32}
+CLIP_SCORE = "torchmetrics CLIPScore"
+PEERS = {CLIP_SCORE: os.environ.get("TORCHMETRICS")}  # name -> the Python that has it, or None
 ON_CPU = {"defaults": {}, "bfloat16": {"dtype": "bfloat16"},
           "bfloat16, scaled": {"dtype": "bfloat16", "decode": "scaled"},
-          "int8, scaled": {"quantization": "int8", "decode": "scaled"}}
+          "int8, scaled": {"quantization": "int8", "decode": "scaled", "runtime": "torch"},
+          "OpenVINO, bfloat16, scaled": {"runtime": "openvino", "dtype": "bfloat16", "decode": "scaled"},
+          "OpenVINO, int8, scaled": {"runtime": "openvino", "quantization": "int8", "decode": "scaled"}}
 ON_GPU = {"defaults": {}, "scaled": {"decode": "scaled"}, "gpu decode": {"decode": "gpu"},
           "gpu decode, compiled": {"decode": "gpu", "compile": True},
           "int8, scaled": {"quantization": "int8", "decode": "scaled"}}
@@ -59,12 +64,46 @@ def loop(work, model_name, batch, device):
     print(json.dumps({"pairs_per_s": len(rows) / (time.perf_counter() - started)}))
 
 
+def loop_clip_score(work, model_name, batch):
+    """torchmetrics' CLIPScore, `batch` pairs at a time, as its page shows it; in another environment. Prints pairs/s."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchmetrics.multimodal.clip_score import CLIPScore
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    class Model(CLIPModel):
+        """Features as tensors, which it expects and transformers 5 no longer returns."""
+
+        def get_image_features(self, *args, **options):
+            features = super().get_image_features(*args, **options)
+            return getattr(features, "pooler_output", features)
+
+        def get_text_features(self, *args, **options):
+            features = super().get_text_features(*args, **options)
+            return getattr(features, "pooler_output", features)
+    folder = work / model_name
+    processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    metric = CLIPScore(model_name_or_path=lambda: (Model.from_pretrained(folder).eval(), processor))
+    with (work / "pairs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    started = time.perf_counter()
+    for start in range(0, len(rows), batch):
+        part = rows[start:start + batch]
+        images = [torch.from_numpy(np.array(Image.open(work / "images" / row["url"]).convert("RGB"))).permute(2, 0, 1)
+                  for row in part]
+        metric.update(images, [row["caption"] for row in part])
+    metric.compute()
+    print(json.dumps({"pairs_per_s": len(rows) / (time.perf_counter() - started)}))
+
+
 def run_contender(work, name, model_name, device, settings):
     """Pairs/s of one contender, which runs in a process of its own, and the script's profile; None and why if it fails."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    if name in LOOPS:
-        command = [sys.executable, __file__, "--loop", str(LOOPS[name]), "--out", str(work), "--model", model_name,
-                   "--device", device]
+    if name in (*LOOPS, *PEERS):
+        command = [PEERS.get(name, sys.executable), __file__, "--loop", str(LOOPS.get(name, 32)), "--out", str(work),
+                   "--model", model_name,
+                   "--device", device, *["--clip-score"] * (name == CLIP_SCORE)]
     else:
         command = [sys.executable, str(ROOT / "image_text_sim_clip.py"), "--config", str(ROOT / "config.yaml"), "--fresh"]
         keys = {"csv_path": work / "pairs.csv", "image_path": work / "images", "pretrained_model": work / model_name,
@@ -74,7 +113,7 @@ def run_contender(work, name, model_name, device, settings):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return None, done.stderr.strip().splitlines()[-1]
-    profile = {} if name in LOOPS else json.loads((work / "out" / "profile.json").read_text())
+    profile = {} if name in (*LOOPS, *PEERS) else json.loads((work / "out" / "profile.json").read_text())
     if settings.get("decode") == "gpu" and profile["decoder"] != "gpu":
         return None, next(line for line in done.stderr.splitlines() if line.startswith("decode: gpu"))
     return json.loads(done.stdout.splitlines()[-1])["pairs_per_s"], profile
@@ -84,7 +123,7 @@ def measure(work, model_name, rounds, device, ways):
     """All contenders in turns, `rounds` times: name -> pairs/s of each round, and the profile of its last."""
     rates, profiles = {}, {}
     for _ in range(rounds):
-        for name in (*LOOPS, *ways):
+        for name in (*LOOPS, *[peer for peer, python in PEERS.items() if python and device == "cpu"], *ways):
             with BusyGpu() as gpu:
                 rate, profile = run_contender(work, name, model_name, device, ways.get(name, {}))
             if rate is None:
@@ -139,7 +178,7 @@ def draw(results, path):
     for axes, (model_name, result) in zip(panels[:, 0], results.items(), strict=True):
         names = list(result["pairs_per_s"])
         values = [statistics.median(result["pairs_per_s"][name]) for name in names]
-        bars = axes.barh(names, values, color=["tab:gray" if name in LOOPS else "tab:blue" for name in names])
+        bars = axes.barh(names, values, color=["tab:gray" if name in (*LOOPS, *PEERS) else "tab:blue" for name in names])
         ratios = result["ratio_to_one_by_one"]
         labels = [f"{value:,.1f}  ({ratios[name]:.2f}x)" for name, value in zip(names, values, strict=True)]
         axes.bar_label(bars, labels, padding=4)
@@ -165,23 +204,26 @@ def main():
     """Make the work, measure, print ratios, write bench.json into --out and the plot where --plot says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--pairs", type=int, help="240; on a GPU 30,000, and a third of it for the larger models")
+    parser.add_argument("--pairs", type=int, help="1,000; on a GPU 30,000, and a third of it for the larger models")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--plot", type=pathlib.Path, help="default: throughput.png in --out")
     parser.add_argument("--model", help="only this model")
+    parser.add_argument("--clip-score", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.clip_score:
+        return loop_clip_score(options.out, options.model, options.loop)
     if options.loop:
         return loop(options.out, options.model, options.loop, options.device)
     options.out = options.out.resolve()
     names = ["clip-b32", "clip-l14", "clip-l14-336", "siglip"] if options.gpu else ["clip-b32"]
     names, results, stages = [options.model] if options.model else names, {}, None
     machine = describe_machine(options.gpu)
-    print(json.dumps(machine), flush=True)
+    print(json.dumps(machine | {"load": os.getloadavg()[0]}), flush=True)
     for name in names:
-        pairs = options.pairs or (240 if not options.gpu else 30_000 if name == "clip-b32" else 10_000)
+        pairs = options.pairs or (1000 if not options.gpu else 30_000 if name == "clip-b32" else 10_000)
         write_pairs(options.out, pairs, SMALL_SIZES if options.gpu else SIZES)
         write_model(options.out / name)
         rates, profiles = measure(options.out, name, options.rounds, "cuda" if options.gpu else "cpu",
@@ -189,12 +231,14 @@ def main():
         base = statistics.median(rates["one by one"])
         results[name] = {"pairs": pairs, "pairs_per_s": rates, "profiles": profiles,
                          "ratio_to_one_by_one": {k: round(statistics.median(v) / base, 2) for k, v in rates.items()}}
-        print(json.dumps(results[name]["ratio_to_one_by_one"]), flush=True)
+        print(json.dumps(results[name]["ratio_to_one_by_one"]), "load", os.getloadavg()[0], flush=True)
     if not options.gpu:
         done = subprocess.run([sys.executable, str(ROOT / "tests/bench_stages.py"), str(options.out), names[0]], check=True,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         stages = json.loads(done.stdout.splitlines()[-1])
-        for way, bits in (("defaults", "float32"), ("bfloat16, scaled", "bfloat16"), ("int8, scaled", "int8")):
+        for way, bits in (("defaults", "float32"), ("bfloat16, scaled", "bfloat16"), ("int8, scaled", "int8"),
+                          ("OpenVINO, bfloat16, scaled", "OpenVINO, bfloat16"),
+                          ("OpenVINO, int8, scaled", "OpenVINO, int8")):
             stages.setdefault("overlap", {})[way] = overlap(results[names[0]]["profiles"][way], stages, bits)
         print(json.dumps(stages, indent=1), flush=True)
     (options.out / "bench.json").write_text(json.dumps({"machine": machine, "models": results, "stages": stages}, indent=1))

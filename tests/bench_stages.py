@@ -2,7 +2,7 @@
 
     python tests/bench_stages.py WORK MODEL      # prints one JSON object; WORK as bench.py makes it
 
-Times are CPU seconds of the thread that works, so that a busy machine disturbs them little; each is a median of rounds
+Times are CPU seconds of the process, so that a busy machine disturbs them little; each is a median of rounds
 in which the ways alternate.
 """
 import csv
@@ -22,10 +22,10 @@ ROUNDS, BATCH, PASSES = 3, 16, 4
 
 
 def cpu_seconds(work):
-    """CPU seconds that `work()` takes this thread."""
-    started = time.thread_time()
+    """CPU seconds that `work()` takes this process, whose threads are its own or OpenVINO's."""
+    started = time.process_time()
     work()
-    return time.thread_time() - started
+    return time.process_time() - started
 
 
 def medians(ways):
@@ -104,7 +104,7 @@ SCRIPT_START = """
 import sys
 sys.path.insert(0, {root!r})
 import image_text_sim_clip as script
-scorer = script.Scorer(script.Config(pretrained_model={folder!r}, use_cuda=False))
+scorer = script.Scorer(script.Config(pretrained_model={folder!r}, use_cuda=False, **{keys!r}))
 scorer.similarity([{image!r}], ["a photo of a dog"])
 """
 
@@ -114,12 +114,13 @@ def measure_start(work, model, rounds=5):
 
     CPU seconds of the whole process stand next to wall seconds, because they do not count who else is at work.
     """
-    texts = {"transformers": PLAIN_START, "this script": SCRIPT_START}
+    texts = {"transformers": PLAIN_START, "this script": SCRIPT_START, "this script, OpenVINO, int8": SCRIPT_START}
+    keys = {"this script, OpenVINO, int8": {"runtime": "openvino", "quantization": "int8"}}
     image = str(next((work / "images").glob("*.jpg")))
     seconds = {name: ([], []) for name in texts}
     for _ in range(rounds):
         for name, text in texts.items():
-            code = text.format(folder=str(work / model), root=str(ROOT), image=image)
+            code = text.format(folder=str(work / model), root=str(ROOT), image=image, keys=keys.get(name, {}))
             before, started = os.times(), time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
                            env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -128,6 +129,8 @@ def measure_start(work, model, rounds=5):
             seconds[name][1].append(after[2] + after[3] - before[2] - before[3])
     wall, cpu = ({name: statistics.median(values[i]) for name, values in seconds.items()} for i in (0, 1))
     return {"wall_s": wall, "cpu_s": cpu, "ratio_wall": wall["this script"] / wall["transformers"],
+            "openvino_to_torch_wall": wall["this script, OpenVINO, int8"] / wall["this script"],
+            "openvino_to_torch_cpu": cpu["this script, OpenVINO, int8"] / cpu["this script"],
             "ratio_cpu": cpu["this script"] / cpu["transformers"]}
 
 
@@ -175,7 +178,9 @@ def write_sixty_kb(work, folder, count=24):
 def main():
     """Measure all stages and print them as one JSON object."""
     work, model = pathlib.Path(sys.argv[1]), sys.argv[2]
-    ways = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+    ways = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8", "runtime": "torch"},
+            "OpenVINO, bfloat16": {"dtype": "bfloat16", "runtime": "openvino"},
+            "OpenVINO, int8": {"quantization": "int8", "runtime": "openvino"}}
     result = {"fetching": measure_fetching(work), "loading": measure_loading(work, model), "start": measure_start(work, model)}
     sizes = {"float32": (8, BATCH, 32, 64)}
     result["model_per_s_per_core"] = {name: measure_model(work, model, keys, sizes.get(name, (BATCH,)))
