@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -300,6 +301,21 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     with pytest.raises(script.Trouble, match="XDG_CACHE_HOME") as refused:
         load()
     assert refused.value.exit_code == script.EXIT_DISK
+
+
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_no_calibration_on_another_set(change, monkeypatch, tmp_path):
+    """int8 is calibrated on the bundled set and on no other: without it exit 2 in one line, unless the cache has the model."""
+    load(quantization="int8")
+    if change == "another":
+        shutil.copytree(ROOT / "challenge_set", tmp_path / "set")
+        (tmp_path / "set/shapes.csv").write_text("url,caption\na.png,my own caption\n")
+    monkeypatch.setattr(openvino_convert, "CALIBRATION_SET", tmp_path / "set")
+    load(quantization="int8")  # from the cache
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(script.Trouble, match="they are missing or others") as refused:
+        load(quantization="int8")
+    assert refused.value.exit_code == script.EXIT_CONFIG
 
 
 def test_progress_is_told(monkeypatch, capfd):

@@ -59,6 +59,7 @@ IMAGE_FILE = "image.xml"
 TEXT_FILE = "text.xml"
 SEAL_FILE = "conversion.json"  # the sha256 of every other file, and what the conversion was made of
 CALIBRATION_SET = ADDONS.parent / "challenge_set"
+CALIBRATION_HASH = "fd49c89d88284fd29de90e9d"  # of the set's files; who takes a conversion from the cache needs no set
 DRAWINGS_STEP = 2  # every second drawing
 CAPTIONS_STEP = 4  # every fourth caption, without those of one drawing behind each other
 MIN_COSINE = {"none": 0.9999, "int8": 0.98}  # of a converted encoder's features to torch's, on the calibration set
@@ -106,7 +107,7 @@ def describe_conversion(scorer: Scorer) -> Json:
     packages = (*DECISIVE_LIBRARIES, "openvino", *["nncf"] * is_int8)
     return {"model": scorer.files.identity, "kind": scorer.family.kind, "quantization": scorer.config.quantization,
             "libraries": find_versions(packages), "format": 1,
-            "calibration": hash_calibration_set() if is_int8 else ""}
+            "calibration": CALIBRATION_HASH if is_int8 else ""}
 
 
 def is_whole(folder: pathlib.Path) -> bool:
@@ -183,6 +184,8 @@ class TextTower(torch.nn.Module):
 def convert(scorer: Scorer) -> "dict[str, openvino.Model]":
     """Both encoders of the scorer's model, by the name of their file, each as near to torch's as MIN_COSINE asks."""
     is_int8 = scorer.config.quantization != "none"
+    if is_int8:
+        check_calibration_set()
     images = calibration_images(scorer) if is_int8 else sample_images(scorer)
     captions = calibration_captions() if is_int8 else SAMPLE_CAPTIONS
     ids = [pad(scorer.family, row) for row in scorer.tokenize(captions)[0]]
@@ -266,21 +269,23 @@ def check_parity(model: "openvino.Model", tower: torch.nn.Module, items: Sequenc
 
 # ── The calibration set ───────────────────────────────────────────────────────────────────────────────────────────────
 
-def _calibration_files() -> list[pathlib.Path]:
-    """The images and tables of the calibration set. Raises Trouble (exit 2) where they are missing."""
+def check_calibration_set() -> None:
+    """Raise Trouble (exit 2) where the set is missing or another one: int8's scales, and so all scores, would be others."""
+    try:
+        digests = [file_sha256(path) for path in calibration_files()]
+    except OSError:
+        digests = []
+    if hashlib.sha256(" ".join(digests).encode()).hexdigest()[:24] != CALIBRATION_HASH:
+        raise Trouble(EXIT_CONFIG, "quantization under runtime: openvino is calibrated with the images and captions in "
+                                   "challenge_set/; next to the script they are missing or others, and "
+                                   f"{cache_folder()} has no conversion of this model: set runtime: torch, or get them back")
+
+
+def calibration_files() -> list[pathlib.Path]:
+    """The images and tables of the calibration set."""
     photos = [path for path in sorted((CALIBRATION_SET / "photos").glob("*")) if path.suffix in (".png", ".jpg")]
     drawings = sorted((CALIBRATION_SET / "shapes").glob("*.png"))[::DRAWINGS_STEP]
-    tables = [CALIBRATION_SET / "challenge_set.csv", CALIBRATION_SET / "shapes.csv"]
-    if not photos or not all(path.is_file() for path in tables):
-        raise Trouble(EXIT_CONFIG, "quantization under runtime: openvino is calibrated with the images and captions in "
-                                   "challenge_set/, which is not next to the script: set runtime: torch, or copy it there")
-    return [*photos, *drawings, *tables]
-
-
-def hash_calibration_set() -> str:
-    """One hash of all that int8 is calibrated on."""
-    digests = [file_sha256(path) for path in _calibration_files()]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:24]
+    return [*photos, *drawings, CALIBRATION_SET / "challenge_set.csv", CALIBRATION_SET / "shapes.csv"]
 
 
 def calibration_images(scorer: Scorer) -> list[np.ndarray]:
@@ -288,7 +293,7 @@ def calibration_images(scorer: Scorer) -> list[np.ndarray]:
     drawings. Read with the default settings, whatever the run's are."""
     decode = ImageDecoder(Config(), scorer.settings)
     prepared = []
-    for path in [path for path in _calibration_files() if path.suffix != ".csv"]:
+    for path in [path for path in calibration_files() if path.suffix != ".csv"]:
         image = decode(path.read_bytes())
         pieces = [image, *quarters(image)] if path.parent.name == "photos" else [image]
         prepared += [normalise(scorer, piece) for piece in pieces]
@@ -320,7 +325,7 @@ def quarters(image: "Image.Image") -> "list[Image.Image]":
 def calibration_captions() -> list[str]:
     """Some of the set's captions, and one that is longer than any model reads."""
     captions: list[str] = []
-    for table in [path for path in _calibration_files() if path.suffix == ".csv"]:
+    for table in [path for path in calibration_files() if path.suffix == ".csv"]:
         with table.open(encoding="utf-8", newline="") as file:
             captions += [row["caption"] for row in csv.DictReader(file)]
     return [" ".join(captions[:20]), *captions[::CAPTIONS_STEP]]
