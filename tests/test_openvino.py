@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not all(importlib.util.find_spec(name) for name 
 ROOT = pathlib.Path(script.__file__).parent
 MODEL = str(ROOT / "challenge_set/shapes_clip")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+REFUSED = {"siglip2": "each in its own shape", "align": "cannot convert align models"}  # NaFlex; EfficientNet
 BITS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}]
 CAPTIONS = ["a large cyan star on a black background", "a cat", "a small red circle left of a large blue square " * 6]
 
@@ -155,10 +156,11 @@ def folder_of(tmp_path_factory, shelf):
 def test_every_family_runs_or_is_refused(name, folder_of):
     """Each family gives torch's embeddings in float32 and, with int8, nearly those; or it is refused in one line."""
     folder = folder_of(name)
-    if name == "siglip2":  # NaFlex
-        with pytest.raises(script.Trouble, match="each in its own shape: set runtime: torch") as refused:
+    if name in REFUSED:
+        with pytest.raises(script.Trouble, match=f"{REFUSED[name]}: set runtime: torch") as refused:
             load(folder)
         assert refused.value.exit_code == script.EXIT_CONFIG
+        assert load(folder, quantization="int8", runtime="auto").encoders.kind == name
         return
     plain = load(folder, runtime="torch")
     pixels = pixels_for(plain, 3)
@@ -284,14 +286,17 @@ def test_resumption_with_another_conversion_is_refused(scored, run_main, monkeyp
     assert "conversion was" in outcome.stderr
 
 
-def test_features_that_differ_are_refused(monkeypatch, tmp_path):
-    """A conversion whose features are not torch's is exit 6 in one line, and is not kept."""
+def test_features_that_differ_are_refused(monkeypatch, tmp_path, capfd):
+    """A conversion whose features are not torch's is exit 6 in one line, and is not kept; `auto` says so and takes torch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(openvino_convert.TextTower, "forward", lambda self, values: values[:, :1].float() * torch.rand(1, 64))
     with pytest.raises(script.Trouble, match=r"other features than torch does|cannot convert") as refused:
         load()
     assert refused.value.exit_code == script.EXIT_MODEL
     assert not list(openvino_convert.cache_folder().glob("*/*"))
+    assert load(quantization="int8", runtime="auto").encoders.kind == "clip"
+    told = capfd.readouterr().err
+    assert "set runtime: torch; running in torch" in told
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from image_text_sim_clip import EXIT_CONFIG, Config, Family, Json, Scorer, Trouble
+from image_text_sim_clip import EXIT_CONFIG, EXIT_MODEL, Config, Family, Json, Scorer, Trouble, say
 
 if TYPE_CHECKING:
     import pathlib
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import openvino
 
 REQUIREMENTS = "pip install -r addons/requirements-cpu.txt"
+UNCONVERTED = ("align",)  # its last pooling has a window larger than its image, which OpenVINO 2026.4 refuses
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -46,8 +47,9 @@ def import_openvino() -> "types.ModuleType":
 def open_runtime(scorer: Scorer) -> "Encoders | None":
     """The encoders of the scorer's model under OpenVINO; None where `runtime: auto` leaves it to torch.
 
-    `auto` takes OpenVINO on a CPU where it is installed and int8 is asked for. Raises Trouble (exit 2) where the config asks
-    for OpenVINO and something else that does not go with it, or where a package is missing.
+    `auto` takes OpenVINO on a CPU where it is installed, int8 is asked for and the model can be converted. Raises Trouble:
+    exit 2 where the config asks for OpenVINO and something else that does not go with it, or where a package is missing,
+    exit 6 for a model that cannot be converted.
     """
     reason = _why_not(scorer.config, scorer.device, scorer.dtype, scorer.family)
     if scorer.config.runtime == "auto":
@@ -58,7 +60,13 @@ def open_runtime(scorer: Scorer) -> "Encoders | None":
         raise Trouble(EXIT_CONFIG, f"runtime: openvino {reason}")
     import_openvino()
     from addons.models import openvino_convert
-    return Encoders(scorer, openvino_convert.find_conversion(scorer))
+    try:
+        return Encoders(scorer, openvino_convert.find_conversion(scorer))
+    except Trouble as trouble:
+        if scorer.config.runtime == "openvino" or trouble.exit_code != EXIT_MODEL:
+            raise
+        say(f"warning: {trouble}; running in torch")
+        return None
 
 
 def _why_not(config: Config, device: str, dtype: str, family: Family) -> str:
@@ -71,6 +79,8 @@ def _why_not(config: Config, device: str, dtype: str, family: Family) -> str:
         return f"has no dtype: {dtype}; take {' or '.join(PRECISIONS)}"
     if type(family).features_of_bytes is not Family.features_of_bytes:
         return f"needs images of one size, and {family.kind} models read each in its own shape: set runtime: torch"
+    if family.kind in UNCONVERTED:
+        return f"cannot convert {family.kind} models: set runtime: torch"
     return ""
 
 
