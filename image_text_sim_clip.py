@@ -883,10 +883,7 @@ class CsvReader:
 
     def open(self, manifest: Json, config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
-        if in_store(output):
-            rows: StagedRows = addon("stores.staged", "output_path").RemoteStagedRows(output / "pairs.parquet", manifest)
-            return rows
-        return StagedRows(output / "pairs.parquet")
+        return open_staged(manifest, output)
 
     def differences(self, manifest: Json, config: Config) -> list[str]:
         """What differs between the table that was staged and the one that is there now, in words."""
@@ -1098,6 +1095,14 @@ class StagedRows:
     def read_bytes(self, source: str) -> bytes:
         """Not asked for: the images lie elsewhere."""
         raise NotImplementedError
+
+
+def open_staged(manifest: Json, output: pathlib.Path) -> StagedRows:
+    """The rows that were staged into `output`, of the version that the manifest names where that is in an object store."""
+    if in_store(output):
+        rows: StagedRows = addon("stores.staged", "output_path").RemoteStagedRows(output / "pairs.parquet", manifest)
+        return rows
+    return StagedRows(output / "pairs.parquet")
 
 
 # ── Plan: what a run is ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -52,10 +52,14 @@ def write_tables(folder, picture):
     (folder / "tars").mkdir()
     for number in range(2):
         write_tar(folder / f"tars/0000{number}.tar", sample("0", picture, "one") + sample("1", picture, "two"))
-    return ["t.csv", "t.tsv", "t.jsonl", "shards", "shards/*.parquet", "tars/{00000..00001}.tar", "tars"]
+    (folder / "folder").mkdir()
+    for number in range(3):
+        (folder / f"folder/{number}.jpg").write_bytes(picture)
+        (folder / f"folder/{number}.txt").write_text(f"caption {number}")
+    return ["t.csv", "t.tsv", "t.jsonl", "shards", "shards/*.parquet", "tars/{00000..00001}.tar", "tars", "folder"]
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_tables_of_each_kind(bucket, score_input, tmp_path, picture, number):
     """A table of each kind, and a folder, a glob or a pattern of them, gives the same results from a bucket as from a disk."""
     (tmp_path / "in").mkdir()

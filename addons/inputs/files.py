@@ -28,7 +28,7 @@ MOST_FILES = 10_000_000  # of one pattern; {0..9999999999} is a slip
 MOST_DIFFERENCES = 3  # that are named one by one
 NUMBERS = re.compile(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,9}))?")  # first, last, step
 BRACES = re.compile(r"\{(\d{1,18}\.\.\d{1,18}(?:\.\.\d{1,9})?|[^{}]*,[^{}]*)\}")
-RUN_MARKS = {".lock"}  # a folder with such a file is what a run writes, and none of its input
+RUN_MARK = re.compile(r"\.lock(-\d+)?")  # a folder with such a file is what a run writes, and none of its input
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # what Hive and Spark name the folder of NULL
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -140,7 +140,7 @@ def list_below(folder: str) -> Below:
             continue
         known.add(real)
         files = store.list_files(here)
-        if {path.rpartition("/")[2] for path in files} & RUN_MARKS and here != folder.rstrip("/"):
+        if any(RUN_MARK.fullmatch(path.rpartition("/")[2]) for path in files) and here != folder.rstrip("/"):
             below.hidden_folders.append(here)  # the output of a run, this one's perhaps
             continue
         for path in files:

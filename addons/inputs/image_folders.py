@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import pathlib
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -29,13 +29,13 @@ from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.staging import OpenTable, describe_file
 from addons.inputs.tars import IMAGES, MAX_TEXT_BYTES, read_cells
 from addons.inputs.text import TextReader
-from addons.stores import FileInfo, find_store
+from addons.stores import SCHEME, FileInfo, find_store
 from image_text_sim_clip import (
     BATCH_ROWS,
     Batch,
     Config,
-    StagedRows,
     TextTable,
+    addon,
     column_name,
     read_file,
     to_table,
@@ -174,7 +174,7 @@ class ImageFolderReader(TextReader):
 
     def open(self, manifest: Manifest, config: Config, output: pathlib.Path) -> Rows:
         """See Reader."""
-        return FolderRows(StagedRows(output / "pairs.parquet"), config)
+        return FolderRows(super().open(manifest, config, output), config)
 
 
 READER = ImageFolderReader()
@@ -271,8 +271,12 @@ class FolderRows:
     def __init__(self, rows: Rows, config: Config) -> None:
         self.rows = rows
         self.url_column = column_name(config.url_column)
-        self.folder = pathlib.Path(folder_of(config.csv_path)).resolve()
-        self._read = functools.partial(read_file, self.folder, max_bytes=config.max_image_bytes)
+        folder = folder_of(config.csv_path)
+        self._read: Callable[[str], bytes]
+        if SCHEME.match(folder):
+            self._read = addon("stores.images", "csv_path").open_prefix(config, folder)
+            return
+        self._read = functools.partial(read_file, pathlib.Path(folder).resolve(), max_bytes=config.max_image_bytes)
         if config.follow_links:
             self._read = functools.partial(self._read, follow_links=True)
 

@@ -223,7 +223,9 @@ def describe_file(file: InputFile) -> Manifest:
     info = file.info()
     if info is None:
         raise Trouble(EXIT_INPUT, f"cannot read csv_path {file.path}: no such file")
-    described = {"bytes": info.bytes, "mtime_ns": info.mtime_ns}
+    described: Manifest = {"bytes": info.bytes, "mtime_ns": info.mtime_ns}
+    if info.version:
+        described["version"] = info.version
     if not SCHEME.match(file.path):  # a write that keeps the modification time still moves the change time
         with contextlib.suppress(OSError):  # a glob, of the images of a folder
             described["ctime_ns"] = pathlib.Path(file.path).stat().st_ctime_ns

@@ -13,7 +13,7 @@ from addons.inputs import Manifest, Rows, files
 from addons.inputs.compression import ERRORS, MAGIC_BYTES, Unpacked, name_compression, unpack
 from addons.inputs.left_aside import LeftAside
 from addons.stores import find_store
-from image_text_sim_clip import EXIT_INPUT, Config, StagedRows, TextTable, Trouble
+from image_text_sim_clip import EXIT_INPUT, Config, TextTable, Trouble, open_staged
 
 if typing.TYPE_CHECKING:
     from addons.inputs.staging import OpenTable
@@ -216,7 +216,7 @@ class TextReader:
 
     def open(self, manifest: Manifest, config: Config, output: pathlib.Path) -> Rows:
         """See Reader."""
-        rows = StagedRows(output / "pairs.parquet")
+        rows = open_staged(manifest, output)
         if "holds_images" not in manifest:
             return rows
         from addons.inputs.table_images import StagedRowsWithImages

@@ -32,11 +32,15 @@ MOST_KEY_BYTES = 1024  # what object stores allow
 
 def open_source(config: Config, threads: int) -> "PrefixSource":
     """What reads an image below the prefix `image_path`. Raises Trouble (exit 3) where there is nothing below it."""
-    prefix = config.image_path.rstrip("/")
-    if not STORE.is_folder(prefix):
+    if not STORE.is_folder(config.image_path.rstrip("/")):
         raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: there are no objects below it")
+    return open_prefix(config, config.image_path)
+
+
+def open_prefix(config: Config, prefix: str) -> "PrefixSource":
+    """What reads an image below a prefix."""
     wanted = FETCHING_THREADS if config.fetch_concurrency == "auto" else config.fetch_concurrency
-    return PrefixSource(STORE, prefix, config.max_image_bytes, wanted)
+    return PrefixSource(STORE, prefix.rstrip("/"), config.max_image_bytes, wanted)
 
 
 class PrefixSource:
