@@ -8,7 +8,8 @@ import store_server
 from test_store_output import remote_run, results_in, results_of, strange_objects  # noqa: F401 - a fixture
 
 import image_text_sim_clip as script
-from addons.stores import commits, remote, s3_reader
+from addons.inputs.files import InputFile
+from addons.stores import commits, remote, s3_reader, spool
 from addons.stores.paths import StorePath
 
 
@@ -179,4 +180,4 @@ def test_object_that_is_replaced_while_it_is_read(bucket, tmp_path, monkeypatch)
         return file
     monkeypatch.setattr(remote.RemoteStore, "open", replace_after)
     with pytest.raises(OSError):
-        remote.STORE.fetch(path, tmp_path / "copy")
+        spool.copy(InputFile("big", path), tmp_path / "copy")

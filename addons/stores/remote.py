@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -25,8 +24,6 @@ from addons.stores import SCHEME, FileInfo, storage_options
 from image_text_sim_clip import EXIT_CONFIG, EXIT_INPUT, Json, Trouble
 
 if TYPE_CHECKING:
-    import pathlib
-
     from fsspec import AbstractFileSystem
 
 # fsspec's names for what is no place of its own: this disk, archives, caches and wrappers around other places
@@ -310,14 +307,6 @@ class RemoteStore:
             if scheme_of(path) in ("s3", "s3a"):
                 return bytes(system.cat_file(inner, max_concurrency=1))  # with more it asks for the size first
             return bytes(system.cat_file(inner))
-
-    def fetch(self, path: str, target: "pathlib.Path") -> None:
-        """Copy an object to a file of this disk, as a stream. OSError for one that is replaced meanwhile or cut short."""
-        before = self.stat(path)
-        with target.open("wb") as file, self.open(path) as source:
-            shutil.copyfileobj(source, file, READ_BLOCK_BYTES)
-        if self.stat(path) != before or target.stat().st_size != before.bytes:
-            raise OSError(errno.EREMOTEIO, "it was replaced while it was read", path)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of an object."""

@@ -5,6 +5,7 @@ next one.
 """
 import collections
 import contextlib
+import errno
 import functools
 import pathlib
 import shutil
@@ -17,10 +18,10 @@ import psutil
 
 from addons.inputs.files import InputFile
 from addons.stores import SCHEME
-from addons.stores.remote import STORE
 
 AHEAD = 4  # files that are fetched side by side when all are read in turn
 KEPT = 3  # files that are kept of those that were asked for last: the loaders may still be at the one before
+COPY_BYTES = 8 << 20  # that are read at a time
 FOLDER_NAME = "image_text_sim_clip-spool-"
 
 
@@ -43,11 +44,20 @@ _HOLDERS: list["tempfile.TemporaryDirectory[str]"] = []  # each ends with the pr
 def fetch(file: InputFile, number: int, side_suffix: str) -> InputFile:
     """Fetch a file, and the one next to it with `side_suffix` if it is there; where they lie now. Raises OSError."""
     target = spool_folder() / f"{number}-{threading.get_ident()}.fetched"
-    STORE.fetch(file.path, target)
+    copy(file, target)
     side = file.next_to(side_suffix)
     if side.info() is not None:
-        STORE.fetch(side.path, target.with_suffix(side_suffix))
+        copy(side, target.with_suffix(side_suffix))
     return InputFile(file.name, str(target))
+
+
+def copy(file: InputFile, target: pathlib.Path) -> None:
+    """Copy an object to a file of this disk, as a stream. OSError for one that is replaced meanwhile or cut short."""
+    before = file.info()
+    with target.open("wb") as copied, file.open() as source:
+        shutil.copyfileobj(source, copied, COPY_BYTES)
+    if before is None or file.info() != before or target.stat().st_size != before.bytes:
+        raise OSError(errno.EREMOTEIO, "it was replaced while it was read", file.path)
 
 
 def remove(file: InputFile, side_suffix: str) -> None:
