@@ -1,12 +1,16 @@
-"""How fast inputs become rows: MB/s of staging text, and seconds and MiB of planning 100 million rows of Parquet.
+"""How fast inputs become rows: MB/s of staging text, seconds and MiB of planning 100 million rows of Parquet, images/s.
+
+Images: what the loader threads make of the same photographs as plain files, in a tar, as bytes in Parquet and as data: URIs.
 
     python tests/bench_inputs.py [--megabytes 500] [--files 1000]
 
 Each measurement runs in a process of its own, so that one's memory is not the other's. The tables are made here.
 """
 import argparse
+import base64
 import contextlib
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -14,6 +18,7 @@ import multiprocessing
 import pathlib
 import random
 import resource
+import statistics
 import sys
 import tarfile
 import tempfile
@@ -88,6 +93,65 @@ def write_tars(folder, tars=4, pairs=10_000):
                     tar.addfile(info, io.BytesIO(data))
 
 
+def write_images(folder, count):
+    """`count` photographs of 640 x 480 as files with a table, in Parquet with row groups of 100 and of all, tar, JSON Lines."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+    rng = np.random.default_rng(1)
+    (folder / "files").mkdir()
+    images = []
+    for n in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
+        data = io.BytesIO()
+        coarse.save(data, "JPEG", quality=90)
+        images.append(data.getvalue())
+        (folder / f"files/{n:05d}.jpg").write_bytes(images[-1])
+    names = [f"{n:05d}.jpg" for n in range(count)]
+    (folder / "files.csv").write_text("url,caption\n" + "".join(f"{name},c\n" for name in names))
+    cells = pa.array([{"bytes": data, "path": name} for data, name in zip(images, names, strict=True)],
+                     pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    table = pa.table({"url": cells, "caption": ["c"] * count})
+    pq.write_table(table, folder / "groups-of-100.parquet", row_group_size=100)
+    pq.write_table(table, folder / "one-group.parquet", row_group_size=count)
+    with (folder / "uris.jsonl").open("w") as file:
+        for data in images:
+            uri = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+            file.write(json.dumps({"url": uri, "caption": "c"}) + "\n")
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for name, data in zip(names, images, strict=True):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def load_in_a_process(csv_path, results):
+    """Load all images of an input, by the loader threads of a dry run; puts (images/s, failures, peak MiB) into `results`."""
+    import functools
+
+    import image_text_sim_clip as script
+    config = script.Config(csv_path=str(csv_path), image_path=str(csv_path.parent / "files"), pretrained_model="none")
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stderr(io.StringIO()):
+        plan = script.make_plan(dataclasses.replace(config, output_path=output))
+        threads = script.loader_threads(config)
+        read = plan.table.read_bytes if plan.table.brings_images else script.open_source(config, threads)
+        settings = script.DRY_RUN_SETTINGS
+        resize = functools.partial(script.resize_pillow, settings=settings)
+        loader = script.ImageLoader(read, script.ImageDecoder(config, settings), resize)
+        pool = script.LoaderPool(threads)
+        started = time.perf_counter()
+        failures = 0
+        for partition in plan.partitions:
+            rows = plan.table.read(partition.start, partition.stop)
+            sources = plan.table.sources(partition.start, partition.stop) if plan.table.brings_images else rows["url"].tolist()
+            pool.add(loader, sources)
+            failures += sum(pool.take().failure is not None for _ in sources)
+        seconds = time.perf_counter() - started
+        pool.close()
+    results.put((plan.row_count / seconds, failures, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
 def plan_in_a_process(csv_path, results):
     """Plan `csv_path` from nothing; puts (rows, malformed, wall s, CPU s, peak MiB, MiB before) into `results`."""
     import numpy  # noqa: F401 - imports are not what is measured
@@ -105,15 +169,32 @@ def plan_in_a_process(csv_path, results):
         results.put((plan.row_count, plan.manifest["malformed"], wall, cpu, peak_mib(), before))
 
 
-def measure(csv_path):
-    """What `plan_in_a_process` found, in a process that knows nothing yet."""
+def measure(csv_path, work=plan_in_a_process):
+    """What `work` found, in a process that knows nothing yet."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=plan_in_a_process, args=(csv_path, results))
+    process = context.Process(target=work, args=(csv_path, results))
     process.start()
     found = results.get()
     process.join()
     return found
+
+
+def measure_images(folder, count, rounds):
+    """Print what the loader threads make of the same images, each kind in turns with the others."""
+    write_images(folder, count)
+    names = ("files.csv", "images.tar", "groups-of-100.parquet", "one-group.parquet", "uris.jsonl")
+    found = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            found[name].append(measure(folder / name, load_in_a_process))
+    plain = statistics.median(rate for rate, *_ in found["files.csv"])
+    for name in names:
+        rate = statistics.median(rate for rate, *_ in found[name])
+        print(f"load  {name:22} {rate:6.0f} images/s  {rate / plain:5.2f} of plain files  {found[name][0][1]} failures  "
+              f"peak {max(peak for *_, peak in found[name]):5.0f} MiB")
+    for path in folder.glob("*.*"):
+        path.unlink()
 
 
 def main():
@@ -121,9 +202,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=500)
     parser.add_argument("--files", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=3, help="of the images, in turns; the median counts")
+    parser.add_argument("--only-images", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
+        measure_images(folder, options.images, options.rounds)
+        if options.only_images:
+            return
         write_texts(folder, options.megabytes)
         for file in ("clean.csv", "clean.csv.gz", "messy.csv", "lines.jsonl"):
             size = (folder / file).stat().st_size / 1e6

@@ -80,7 +80,7 @@ def test_long_caption_has_the_tokens_of_its_beginning(shelf, name):
 
 def test_captions_are_tokenized_some_at_a_time():
     """However long they are, captions are tokenized in stretches of a bounded length, none left out."""
-    stretches = list(script._stretches_of_text(["x" * 400_000] * 5 + ["y" * 3_000_000, "", "z"]))
+    stretches = list(script._stretches_of_text(["x" * 100_000] * 5 + ["y" * 3_000_000, "", "z"]))
     assert stretches == [(0, 2), (2, 4), (4, 5), (5, 6), (6, 8)]
     assert list(script._stretches_of_text([])) == []
 

@@ -12,6 +12,7 @@ from addons.inputs.files import InputFile
 PIECE_ROWS = 8192  # read at a time, at most …
 PIECE_BYTES = 16_000_000  # … and fewer where they are long
 IMAGE_BYTES = 8_000_000  # the same of images
+MOST_REPEATED_BYTES = 160_000_000  # that a dictionary of images may stand for in a piece
 READ_BYTES = 1 << 18  # of a column's pages at a time
 
 
@@ -41,19 +42,43 @@ class ParquetFile(BlockFile):
         """
         piece_bytes = IMAGE_BYTES if any(name.endswith(".bytes") for name in columns) else PIECE_BYTES
         rows = int(min(PIECE_ROWS, max(1.0, piece_bytes / max(1.0, self.row_bytes(number, columns)))))
-        with self._open_again() as file:
+        rows = min(rows, self._most_rows(number, columns))
+        with self._open_again(number) as file:
             for batch in file.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
 
-    def _open_again(self) -> pq.ParquetFile:
-        """The file once more, for one reader of its row groups: what it takes for that is given back when it is closed."""
+    def _open_again(self, number: int) -> pq.ParquetFile:
+        """The file once more, for one reader of a row group: what it takes for that is given back when it is closed."""
         leaves = []
         for place in range(self._metadata.num_columns):
             leaf = self._metadata.schema.column(place)
-            if leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level <= 1:
+            is_text = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level <= 1
+            if is_text and not self._is_read_plain(number, place):
                 leaves.append(leaf.path)
         return pq.ParquetFile(self._input.open_native(), metadata=self._metadata, read_dictionary=leaves, pre_buffer=False,
                               buffer_size=READ_BYTES)
+
+    def _dictionary_bytes(self, number: int, place: int) -> int:
+        """How many bytes the dictionary of a column's row group takes in the file, 0 for none."""
+        column = self._metadata.row_group(number).column(place)
+        if not column.has_dictionary_page or column.dictionary_page_offset is None:
+            return 0
+        return max(0, column.data_page_offset - column.dictionary_page_offset)
+
+    def _is_read_plain(self, number: int, place: int) -> bool:
+        """Whether a column of bytes is read without a dictionary, which is faster: not where it may be far larger unpacked."""
+        column = self._metadata.row_group(number).column(place)
+        is_bytes = self._metadata.schema.column(place).logical_type.type == "NONE"
+        return bool(is_bytes and column.total_uncompressed_size <= 4 * column.total_compressed_size)
+
+    def _most_rows(self, number: int, columns: list[str]) -> int:
+        """How many rows may be read at a time, each of which may be the whole dictionary of a column that is read plain."""
+        most = PIECE_ROWS
+        group = self._metadata.row_group(number)
+        for place in range(group.num_columns):
+            if group.column(place).path_in_schema in columns and self._is_read_plain(number, place):
+                most = min(most, MOST_REPEATED_BYTES // max(1, self._dictionary_bytes(number, place)))
+        return max(1, most)
 
     def row_bytes(self, number: int, columns: list[str]) -> float:
         """How many bytes a row of the row group has in these columns, on average, as the footer says."""
