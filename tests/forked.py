@@ -95,7 +95,7 @@ def _run(program, arguments, pipes, environment, most_bytes):
 
     import curate
     import image_text_sim_clip as script
-    script.Scorer = forked_model.reuse_scorer
+    script.load_scorer = forked_model.reuse_scorer
     script.start_memory_curve = lambda clock: None
     curate.draw_plots = lambda *arguments: None
     if most_bytes is not None:

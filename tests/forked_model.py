@@ -9,7 +9,7 @@ import image_text_sim_clip as script
 torch.set_num_threads(1)  # more would be threads that a fork does not take along
 PATH = str(pathlib.Path(script.__file__).parent / "challenge_set/shapes_clip")
 LOADED = script.Scorer(script.Config(pretrained_model=PATH, use_cuda=False))
-load_scorer = script.Scorer
+load_scorer = script.load_scorer
 
 
 def reuse_scorer(config):

@@ -43,7 +43,7 @@ def damage(path, rng):
 @pytest.fixture
 def scorers(monkeypatch):
     """Each config's scorer is loaded once, however many runs there are."""
-    load = script.Scorer
+    load = script.load_scorer
     loaded = {}
 
     def reuse(config):
@@ -51,7 +51,7 @@ def scorers(monkeypatch):
             loaded[config] = load(config)
         return loaded[config]
     monkeypatch.setattr(script.Config, "__hash__", lambda self: hash(self.pretrained_model))
-    monkeypatch.setattr(script, "Scorer", reuse)
+    monkeypatch.setattr(script, "load_scorer", reuse)
 
 
 @pytest.fixture
