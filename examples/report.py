@@ -39,7 +39,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; background: var(--plate); } .wide { overflow-x: auto; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
-th + th, td + td { white-space: nowrap; } .settings td + td { text-align: left; white-space: normal; }
+th + th, td + td { white-space: nowrap; } .settings td + td, .settings th + th { text-align: left; white-space: normal; }
 td { font-variant-numeric: tabular-nums; }
 svg { width: 100%; max-width: 46rem; height: auto; background: var(--plate); }
 svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; }
@@ -100,7 +100,10 @@ def tell_verdict(looks: list[Json]) -> str:
     best = min(looks, key=lambda row: mean(row["judge"]))
     since_judge = Change.between(best["judge"], last["judge"])
     since_teacher = Change.between(best["teacher"], last["teacher"])
-    if since_judge.direction > 0 and since_teacher.direction <= 0:
+    if since_judge.direction > 0 and since_teacher.direction >= 0:
+        return (f"What was learnt after step {best['step']} pleases neither: since then the teacher's dissimilarity "
+                f"{since_teacher}, the judge's {since_judge}. Over all, {numbers}.")
+    if since_judge.direction > 0:
         return (f"Teacher and judge part at step {best['step']}: since then the teacher's dissimilarity {since_teacher}, while "
                 f"the judge's {since_judge}. What was learnt after that step pleases the teacher alone. Over all, {numbers}.")
     if teacher.direction < 0 and judge.direction < 0:

@@ -35,6 +35,8 @@ def looks_of(**means):
     ({"teacher": [0.6, 0.5, 0.4], "judge": [0.6, 0.4, 0.5]}, "Teacher and judge part at step 50: since then the teacher's"),
     ({"teacher": [0.6, 0.5, 0.4], "judge": [0.6, 0.6, 0.6]}, "Teacher and judge part from the start"),
     ({"teacher": [0.6, 0.5, 0.4], "judge": [0.6, 0.7, 0.8]}, "Teacher and judge part at step 0"),
+    ({"teacher": [0.6, 0.5, 0.5], "judge": [0.6, 0.4, 0.5]}, "What was learnt after step 50 pleases neither"),
+    ({"teacher": [0.6, 0.6, 0.6], "judge": [0.6, 0.5, 0.55]}, "What was learnt after step 50 pleases neither"),
     ({"teacher": [0.6, 0.6, 0.6], "judge": [0.6, 0.6, 0.6]}, "The teacher was not pleased"),
     ({"teacher": [0.6, 0.5]}, "The teacher's dissimilarity of held-out prompts fell by 0.1000. No judge watched"),
     ({"teacher": [0.6], "judge": [0.6]}, "There was only one look")])
