@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from addons.images.other_formats import is_other_format
+
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
@@ -79,7 +81,7 @@ def why_unidentified(data: bytes) -> tuple[str, str]:
     start = data[:512].lstrip().lower()
     if not data:
         return "not_image", "empty file"
-    if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1") or start.startswith((b"<svg", b"%pdf", b"8bps")):
+    if is_other_format(data):
         return "unsupported", "format not allowed"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"{")):
         return "not_image", "text, not an image"
