@@ -104,7 +104,8 @@ def calling(path: str) -> Iterator[None]:
             raise PermissionError(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         number = errno.EREMOTEIO if number in (errno.EIO, errno.ENOENT) else number  # EIO is a disk's, and is never tried again
-        raise OSError(number, f"{type(error).__name__}: {_describe_error(error)}", path) from None
+        reason = f"the object store did not do it ({type(error).__name__}: {_describe_error(error)})"
+        raise OSError(number, reason, path) from None
 
 
 # ── File systems ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,7 +127,7 @@ def open_file_system(path: str) -> "tuple[AbstractFileSystem, str]":
         options = json.dumps({**storage_options(scheme, SCHEMES), **from_url}, sort_keys=True, default=str)
         system = _open_file_system(scheme, options, os.getpid())
     except ImportError as error:
-        raise Trouble(EXIT_CONFIG, f"{scheme}:// paths need a package that is not installed ({without_secrets(str(error))}; "
+        raise Trouble(EXIT_CONFIG, f"the object store {scheme}:// needs a missing package ({without_secrets(str(error))}; "
                                    "pip install -r addons/requirements-cloud.txt)") from None
     except (TypeError, ValueError) as error:
         raise Trouble(EXIT_CONFIG, f"storage_options do not fit {scheme}:// ({without_secrets(str(error))})") from None
