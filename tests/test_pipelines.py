@@ -308,6 +308,7 @@ def test_loss_falls_on_a_fixed_batch_and_only_lora_weights_move(start, name):
     assert moved == {f"{part}.{key}" for key in trainer.painter.lora()} - idle
 
 
+@pytest.mark.slow  # three runs
 @every_family
 def test_resumed_run_has_the_same_weights_and_saved_weights_paint_the_same(start, folders, tmp_path, name):
     """Stopped after two steps and begun again: as undisturbed. What is saved loads by the class's own load_lora_weights."""

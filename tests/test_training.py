@@ -165,6 +165,7 @@ def test_patience_counts_looks_since_the_best():
     assert Patience(2, 0.015).reason_to_stop(falling, "judge") is None  # 0.48 is better than 0.5 by more than that
 
 
+@pytest.mark.slow  # two runs
 def test_run_stops_by_patience_and_says_why(start, configs, tmp_path, capsys):
     """A judge that nothing pleases: the run ends at the second look, keeps the best weights, and ends so again."""
     options = {"judge": configs[1], "patience": 1, "margin": 2.0, "steps": 100}
@@ -219,6 +220,7 @@ def webdataset(tmp_path, noise):
     return folder
 
 
+@pytest.mark.slow  # three runs
 @pytest.mark.parametrize("kind", ["prompts", "images"])
 def test_killed_and_resumed_is_undisturbed(start, webdataset, tmp_path, monkeypatch, kind):
     """In the middle of an epoch, with an average, dropped captions and two batches a step; the log's last line is torn."""
@@ -247,9 +249,16 @@ def test_killed_and_resumed_is_undisturbed(start, webdataset, tmp_path, monkeypa
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_no_room_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(("error", "full"), [
+    (torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("shapes do not fit"), False),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True)])
+def test_what_libraries_raise_for_want_of_memory_is_known(error, full):
+    """On a GPU, on the CPU, and in Python itself."""
+    assert finetune.is_out_of_memory(error) is full
+
+
+@pytest.mark.slow  # three runs
+def test_no_room_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch):
     """The steps before it are saved, and a run with room goes on to the weights of an undisturbed one."""
     start(output=tmp_path / "whole").run()
     full = start(output=tmp_path / "full", save_every=100)
@@ -258,7 +267,7 @@ def test_no_room_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch, err
 
     def paint_or_fail(prompts, noise, gradient_steps=0, measure_distance=False):
         if gradient_steps and next(calls) == 3:
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return paint(prompts, noise, gradient_steps, measure_distance)
     monkeypatch.setattr(full.painter, "paint", paint_or_fail)
     with pytest.raises(script.Trouble, match="no room in memory at step 3 for 2 images of 32 px") as caught:
