@@ -354,6 +354,34 @@ def test_own_queue_costs_no_time(serve):
     assert found[-1][0] > 1.2
 
 
+def test_host_whose_turn_comes_while_others_begin(monkeypatch):
+    """A paced host whose next turn comes while fetches are being begun is asked then, and the loop comes to an end."""
+    class SlowClock:
+        """An event loop in which each look at the clock takes a tenth of a second."""
+        now = 0.0
+
+        def time(self):
+            self.now += 0.1
+            return self.now
+
+        def call_at(self, when, *call):
+            return None
+    get = fetcher()
+    begun = []
+    get._loop = SlowClock()
+    monkeypatch.setattr(get, "_begin_task", lambda work: begun.append(work.close()))
+    host = get.hosts.find("paced.example")
+    host.rate = 15.0
+    target = targets.read_url("http://paced.example/x", config_of())
+    host.waiting.extend(fetch.Fetch("http://paced.example/x", print, target, host) for _ in range(10))
+    get._look_at(host)
+    done = threading.Thread(target=get._start_fetches, daemon=True)
+    done.start()
+    done.join(5)
+    assert not done.is_alive()
+    assert 1 <= len(begun) <= 10 and len(begun) + len(host.waiting) == 10
+
+
 def test_slow_host_holds_up_no_other(serve):
     """A lump of a slow host's rows at the head of the table waits for itself alone."""
     def answer(connection, path, server):

@@ -259,6 +259,7 @@ class Fetcher:
         """Begin as many fetches as there is room for; the hosts that may be asked take turns."""
         now = self._loop.time()
         while self._listed and self.flow.may_start(now):
+            now = self._loop.time()  # anew, or a host whose turn has come meanwhile would be listed again and again
             host = self._listed.popleft()
             host.is_listed = False
             if host.waiting and host.next_start() <= now:
