@@ -152,6 +152,7 @@ def test_no_allocation_can_expect_to_gain(factors):
     assert tried > 10
 
 
+@pytest.mark.timeout(600)
 def test_bound_holds_whenever_marking_stops():
     """Somebody who looks again and again and stops at the first proof is misled in at most 5 % of tables where it is false."""
     rng = np.random.default_rng(2)
@@ -259,6 +260,7 @@ def test_a_thousand_labellings_keep_the_promise():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_noise_keeps_fewer():
     """Marks of which 2 % are wrong break no promise, and keep fewer rows."""
     true = [label("little fits", seed) for seed in range(40)]
@@ -268,6 +270,7 @@ def test_noise_keeps_fewer():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_recall_holds():
     """min_recall 0.9 keeps nine tenths of what fits in 94 % of the labellings, and drops most of what an oracle would."""
     goal = Goal("recall", 0.9)
