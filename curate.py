@@ -100,10 +100,12 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
                                                                      table[run.caption_name].to_pylist, values))
         overlaps.add(failures)
         judged = rules.judge_failures(failures, len(similarities))
-        fingerprints = saved.numbers_of(first_row, len(judged)) if saved else np.zeros(len(judged), np.uint64)
+        fingerprints = np.zeros(len(judged), np.uint64)
         if images and curation.needs_images:
             perceptual = curation.duplicate_images == "perceptual"
             judge_images(images, image_rules, images.locate(first_row, table), perceptual, judged, fingerprints)
+        if saved:  # whatever the files' own fingerprints are: the embeddings tell which images are alike
+            fingerprints = saved.numbers_of(first_row, len(judged))
         verdicts[first_row:first_row + len(judged)] = judged
         if neighbour_rules:
             left = np.flatnonzero(judged == rules.KEPT)

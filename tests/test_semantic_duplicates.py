@@ -118,6 +118,19 @@ def test_an_image_keeps_its_captions(shapes, run_main, read_table, tmp_path):
     assert len(read_table(tmp_path / "out/curated/kept.csv")) == 30
 
 
+@pytest.mark.parametrize("keys", [{}, {"min_width": 1}, {"max_aspect": 50}, {"one_caption_per_image": True, "min_height": 1}])
+def test_rules_on_images_do_not_change_who_is_alike(shapes, run_main, read_table, tmp_path, keys):
+    """Next to rules that read the images themselves, embeddings still decide which images show the same."""
+    config = shapes(rows=30, pretrained_model=BUNDLED_MODEL, parity_rows=0, save_embeddings="float32", partition_rows=7)
+    assert run_main("--config", config).code == 0
+    arguments = ["--config", str(config), "--set", "curate.duplicate_images=semantic", "--set", "curate.semantic_distance=0.4"]
+    for key, value in keys.items():
+        arguments += ["--set", f"curate.{key}={str(value).lower()}"]
+    assert curate.main(arguments) == 0
+    dropped = [row["url"] for row in read_table(tmp_path / "out/curated/dropped.csv") if row["dropped_by"] == "duplicate_image"]
+    assert set(dropped) == {"shape-000.png", "shape-004.png"}
+
+
 def test_embeddings_that_were_not_saved(tmp_path, write_config):
     """The rule says what to score with."""
     write_finished_run(tmp_path / "out", [0.1])
