@@ -127,7 +127,7 @@ def write_images(folder, count):
 
 
 def load_in_a_process(csv_path, results):
-    """Load all images of an input, by the loader threads of a dry run; puts (images/s, failures, peak MiB) into `results`."""
+    """Load all images of an input, by the loader threads of a dry run; puts images/s, failures, peak MiB, images per CPU s."""
     import functools
 
     import image_text_sim_clip as script
@@ -141,6 +141,7 @@ def load_in_a_process(csv_path, results):
         loader = script.ImageLoader(read, script.ImageDecoder(config, settings), resize)
         pool = script.LoaderPool(threads)
         started = time.perf_counter()
+        cpu = time.process_time()
         failures = 0
         for partition in plan.partitions:
             rows = plan.table.read(partition.start, partition.stop)
@@ -148,8 +149,10 @@ def load_in_a_process(csv_path, results):
             pool.add(loader, sources)
             failures += sum(pool.take().failure is not None for _ in sources)
         seconds = time.perf_counter() - started
+        cpu = time.process_time() - cpu
         pool.close()
-    results.put((plan.row_count / seconds, failures, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results.put((plan.row_count / seconds, failures, peak, plan.row_count / cpu))
 
 
 def plan_in_a_process(csv_path, results):
@@ -188,11 +191,11 @@ def measure_images(folder, count, rounds):
     for _ in range(rounds):
         for name in names:
             found[name].append(measure(folder / name, load_in_a_process))
-    plain = statistics.median(rate for rate, *_ in found["files.csv"])
+    plain = [statistics.median(figures) for figures in zip(*found["files.csv"], strict=True)]
     for name in names:
-        rate = statistics.median(rate for rate, *_ in found[name])
-        print(f"load  {name:22} {rate:6.0f} images/s  {rate / plain:5.2f} of plain files  {found[name][0][1]} failures  "
-              f"peak {max(peak for *_, peak in found[name]):5.0f} MiB")
+        rate, failures, peak, per_cpu = (statistics.median(figures) for figures in zip(*found[name], strict=True))
+        print(f"load  {name:22} {rate:6.0f} images/s  {rate / plain[0]:5.2f} of plain files  {per_cpu:6.0f} per CPU second  "
+              f"{per_cpu / plain[3]:5.2f} of plain files  {failures:.0f} failures  peak {peak:5.0f} MiB")
     for path in folder.glob("*.*"):
         path.unlink()
 
