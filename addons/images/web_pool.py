@@ -83,6 +83,7 @@ class WebPool:
         self._fetcher.drop_all()
         if self._threads:
             self._threads.shutdown(wait=False, cancel_futures=True)
+        trim_memory()  # what comes next, the results, needs some
 
     def embed_partitions(self, begun: "Iterator[Begun]", scorer: "Scorer | None", clock: Clock,
                          on_loaded: "collections.abc.Callable[[], None]") -> Iterator[tuple[PartitionRun, EmbeddedImages]]:
