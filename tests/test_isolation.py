@@ -108,11 +108,14 @@ def test_image_that_hangs_the_decoder_costs_one_row(poisoned_run, start_cli, run
     """A run that hangs is killed by its user; the same command again ends, with one row `crashed`."""
     config, env = poisoned_run(hangs=True)
     first = start_cli("--config", config, env=env)
+    patience = time.monotonic() + 60
+    while not list((tmp_path / "out/parts").glob("*.trying")) and time.monotonic() < patience:  # a busy machine starts late
+        time.sleep(0.1)
     time.sleep(4)
     assert first.poll() is None
     first.kill()
     first.wait()
-    second = run_cli("--config", config, env=env)
+    second = run_cli("--config", config, env=env, timeout=110)
     assert second.code == 0, second.stderr
     assert statuses(tmp_path)["crashed"] == ["caption 37"]
 
