@@ -186,7 +186,8 @@ def _find_types(looked_at: list[LookedAt], columns: list[str]) -> dict[str, str]
         kinds |= {"" for looked in looked_at if name in dict(looked.file.folder_columns)}
         if kinds and "" not in kinds:
             found[name] = kinds.pop() if len(kinds) == 1 else ""
-    if any(is_list(field.type) for looked in looked_at for field in looked.schema) and CAPTION_INDEX in columns:
+    has_lists = [any(map(is_list, looked.schema.types)) for looked in looked_at]
+    if any(has_lists) and CAPTION_INDEX in columns:
         found[CAPTION_INDEX] = "int"
     return {name: kind for name, kind in found.items() if kind}
 

@@ -86,7 +86,7 @@ def find_pairs(csv_path: str) -> list[Pair]:
     if find_store(csv_path).is_folder(csv_path):
         others = paths
     else:
-        others = [stem_of(image) + suffix for image in images for suffix in SIDE_SUFFIXES]
+        others = [stem_of(image) + suffix for image, suffix in itertools.product(images, SIDE_SUFFIXES)]
         others = [path for path in others if find_store(path).info(path)]
     sides = {(stem_of(path), plain_suffix(path)): path for path in others if path.lower().endswith(SIDE_SUFFIXES)}
     pairs = []
@@ -140,7 +140,7 @@ class ImageFolderReader(TextReader):
         pairs = find_pairs(config.csv_path)
         used = metadata.union(pair.image for pair in pairs)
         if not metadata:
-            used.update(path for pair in pairs for path in pair[1:] if path)
+            used.update(filter(None, itertools.chain.from_iterable(pair[1:] for pair in pairs)))
         if find_store(config.csv_path).is_folder(config.csv_path):
             below = files.list_below(config.csv_path)
             start = len(config.csv_path.rstrip("/")) + 1
