@@ -115,13 +115,15 @@ def count_remembered(painter: Painter, batch: int, side: int, gradient_steps: in
     """The bytes kept of painting `batch` images of this side: K calls of the denoiser, and the decoder's."""
     heard = painter.conditions(["a"])  # of one prompt, or of no prompt and one
     twin = make_twin(painter, checkpointing)
+    # several processes have "cpu:0", which fake tensors take for another device than "cpu"
+    device = torch.device("cpu") if painter.device.type == "cpu" else painter.device
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.enable_grad():
-        pretend(twin.denoiser, painter.device)
-        pretend(twin.pipeline.vae, painter.device)
+        pretend(twin.denoiser, device)
+        pretend(twin.pipeline.vae, device)
         condition = Condition(**{name: fake.from_tensor(value).repeat_interleave(batch, dim=0)
                                  for name, value in heard.tensors().items()})
-        latents = torch.randn(batch, *twin.latent_shape(side), device=painter.device)
-        time = torch.tensor(500.0, device=painter.device)
+        latents = torch.randn(batch, *twin.latent_shape(side), device=device)
+        time = torch.tensor(500.0, device=device)
         with KeptTensors(twin.denoiser) as of_denoiser:
             predicted = twin.predict(latents, time, condition, painter.painting.guidance)
         with KeptTensors(twin.pipeline.vae) as of_decoder:
