@@ -65,12 +65,14 @@ def test_every_export_can_be_asked_for():
     assert typing.get_args(rules.Curation.__annotations__["export"]) == tuple(EXPORTS)
 
 
-def test_no_column_of_a_measure_hides_another():
-    """A further measure's column that is called like one of ours is exported under another name."""
+def test_no_column_hides_another():
+    """A column of the table or of a measure that is called like one of ours is exported under another name."""
+    columns = {"row": "r", "measure_text": "m", "source": "web"}
     further = {"text": "t", "file_name": "f", "row": 1.0, "brightness": 0.5}
-    described = Record(7, "a.png", "u", "c", 0.25, 0.75, further).describe()
-    assert described == {"text": "c", "row": 7, "url": "u", "similarity": 0.25, "dissimilarity": 0.75, "measure_text": "t",
-                         "measure_file_name": "f", "measure_row": 1.0, "brightness": 0.5}
+    described = Record(7, "a.png", "u", "c", 0.25, 0.75, columns, further).describe()
+    assert described == {"text": "c", "row": 7, "url": "u", "similarity": 0.25, "dissimilarity": 0.75, "input_row": "r",
+                         "measure_text": "m", "source": "web", "measure_measure_text": "t", "measure_file_name": "f",
+                         "measure_row": 1.0, "brightness": 0.5}
 
 
 def test_every_rule_is_explained():

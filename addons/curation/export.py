@@ -76,13 +76,12 @@ class Record:
         described: dict[str, Cell] = {"text": self.caption, "row": self.row, "url": self.url,
                                       "similarity": self.similarity, "dissimilarity": self.dissimilarity}
         reserved = {*described, "file_name", "image"}
-        for name, value in self.columns.items():
-            shown = name
-            while shown in reserved or shown in described:
-                shown = f"input_{shown}"
-            described[shown] = value
-        for name, value in self.further.items():
-            described[f"measure_{name}" if name in reserved else name] = value
+        for prefix, columns in (("input_", self.columns), ("measure_", self.further)):
+            for name, value in columns.items():
+                shown = name
+                while shown in reserved or shown in described:
+                    shown = prefix + shown
+                described[shown] = value
         return described
 
 
