@@ -285,7 +285,7 @@ class Config:
     allow_private_hosts: bool = False
     # the run
     output_path: str = "scores"
-    storage_options: dict[str, Any] | None = dataclasses.field(default=None, repr=False)  # it may hold secrets
+    storage_options: Json | None = dataclasses.field(default=None, repr=False)  # it may hold secrets
     batch_size: int | Literal["auto"] = setting("auto", 1, 65536)
     partition_rows: int | Literal["auto"] = setting("auto", 1, 10_000_000)
     loader_threads: int | Literal["auto"] = setting("auto", 0, 1024)
@@ -297,12 +297,12 @@ class Config:
     ray_gpus: float = setting(0.0, 0.0, 64)
     output_format: str = "csv"
     save_embeddings: Literal["none", "float32", "float16", "int8"] = "none"
-    measures: dict[str, Any] | None = None
+    measures: Json | None = None
     parity_rows: int | Literal["auto"] = setting("auto", 0, 10_000)
     max_score_drift: float | None = setting(None, 0.0, 2.0)
     max_failure_rate: float = setting(0.9, 0.0, 1.0)
     # the second job, curate.py, which checks what is in it (addons/curation/rules.py)
-    curate: dict[str, Any] | None = None
+    curate: Json | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -427,7 +427,7 @@ def check_value(field: "dataclasses.Field[Any]", value: object, section: str = "
         raise Trouble(EXIT_CONFIG, f"{section}{field.name} must lie in [{low}, {high}], got {value}")
 
 
-def check_keys(kind: type, values: dict[Any, Any], section: str = "") -> None:
+def check_keys(kind: type, values: Json, section: str = "") -> None:
     """Raise Trouble (exit 2) for a key that the dataclass `kind` does not have, and name the nearest one it has."""
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
@@ -440,7 +440,7 @@ def check_keys(kind: type, values: dict[Any, Any], section: str = "") -> None:
 Section = typing.TypeVar("Section")
 
 
-def check_section(kind: type[Section], values: dict[Any, Any], section: str) -> Section:
+def check_section(kind: type[Section], values: Json, section: str) -> Section:
     """The dataclass `kind` made of a section's `values`, its keys, types and ranges checked as those of Config are."""
     check_keys(kind, values, section + ".")
     made = kind(**values)
@@ -468,7 +468,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
@@ -512,7 +512,7 @@ def load_config(path: os.PathLike[str] | str, overrides: Iterable[str] = ()) -> 
     return Config(**values)
 
 
-def _apply_override(values: dict[Any, Any], override: str) -> None:
+def _apply_override(values: Json, override: str) -> None:
     """Set one key of `values`, or one of a section (`curate.export=csv`), as `--set` asks."""
     key, equals, value = override.partition("=")
     if not equals:
@@ -1953,7 +1953,10 @@ class ImageLoader:
         return made
 
 
-def wait_for(future: "Future[Any]") -> None:
+Item = typing.TypeVar("Item")
+
+
+def wait_for(future: "Future[Item]") -> None:
     """Wait until the future has a result, but not through an interruption."""
     while not concurrent.futures.wait([future], timeout=0.2).done:
         INTERRUPTION.check()
@@ -1966,9 +1969,6 @@ def compute_in_one_thread() -> None:
 
 
 HANGS_S = 15.0  # an image that was waited for longer than this when the run was stopped is tried in isolation by the next
-
-
-Item = typing.TypeVar("Item")
 
 
 class LoaderPool(typing.Generic[Item]):
@@ -2400,7 +2400,7 @@ class Family:
         """What the manifest and profile.json say of this model besides."""
         return {}
 
-    def encode(self, captions: list[str], **options: Any) -> list[list[int]]:
+    def encode(self, captions: list[str], **options: object) -> list[list[int]]:
         """Token ids of each caption, as the tokenizer gives them."""
         # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
         # trained words that were added as special tokens stay whole all the same
@@ -2620,7 +2620,7 @@ def find_family(files: ModelFiles, name: str) -> type[Family]:
     raise Trouble(EXIT_MODEL, f"{name} is a {kind!r} model; this program scores with CLIP and SigLIP models")
 
 
-def align_weights(model: Any) -> Any:
+def align_weights(model: "torch.nn.Module") -> "torch.nn.Module":
     """Copy the weights whose place in a mapped file is not aligned as torch's own memory is: another alignment chooses
     other CPU kernels, and the same weights score an ulp apart."""
     import torch
@@ -2663,7 +2663,7 @@ class Scorer:
             self._try_files()
         self.decoding = self.settings  # what images are decoded for
         self.pixel_levels = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
-        self._float32_model: Any = None
+        self._float32_model: torch.nn.Module | None = None
         self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
         cores = usable_cores() if self.device == "cpu" else 1
@@ -2697,7 +2697,7 @@ class Scorer:
         layer, and no score depends on how many there are. On a GPU one lane, so that the main thread need not wait."""
         return ThreadPoolExecutor(self.lanes, "lane", compute_in_one_thread if self.device == "cpu" else None)
 
-    def submit(self, stage: str, encode: "Callable[[Any], torch.Tensor]", batch: Any) -> "Future[Encoded]":
+    def submit(self, stage: str, encode: "Callable[[Item], torch.Tensor]", batch: Item) -> "Future[Encoded]":
         """Have a lane compute `encode(batch)`; the future gives the embeddings and the seconds they took in `stage`."""
         def encode_timed() -> Encoded:
             clock = Clock()
@@ -2848,11 +2848,11 @@ class Scorer:
         """Whether the model's weights and arithmetic are those of the files, in float32."""
         return self.dtype == "float32" and self.quantization == "none" and self.encoders is self.family
 
-    def load_plain(self) -> Any:
+    def load_plain(self) -> "torch.nn.Module":
         """The model once more, in float32 on the CPU."""
         return align_weights(type(self.family).load(self.files, self.config.pretrained_model).model)
 
-    def _in_float32(self) -> Any:
+    def _in_float32(self) -> "torch.nn.Module":
         """The model in float32, loaded when half precision first overflows."""
         if self._float32_model is None:
             self._float32_model = self.load_plain().to(self.device)
@@ -3693,7 +3693,7 @@ class Worker:
                 self.measures.append(measure(config, plan, self.scorer, self.loader))
                 self.loader = self.measures[-1].wrap(self.loader)
         self.open_pool: Callable[[int], ImagePool] = getattr(read, "open_pool", ImagePool)
-        self.report: Callable[[Plan, PartitionRun, pa.Table], Any] | None = getattr(read, "report_partition", None)
+        self.report: Callable[[Plan, PartitionRun, pa.Table], Json] | None = getattr(read, "report_partition", None)
 
     def run(self, todo: list[Partition], retry: bool = False,
             on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:

@@ -39,7 +39,7 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "open_clip_model*.safeten
 
 # ── The config ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def take_apart(values: dict[Any, Any]) -> dict[Any, Any]:
+def take_apart(values: Json) -> Json:
     """The keys of a config whose `pretrained_model` is a mapping, with its first model there and all of them under
     `measures.further_models`. Trouble (exit 2) for a mapping that names no models."""
     models = values["pretrained_model"]

@@ -58,7 +58,7 @@ class WholeImages:
         self.image_std = processor.image_std
 
     def __call__(self, image: "Image.Image | npt.NDArray[np.uint8]", do_resize: bool = True, return_tensors: str | None = None,
-                 **options: Any) -> dict[str, torch.Tensor]:
+                 **options: object) -> dict[str, torch.Tensor]:
         """One RGB image -> `pixel_values` (1, 3, h, w), whole patches each way; with `do_resize` off an array (3, h, w) of
         bytes, which keeps its size."""
         if do_resize:
@@ -66,7 +66,7 @@ class WholeImages:
         pixels = np.asarray(image).repeat(self.patch, 1).repeat(self.patch, 2)  # each pixel a patch of its own
         return {"pixel_values": self._process(pixels, do_resize=False, **options)[..., ::self.patch, ::self.patch]}
 
-    def _process(self, image: "Image.Image | npt.NDArray[np.uint8]", **options: Any) -> torch.Tensor:
+    def _process(self, image: "Image.Image | npt.NDArray[np.uint8]", **options: object) -> torch.Tensor:
         made = self._processor(image, **options)
         rows, columns = made["spatial_shapes"][0]
         patches = torch.from_numpy(np.asarray(made["pixel_values"][0])[:rows * columns])

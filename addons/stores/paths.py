@@ -18,10 +18,13 @@ import re
 import stat
 import typing
 from collections.abc import Generator, Iterator
-from typing import IO, Any, BinaryIO, Self
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
 
 from addons.stores import FileInfo, remote
 from image_text_sim_clip import EXIT_DISK, Trouble
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class StorePath(pathlib.PosixPath):
@@ -115,10 +118,11 @@ class StorePath(pathlib.PosixPath):
 
     # ── Write ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def write_bytes(self, data: Any) -> int:
+    def write_bytes(self, data: "Buffer") -> int:
         """Write the object whole."""
-        remote.STORE.write(str(self), bytes(data))
-        return len(data)
+        content = bytes(data)
+        remote.STORE.write(str(self), content)
+        return len(content)
 
     def write_text(self, data: str, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> int:
         """Write the object whole."""
@@ -176,7 +180,7 @@ class _Closing(io.RawIOBase):
         """It is."""
         return True
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "Buffer") -> int:
         """Add bytes."""
         return self._writer.write(data)
 
@@ -191,7 +195,7 @@ class _Closing(io.RawIOBase):
             self._writer.finish()
         super().close()
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         if kind is not None:
             self._ended = True
             self._writer.discard()
