@@ -4214,12 +4214,14 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
             stored = job.read_profile()
         else:
             stored = write_results(job)
-            if stored["finished"]:
-                for marker in (plan.output / "parts").glob("*.trying"):
-                    with contextlib.suppress(OSError):
-                        remove_path(marker)  # of a worker that was killed just after its part was written
             if curve and (image := curve.png()):
                 write_bytes(plan.output / "memory-time.png", image)
+        if stored["finished"] and in_store(plan.output):
+            addon("stores.leases", "output_path").remove_probes(plan.output)
+        if stored["finished"]:
+            for marker in (plan.output / "parts").glob("*.trying"):
+                with contextlib.suppress(OSError):
+                    remove_path(marker)  # of a worker that was killed when its part had been written, by it or by another
     print_summary(job.config, stored)
     keys = ("rows", *INPUT_ROWS, "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
     shown = {key: stored[key] for key in keys if key in stored}

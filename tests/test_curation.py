@@ -151,7 +151,10 @@ print(peak_mb() - imported, "torch" in sys.modules or "transformers" in sys.modu
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_fraction_of_a_million_rows(tmp_path, write_config):
-    """keep_fraction: 0.3 keeps 300,000 of a million, none worse than a dropped one, in 200 MB, however the parts were cut."""
+    """keep_fraction: 0.3 keeps 300,000 of a million, none worse than a dropped one, in 270 MB, however the parts were cut.
+
+    In parts of 10,000 rows it is less than half of that; of the large ones two are held, one read while the other is written.
+    """
     import pyarrow.csv
     similarities = np.random.default_rng(1).normal(0.25, 0.05, 1_000_000).round(4).astype(np.float32)  # many ties
     captions = [f"caption {n}" for n in range(1_000_000)]
@@ -162,7 +165,7 @@ def test_fraction_of_a_million_rows(tmp_path, write_config):
                               env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=100)
         assert done.returncode == 0, done.stderr
         grown_mb, has_torch = done.stdout.split()[-2:]
-        assert float(grown_mb) < 200
+        assert float(grown_mb) < 270
         assert has_torch == "False"
         found.append([hashlib.sha256((out / "curated" / name).read_bytes()).digest() for name in ("kept.csv", "dropped.csv")])
     assert found[0] == found[1]

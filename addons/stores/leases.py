@@ -127,18 +127,29 @@ def _has_run_out(folder: StorePath, name: str, lease: Seen) -> bool:
     return now_ns - lease.written_ns > LEASE_S * 1e9
 
 
+PROBE = ".create-"
+TRIES = 3  # whoever finishes a run takes probes away, which may be that of a worker that has just begun
+
+
 @functools.cache
 def can_create(folder: str) -> bool:
     """Whether the store refuses to create an object that is there already."""
-    probe = StorePath(folder) / f".create-{_ME.decode()}"
-    probe.create(b"1")
+    probe = StorePath(folder) / f"{PROBE}{_ME.decode()}"
     try:
-        probe.create(b"2")
+        for _ in range(2 * TRIES):
+            probe.create(b"")
     except FileExistsError:
         return True
     finally:
         probe.unlink(missing_ok=True)
     return False
+
+
+def remove_probes(folder: StorePath) -> None:
+    """Take away what `can_create` of killed workers has left."""
+    for path, _ in STORE.list_folder(str(folder)):
+        if path.rpartition("/")[2].startswith(PROBE):
+            StorePath(path).unlink(missing_ok=True)
 
 
 def check_workers(config: Config, folder: StorePath) -> None:
