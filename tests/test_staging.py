@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import time
 from unittest import mock
 
 import numpy as np
@@ -278,6 +279,9 @@ def test_ctrl_c_while_arrow_parses_is_ours(monkeypatch):
     monkeypatch.setattr(csv_blocks.arrow_csv, "ParseOptions", interrupting_options(csv_blocks.arrow_csv.ParseOptions))
     try:
         rows, bad = csv_blocks.parse_clean(b"1,2\n3\n", np.array([], int), ",", ["a", "b"], 1)
+        until = time.monotonic() + 5
+        while not caught and time.monotonic() < until:  # one that another thread takes reaches this one a little later
+            time.sleep(0.01)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(caught) == 1 and rows.to_pylist() == [{"a": "1", "b": "2"}] and len(bad) == 1
