@@ -5,17 +5,15 @@ import csv
 import gzip
 import hashlib
 import io
-import os
 import pathlib
 import shutil
-import signal
-import time
+import subprocess
+import sys
 from unittest import mock
 
-import numpy as np
 import pytest
 from conftest import stage
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import image_text_sim_clip as script
@@ -111,7 +109,8 @@ def test_fast_is_careful_in_other_encodings(folder, pieces, sizes, encoding, gz)
 @given(data=st.binary(max_size=120) | st.text(st.sampled_from('ab,;\t"\r\n é'), max_size=120).map(str.encode),
        separator=st.sampled_from([",", ";", "\t", " ", "é", "a"]), width=st.integers(1, 3), sizes=SIZES)
 def test_fast_is_careful_for_any_separator_and_width(folder, data, separator, width, sizes):
-    """Nor for tables of one column or three, and separators of every kind."""
+    """Nor for tables of one column or three, and separators of every kind. Quotes next to tabs: test_quoting.py."""
+    assume(separator != "\t" or b'"' not in data)
     header = separator.join(["x", "y", "z"][:width]).encode() + b"\n"
     with block_sizes(*sizes):
         _, rows, bad = read_fast(folder, header + data, separator=separator, url_column="x", caption_column="x")
@@ -272,26 +271,29 @@ def test_full_disk_while_staging(folder, monkeypatch):
     assert trouble.value.exit_code == 5
 
 
-def test_ctrl_c_while_arrow_parses_is_ours(monkeypatch):
-    """Arrow does not take SIGINT while it parses: its own handler lost one that came at the end of a block."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-    monkeypatch.setattr(csv_blocks.arrow_csv, "ParseOptions", interrupting_options(csv_blocks.arrow_csv.ParseOptions))
-    try:
-        rows, bad = csv_blocks.parse_clean(b"1,2\n3\n", np.array([], int), ",", ["a", "b"], 1)
-        until = time.monotonic() + 5
-        while not caught and time.monotonic() < until:  # one that another thread takes reaches this one a little later
-            time.sleep(0.01)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert len(caught) == 1 and rows.to_pylist() == [{"a": "1", "b": "2"}] and len(bad) == 1
+CTRL_C_WHILE_ARROW_PARSES = """
+import os, signal
+import numpy as np
+from addons.inputs import csv_blocks
+caught = []
+signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+real = csv_blocks.arrow_csv.ParseOptions
+def interrupting_options(invalid_row_handler, **options):
+    def interrupted(row):
+        os.kill(os.getpid(), signal.SIGINT)
+        return invalid_row_handler(row)
+    return real(invalid_row_handler=interrupted, **options)
+csv_blocks.arrow_csv.ParseOptions = interrupting_options
+rows, bad = csv_blocks.parse_clean(b"1,2\\n3\\n", np.array([], int), ",", ["a", "b"], 1)
+assert len(caught) == 1 and rows.to_pylist() == [{"a": "1", "b": "2"}] and len(bad) == 1
+"""
 
 
-def interrupting_options(real):
-    """ParseOptions whose handler of odd rows is preceded by a Ctrl-C."""
-    def make(invalid_row_handler, **options):
-        def interrupted(row):
-            os.kill(os.getpid(), signal.SIGINT)
-            return invalid_row_handler(row)
-        return real(invalid_row_handler=interrupted, **options)
-    return make
+def test_ctrl_c_while_arrow_parses_is_ours():
+    """Arrow does not take SIGINT while it parses: its own handler lost one that came at the end of a block.
+
+    In a process of its own, whose signals no other test and no test runner has an eye on.
+    """
+    done = subprocess.run([sys.executable, "-c", CTRL_C_WHILE_ARROW_PARSES], cwd=script.ADDONS.parent, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -7,10 +7,10 @@ import collections
 import contextlib
 import errno
 import functools
+import itertools
 import pathlib
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -38,12 +38,13 @@ def spool_folder() -> pathlib.Path:
     return pathlib.Path(holder.name)
 
 
+_NUMBERS = itertools.count()
 _HOLDERS: list["tempfile.TemporaryDirectory[str]"] = []  # each ends with the process
 
 
 def fetch(file: InputFile, number: int, side_suffix: str) -> InputFile:
     """Fetch a file, and the one next to it with `side_suffix` if it is there; where they lie now. Raises OSError."""
-    target = spool_folder() / f"{number}-{threading.get_ident()}.fetched"
+    target = spool_folder() / f"{number}-{next(_NUMBERS)}.fetched"  # each its own: other inputs have a file of this number too
     copy(file, target)
     side = file.next_to(side_suffix)
     if side.info() is not None:
