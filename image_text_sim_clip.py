@@ -4216,9 +4216,9 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
             stored = write_results(job)
             if curve and (image := curve.png()):
                 write_bytes(plan.output / "memory-time.png", image)
-        if stored["finished"] and in_store(plan.output):
-            addon("stores.leases", "output_path").remove_probes(plan.output)
         if stored["finished"]:
+            if in_store(plan.output):
+                addon("stores.leases", "output_path").remove_probes(plan.output)
             for marker in (plan.output / "parts").glob("*.trying"):
                 with contextlib.suppress(OSError):
                     remove_path(marker)  # of a worker that was killed when its part had been written, by it or by another

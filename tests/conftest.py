@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -260,3 +261,23 @@ def bucket(s3_endpoint, monkeypatch):
     for name, value in {**store_server.CREDENTIALS, "AWS_ENDPOINT_URL": s3_endpoint}.items():
         monkeypatch.setenv(name, value)
     return store_server.Bucket(s3_endpoint)
+
+
+# ── A browser ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium with a new profile."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tests/requirements.txt")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM,
+                                                            args=FLAGS, headless=True)
+        yield context
+        context.close()

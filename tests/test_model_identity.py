@@ -108,6 +108,17 @@ def half_a_run(shapes, run_main, tmp_path):
     return begin
 
 
+def refuse_each(ways, folder, config, run_main):
+    """Make each change alone, run, and yield the outcome, which is exit 2 and names the file and what became of it."""
+    for (file, what), change in ways.items():
+        with put_back(folder):
+            change(folder)
+            outcome = run_main("--config", config)
+        assert outcome.code == 2, (file, what, outcome.stderr)
+        assert f"({file} {what})" in outcome.stderr, outcome.stderr
+        yield outcome
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCORED)
 def test_a_changed_file_is_refused_by_name(name, shelf, tmp_path, half_a_run, run_main):
@@ -117,12 +128,7 @@ def test_a_changed_file_is_refused_by_name(name, shelf, tmp_path, half_a_run, ru
     manifest = (tmp_path / "out/manifest.json").read_bytes()
     ways = ways_to_change(folder)
     assert len(ways) >= 10
-    for (file, what), change in ways.items():
-        with put_back(folder):
-            change(folder)
-            outcome = run_main("--config", config)
-        assert outcome.code == 2, (file, what, outcome.stderr)
-        assert f"({file} {what})" in outcome.stderr, outcome.stderr
+    for outcome in refuse_each(ways, folder, config, run_main):
         assert outcome.stderr.count("\n") == 1
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
     assert run_main("--config", config).result["scored"] == 4
@@ -157,12 +163,8 @@ def test_a_changed_file_of_another_family_is_refused_by_name(name, tmp_path, hal
     config = half_a_run(folder)
     ways = ways_to_change_files(folder)
     assert len(ways) >= 10
-    for (file, what), change in ways.items():
-        with put_back(folder):
-            change(folder)
-            outcome = run_main("--config", config)
-        assert outcome.code == 2, (file, what, outcome.stderr)
-        assert f"({file} {what})" in outcome.stderr, outcome.stderr
+    for _ in refuse_each(ways, folder, config, run_main):
+        pass
     assert run_main("--config", config).result["scored"] == 4
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
@@ -20,9 +19,6 @@ from addons.curation.duplicates import Dropped
 from addons.curation.rules import RULES, VERDICTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 HOSTILE = ["<script>window.hacked = 1</script>", "</script><img src=x onerror=\"window.hacked = 1\">", "<!-- <script> ]]>",
            "{{DATA}} {{CSP}}", "\u2028\u2029\u202e right to left", "&lt;b&gt; &amp;", "' onmouseover='window.hacked=1"]
 
@@ -64,19 +60,6 @@ def test_embedded_json_cannot_end_its_element(text):
 
 
 # ── In Chromium ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium with a new profile."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tests/requirements.txt")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        context = driver.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM,
-                                                            args=FLAGS, headless=True)
-        yield context
-        context.close()
-
 
 @pytest.fixture
 def open_page(browser):

@@ -1,6 +1,5 @@
 """report.html: what it says of teacher and judge, what it shows, and that nothing in it runs or asks for anything."""
 import re
-import shutil
 
 import pytest
 from conftest import ROOT  # noqa: F401 - puts the repository on the path
@@ -13,9 +12,6 @@ from PIL import Image
 from examples import report
 from examples.watching import make_grid
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 HOSTILE = ["<script>window.hacked = 1</script>", "</style><img src=x onerror=\"window.hacked = 1\">", "<!-- ]]> </body>",
            "' onmouseover='window.hacked=1", "\u202e right to left \u2028", "&lt;b&gt; &amp;", "\ud800 half a pair",
            "<meta http-equiv=refresh content='0;url=http://127.0.0.1:9/'>", "long " * 4000]
@@ -100,19 +96,6 @@ def test_hostile_prompts_stay_text(tmp_path):
     assert not re.search(r"<script|onerror=\"|<meta http-equiv=refresh|' onmouseover='", page)
     assert "&lt;script&gt;window.hacked" in page
     assert len(page) < 200_000
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium with a new profile."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tests/requirements.txt")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        context = driver.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM,
-                                                            args=FLAGS, headless=True)
-        yield context
-        context.close()
 
 
 @pytest.mark.slow  # starts a browser

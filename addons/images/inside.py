@@ -25,12 +25,7 @@ def read_inside(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None
         handle = _open_inside(folder, name)
     if handle is None:
         return None
-    try:
-        return _read_regular(handle, max_bytes)
-    except OSError:
-        raise RowFailure("corrupt", "the disk cannot read the file") from None
-    finally:
-        os.close(handle)
+    return _read_and_close(handle, max_bytes)
 
 
 @functools.cache
@@ -74,12 +69,7 @@ def read_following(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | N
         raise RowFailure("forbidden", "no permission to read the file") from None
     except (OSError, ValueError):  # none there; a name too long, or with a NUL; links in a circle
         return None
-    try:
-        return _read_regular(handle, max_bytes)
-    except OSError:
-        raise RowFailure("corrupt", "the disk cannot read the file") from None
-    finally:
-        os.close(handle)
+    return _read_and_close(handle, max_bytes)
 
 
 def _open_inside(folder: pathlib.Path, name: str) -> int | None:
@@ -167,6 +157,16 @@ def _is_inside(here: int, root: os.stat_result) -> bool:
         return True
     finally:
         os.close(climber)
+
+
+def _read_and_close(handle: int, max_bytes: int) -> bytes:
+    """The bytes of the opened file; RowFailure for one that is too large, no regular file, or cannot be read."""
+    try:
+        return _read_regular(handle, max_bytes)
+    except OSError:
+        raise RowFailure("corrupt", "the disk cannot read the file") from None
+    finally:
+        os.close(handle)
 
 
 def _read_regular(handle: int, max_bytes: int) -> bytes:
