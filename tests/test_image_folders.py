@@ -2,6 +2,8 @@
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import image_text_sim_clip as script
@@ -40,6 +42,74 @@ def test_images_with_texts(tmp_path, folder, score_input):
     assert score_input("f", image_path="nowhere at all")[0].result == outcome.result
     glob_rows = score_input("f/*.png", "--fresh")[1]
     assert [(row["url"], row["caption"]) for row in glob_rows] == [("a.png", "an a"), ("alone.png", ""), ("broken.png", "t")]
+
+
+def write_parquet(path, rows, **columns):
+    """A Parquet file of rows given as dictionaries, or of columns."""
+    pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table(columns), path)
+
+
+def test_metadata_in_parquet(tmp_path, folder, score_input):
+    """metadata.parquet is read as its kin of text: its own url is set aside, lists give rows, numbers keep their type."""
+    folder(**{f"{name}_DOT_png": None for name in ("train__0", "train__1", "train__2", "test__0")})
+    write_parquet(tmp_path / "f/train/metadata.parquet", [
+        {"file_name": "0.png", "text": ["a", "b"], "n": 1, "url": "http://x/0", "box": [[1]]},
+        {"file_name": "1.png", "text": [], "n": None, "url": None, "box": None},
+        {"file_name": "./9.png", "text": ["c"], "n": 3, "url": "", "box": []}])
+    folder(test__metadata_DOT_jsonl='{"file_name": "0.png", "text": "t", "n": 4}\n')
+    outcome, rows, bad, manifest = score_input("f", caption_column="text", image_path="nowhere")
+    assert [(row["url"], row["text"], row["caption_index"], row["n"], row["input_url"], row["status"]) for row in rows] == [
+        ("test/0.png", "t", "0", "4", "", "ok"), ("train/0.png", "a", "0", "1", "http://x/0", "ok"),
+        ("train/0.png", "b", "1", "1", "http://x/0", "ok"), ("train/1.png", "", "0", "", "", "empty_caption"),
+        ("train/./9.png", "c", "0", "3", "", "missing")]
+    assert bad == [] and manifest["input_rows"] == 4 and manifest["types"] == {"n": "int", "caption_index": "int"}
+    assert outcome.stderr.count("left out: box") == 1
+    assert score_input("f", caption_column="text", image_path="nowhere")[0].result == outcome.result
+    write_parquet(tmp_path / "f/train/metadata.parquet", [{"file_name": "0.png", "text": ["a", "B"]}])
+    changed = score_input("f", caption_column="text", image_path="nowhere")[0]
+    assert changed.code == 2 and "train/metadata.parquet has changed" in changed.stderr
+
+
+@pytest.mark.parametrize(("columns", "says"), [
+    ({"text": ["c"]}, "'file_name' is not among the columns"), ({"file_name": ["0.png"]}, "'text' is not among the columns"),
+    ({"file_name": [b"x"], "text": ["c"]}, "'file_name' is not text"), (None, "metadata.parquet")])
+def test_metadata_in_parquet_that_cannot_be_read(tmp_path, folder, score_input, columns, says):
+    """A metadata.parquet without the columns, with images in place of names, or damaged, is one line and exit 3."""
+    folder(**{"0_DOT_png": None})
+    if columns:
+        write_parquet(tmp_path / "f/metadata.parquet", None, **columns)
+    else:
+        (tmp_path / "f/metadata.parquet").write_bytes(b"PAR1 and no more")
+    outcome = score_input("f", caption_column="text")[0]
+    assert outcome.code == 3 and says in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+
+
+def test_two_metadata_files_of_the_same_images(folder, score_input):
+    """Metadata files of two kinds in one folder would give each image twice: exit 3 and one line with both names."""
+    folder(train__0_DOT_png=None, train__metadata_DOT_csv="file_name,caption\n0.png,c\n",
+           train__metadata_DOT_jsonl='{"file_name": "0.png", "caption": "c"}\n')
+    outcome = score_input("f")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1
+    assert "train/metadata.csv and train/metadata.jsonl are both metadata" in outcome.stderr
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_images_that_no_metadata_names(tmp_path, folder, score_input, ending):
+    """Images that no row names are counted in one line and in the manifest, however the others are spelt."""
+    names = ["0.png", "a b.png", "caf\u0065\u0301.png", "d/1.png", "d/2.png", "3.png"]
+    folder(**{name.replace("/", "__").replace(".", "_DOT_"): None for name in names})
+    named = ["./0.png", "a%20b.png", "caf\u00e9.png", "d\\1.png", "0.png"]
+    if ending == "parquet":
+        write_parquet(tmp_path / "f/metadata.parquet", [{"file_name": name, "text": "c"} for name in named])
+    elif ending == "csv":
+        folder(metadata_DOT_csv="file_name,text\n" + "".join(f"{name},c\n" for name in named))
+    else:
+        folder(metadata_DOT_jsonl="".join(json.dumps({"file_name": name, "text": "c"}) + "\n" for name in named))
+    outcome, rows, _, manifest = score_input("f", caption_column="text")
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert manifest["left_aside"] == {"images that no row of a metadata file names": {"count": 2, "first": "3.png"}}
+    assert "2 images that no row of a metadata file names (such as 3.png)" in outcome.stderr
+    assert "left_aside" not in score_input("f", "--fresh", caption_column="text", limit=1)[3]
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from small_inputs import write_tar
 
 from addons import inputs
 from addons.inputs import files
@@ -108,6 +109,21 @@ def test_folders_become_columns(tmp_path, score_input, kind):
     assert manifest["left_aside"]["hidden folders"]["count"] == 2
     if kind == "csv":
         assert [(row["lang"], row["y"]) for row in score_input("d/*/y=1/*.csv", "--fresh")[1]] == [("own", "1")]
+
+
+def test_folders_of_tars_become_columns(tmp_path, score_input, picture_bytes):
+    """`key=value` in the names of tars' folders become columns, a caption too; a pair's own field goes before them."""
+    fields = [b"{}", b'{"lang": "own"}', b'{"lang": ""}', b'{"caption": ["x", "y"]}']
+    for number, folder in enumerate(["", "lang=en/y=1", "lang=de%20x/label=a cat", "lang=__HIVE_DEFAULT_PARTITION__"]):
+        (tmp_path / "d" / folder).mkdir(parents=True, exist_ok=True)
+        members = [(f"{number}.png", picture_bytes()), (f"{number}.json", fields[number]), (f"{number}.txt", b"c")]
+        write_tar(tmp_path / "d" / folder / "t.tar", members[:2] if number == 2 else members)
+    _, rows, _, manifest = score_input("d")
+    assert [(row["caption"], row["lang"], row["y"], row["label"]) for row in rows] == [
+        ("x", "", "", ""), ("y", "", "", ""), ("", "de x", "", "a cat"), ("c", "own", "1", ""), ("c", "", "", "")]
+    assert manifest["rows"] == 5 and {"lang", "y", "label"} < {*manifest["columns"]}
+    rows = score_input("d/lang=de%20x/*/*.tar", "--fresh", caption_column="label")[1]
+    assert [(row["label"], row["status"]) for row in rows] == [("a cat", "ok")]
 
 
 def test_output_inside_the_input(tmp_path, score_input):

@@ -8,6 +8,7 @@ import bisect
 import collections
 import contextlib
 import itertools
+import pathlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,13 @@ class BlockReader(InPlaceReader):
         """Open a file; OSError, ValueError or ArrowException where that cannot be done."""
         raise NotImplementedError
 
+    def describe(self, config: Config, output: pathlib.Path) -> Manifest:
+        """See Reader. Columns that are left out are named."""
+        described = super().describe(config, output)
+        if remark := remark_on_left_out(described):
+            say(remark)
+        return described
+
     def describe_files(self, found: list[InputFile], config: Config) -> Manifest:
         """All columns that are text or can be told as text; the names of the others are `left_out`.
 
@@ -105,8 +113,6 @@ class BlockReader(InPlaceReader):
                 columns.update(dict.fromkeys(dict(looked.file.folder_columns)))
                 looked_at.append(looked)
         left_out -= columns.keys()
-        if left_out:
-            say(f"columns that are neither text nor numbers are left out: {', '.join(sorted(left_out))[:300]}")
         has_lists = any(is_list(looked.schema.field(needed[-1]).type) for looked in looked_at)
         if has_lists:
             columns = {OWN_INDEX if name == CAPTION_INDEX else name: None for name in columns} | {CAPTION_INDEX: None}
@@ -164,6 +170,12 @@ class BlockReader(InPlaceReader):
             from addons.inputs.table_images import BlockRowsWithImages
             return BlockRowsWithImages(self, manifest, found, config)
         return BlockRows(self, manifest, found, config)
+
+
+def remark_on_left_out(described: Manifest) -> str:
+    """What to say of the columns that are neither text nor numbers; "" where there are none."""
+    names = ", ".join(described["left_out"])
+    return f"columns that are neither text nor numbers are left out: {names[:300]}" if names else ""
 
 
 class LookedAt(NamedTuple):
@@ -451,10 +463,11 @@ class BlockRows(FileRows):
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as columns of text; a column that a file lacks is "" there."""
-        pieces = [self.schema.empty_table(), *self._read_pieces(start, stop)]
+        pieces = [self.schema.empty_table(), *self.read_pieces(start, stop)]
         return pa.concat_tables(pieces).to_pandas()
 
-    def _read_pieces(self, start: int, stop: int) -> Iterator[pa.Table]:
+    def read_pieces(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Rows [start, stop) in pieces, all columns as text."""
         for number, row, end in self.stretches(start, stop):
             opened = self._open(number)
             with reading(self.files[number].name):

@@ -4,9 +4,10 @@
     train/0.png  train/1.png ...  train/metadata.jsonl                     {"file_name": "0.png", "caption": ...}
 
 The images come from the folder itself, and `image_path` does not count; a row's URL is the image's path inside the folder. With
-metadata files (metadata.csv, metadata.jsonl, as Hugging Face's `datasets` writes them) their rows are the rows. Else each image
-is one, or one for each of its captions: the field of its .json that `caption_column` names, else its .txt or .caption; an image
-without a text is `empty_caption`. All text is staged, as that of tables is.
+metadata files (metadata.csv, .jsonl or .parquet, as Hugging Face's `datasets` reads them) their rows are the rows, and images
+that none of them names are counted. Else each image is one, or one for each of its captions: the field of its .json that
+`caption_column` names, else its .txt or .caption; an image without a text is `empty_caption`. All text is staged, as that of
+tables is.
 """
 import dataclasses
 import functools
@@ -19,22 +20,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from addons.inputs import Manifest, Rows, delimited, files, json_lines, needed_columns
+from addons.images.spellings import other_spellings
+from addons.inputs import Manifest, Rows, delimited, files, json_lines, needed_columns, parquet
 from addons.inputs.caption_lists import CAPTION_INDEX
+from addons.inputs.columnar import remark_on_left_out
 from addons.inputs.compression import plain_suffix
 from addons.inputs.files import InputFile, as_text
 from addons.inputs.json_lines import Cells, check_width
 from addons.inputs.left_aside import LeftAside, kind_by_ending
-from addons.inputs.staging import OpenTable, describe_file
+from addons.inputs.staging import OpenTable, describe_file, hash_file
 from addons.inputs.tars import IMAGES, MAX_TEXT_BYTES, read_cells
 from addons.inputs.text import TextReader
 from addons.stores import SCHEME, FileInfo, find_store
 from image_text_sim_clip import (
     BATCH_ROWS,
+    EXIT_INPUT,
     Batch,
     Config,
     TextTable,
+    Trouble,
     addon,
     column_name,
     read_file,
@@ -46,7 +52,8 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".txt", ".caption")
 SIDE_SUFFIXES = (*TEXT_SUFFIXES, ".json")
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+UNNAMED = "images that no row of a metadata file names"
 FILE_NAME = "file_name"  # the column of metadata files that names the image, from the folder that they lie in
 
 
@@ -128,19 +135,29 @@ class ImageFolderReader(TextReader):
         return bool(stems) and (has_metadata or not stems.isdisjoint(sides))
 
     def find_files(self, config: Config) -> list[InputFile]:
-        """The metadata files, or else all pairs as one file."""
+        """The metadata files, or else all pairs as one file. Trouble (exit 3) for two metadata files in one folder."""
         needed_columns(config)
         name = config.csv_path.rstrip("/").rpartition("/")[2]
-        return find_metadata(config.csv_path) or [FolderFile(name, config.csv_path)]
+        metadata = find_metadata(config.csv_path)
+        of_folders: dict[str, InputFile] = {}
+        for file in metadata:
+            other = of_folders.setdefault(posixpath.dirname(file.path), file)
+            if other is not file:
+                raise Trouble(EXIT_INPUT, f"{other.name} and {file.name} are both metadata of the same images: take one of the "
+                                          "two away")
+        return metadata or [FolderFile(name, config.csv_path)]
 
-    def left_aside(self, config: Config) -> LeftAside:
-        """What in the folder is neither an image nor of one."""
+    def left_aside(self, config: Config, staged: pathlib.Path) -> LeftAside:
+        """What in the folder is neither an image nor of one, and the images that the metadata files do not name."""
         left_aside = LeftAside()
         metadata = {file.path for file in find_metadata(config.csv_path)}
         pairs = find_pairs(config.csv_path)
         used = metadata.union(pair.image for pair in pairs)
         if not metadata:
             used.update(filter(None, itertools.chain.from_iterable(pair[1:] for pair in pairs)))
+        elif config.limit is None:  # else the rows behind the last one may name them
+            for name in find_unnamed(pairs, config, staged):
+                left_aside.add(UNNAMED, as_text(name))
         if find_store(config.csv_path).is_folder(config.csv_path):
             below = files.list_below(config.csv_path)
             start = len(config.csv_path.rstrip("/")) + 1
@@ -148,6 +165,15 @@ class ImageFolderReader(TextReader):
                 if path not in used:
                     left_aside.add(kind_by_ending(path), path[start:])
         return left_aside
+
+    def guess_types(self, file: InputFile, config: Config) -> dict[str, str]:
+        """Those of the columns of the first metadata file; texts next to images have none."""
+        if isinstance(file, FolderFile):
+            return {}
+        if file.path.lower().endswith(".parquet"):
+            types: dict[str, str] = describe_metadata(file, config).get("types", {})
+            return types
+        return reader_of(file.path).guess_types(file, config)
 
     def opener(self, config: Config) -> OpenTable:
         """What opens a metadata file, or the pairs of the folder."""
@@ -187,13 +213,16 @@ def open_metadata(root: str, config: Config, known: list[str]) -> TextTable:
 
     Its own column of the URLs' name becomes input_<name>, unless that is `file_name`.
     """
-    reader: TextReader = delimited.READER if plain_suffix(config.csv_path) == ".csv" else json_lines.READER
     url_column = column_name(config.url_column)
     own = {url_column: FILE_NAME, f"input_{url_column}": url_column} if url_column != FILE_NAME else {}
     shown = {FILE_NAME: url_column, url_column: f"input_{url_column}"} if url_column != FILE_NAME else {}
     folder = posixpath.relpath(posixpath.dirname(config.csv_path), root)
     prefix = "" if folder == "." else f"{folder}/"
-    table = reader.open_table(dataclasses.replace(config, url_column=FILE_NAME), [own.get(name, name) for name in known])
+    config = dataclasses.replace(config, url_column=FILE_NAME)
+    if config.csv_path.lower().endswith(".parquet"):
+        table = open_parquet(InputFile(posixpath.relpath(config.csv_path, root), config.csv_path), config)
+    else:
+        table = reader_of(config.csv_path).open_table(config, [own.get(name, name) for name in known])
 
     def batches() -> Iterator[Batch]:
         for rows, malformed in table.batches:
@@ -201,6 +230,50 @@ def open_metadata(root: str, config: Config, known: list[str]) -> TextTable:
             rows = rows.set_column(rows.schema.get_field_index(FILE_NAME), FILE_NAME, names)
             yield rows.rename_columns([shown.get(name, name) for name in rows.column_names]), malformed
     return table._replace(columns=[shown.get(name, name) for name in table.columns], batches=batches())
+
+
+def reader_of(path: str) -> TextReader:
+    """What reads a metadata file of text."""
+    return delimited.READER if plain_suffix(path) == ".csv" else json_lines.READER
+
+
+def describe_metadata(file: InputFile, config: Config) -> Manifest:
+    """What is in a metadata.parquet. Raises Trouble (exit 3) where its names of files are not text."""
+    config = dataclasses.replace(config, url_column=FILE_NAME)
+    described = parquet.READER.describe_files([InputFile(file.name, file.path)], config)
+    if FILE_NAME in described["columns"] and described.get("holds_images"):
+        raise Trouble(EXIT_INPUT, f"{FILE_NAME!r} is not text in {file.name}: images inside a Parquet file are read where "
+                                  "csv_path names it")
+    return described
+
+
+def open_parquet(file: InputFile, config: Config) -> TextTable:
+    """A metadata.parquet as a table of text."""
+    described = describe_metadata(file, config)
+    rows = parquet.READER.open_files(described, [file], config)
+
+    def batches() -> Iterator[Batch]:
+        for piece in rows.read_pieces(0, described["rows"]):
+            yield piece, []
+
+    def remarks() -> list[str]:
+        return list(filter(None, [remark_on_left_out(described)]))
+    return TextTable(described["columns"], batches(), lambda: hash_file(file), remarks=remarks)
+
+
+def find_unnamed(pairs: list[Pair], config: Config, staged: pathlib.Path) -> list[str]:
+    """The paths, inside the folder, of the images that no staged row names, in order."""
+    root = folder_of(config.csv_path)
+    there = dict.fromkeys(posixpath.relpath(pair.image, root) for pair in pairs)
+    named: set[str] = set()
+    url_column = column_name(config.url_column)
+    with pq.ParquetFile(staged) as file:
+        for batch in file.iter_batches(columns=[url_column]):
+            for url in batch[url_column].to_pylist():
+                name = posixpath.normpath(url)
+                spellings = [url] if name in there else other_spellings([url])
+                named.update(map(posixpath.normpath, spellings))
+    return [name for name in there if name not in named]
 
 
 # ── Pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,8 +309,9 @@ class PairsReading:
             self._digest.update(repr((name, text, fields)).encode("utf-8", "backslashreplace"))
             rows, _ = read_cells(fields or "{}", self._caption)
             for cells in rows:
-                caption = cells.get(self._caption) or (text if len(rows) == 1 else "")
                 from_folders = dict(files.folder_columns(self._config.csv_path, pair.image))
+                own = cells.get(self._caption) or (text if len(rows) == 1 else "")
+                caption = own or from_folders.get(self._caption, "")
                 yield {CAPTION_INDEX: "0", **from_folders, **cells, self._caption: caption, self._url: as_text(name)}
 
     def read_batches(self) -> Iterator[Batch]:

@@ -6,7 +6,8 @@ A member's key is its path up to the last dot of its name, so that `holiday.v2.p
 no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by
 offset, never unpacked. A pair's fields are those of its .json; its caption is the field that `caption_column` names, else the
 .txt (a list of captions makes as many rows, see caption_lists.py; an object is no caption); its URL is the field that
-`url_column` names, else `<tar>/<image>`. Where img2dataset's own Parquet lies next to a tar, the pairs that it lists and the
+`url_column` names, else `<tar>/<image>`. What a pair lacks the names of the tar's folders may say (`lang=en/00000.tar`). Where
+img2dataset's own Parquet lies next to a tar, the pairs that it lists and the
 tar lacks (failed downloads) are rows too.
 """
 import hashlib
@@ -271,7 +272,7 @@ class TarReader(InPlaceReader):
                 entry, names, first_rows = self._describe_tar(file, next(fetched), config, left_aside, is_only=len(found) == 1)
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
-            columns.update(dict.fromkeys(names))
+            columns.update(dict.fromkeys([*names, *dict(file.folder_columns)]))
             check_width(len(columns))
             described.append(entry)
             nested += entry["nested_captions"]
@@ -367,9 +368,9 @@ class TarRows(FileRows):
             raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
         cells = rows[caption]
         name = as_text(entry.image.name if entry.image else entry.key)
-        cells[self.url_column] = cells.get(self.url_column) or f"{as_text(file.name)}/{name}"
-        cells.setdefault(CAPTION_INDEX, "0")
-        return [cells.get(column, "") for column in self.columns]
+        of_folders = dict(file.folder_columns)
+        last = {**of_folders, self.url_column: f"{as_text(file.name)}/{name}", CAPTION_INDEX: "0"}
+        return [cells.get(column) or last.get(column, "") for column in self.columns]
 
     def sources(self, start: int, stop: int) -> list[str]:
         """What `read_bytes` wants for each of the rows [start, stop): tar, offset, size and name; two pairs never share one."""

@@ -193,8 +193,8 @@ class TextReader:
         """The files that are staged, in order. Raises Trouble (exit 3) unless there are any, and all are there."""
         return files.list_files(config.csv_path, self)
 
-    def left_aside(self, config: Config) -> LeftAside:
-        """What else lies where `csv_path` is a folder."""
+    def left_aside(self, config: Config, staged: pathlib.Path) -> LeftAside:
+        """What else lies where `csv_path` is a folder; the rows that were found are in the Parquet file `staged`."""
         return files.find_left_aside(config.csv_path, self)
 
     def opener(self, config: Config) -> "OpenTable":
@@ -210,7 +210,7 @@ class TextReader:
         from addons.inputs.staging import stage_files
         found = self.find_files(config)
         described = stage_files(self.kind, self.opener(config), found, config, output, self.guess_types(found[0], config))
-        left_aside = self.left_aside(config)
+        left_aside = self.left_aside(config, output / "pairs.parquet")
         left_aside.tell(config.csv_path)
         return described | {"left_aside": left_aside.describe()} if left_aside.total else described
 
