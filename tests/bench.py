@@ -7,17 +7,20 @@
 people write it; (c) this script with its defaults and with faster settings. Models have their published shapes and random
 weights (speed does not depend on them), the images are cut from the bundled photographs: 70 % 0.3 MP, 20 % 0.8 MP,
 10 % 3 MP JPEGs (on a GPU 256 to 512 px), with captions of 6 to 40 words. Nothing comes from the network. A rate counts
-from the first pair to the last, without imports, model loading and the score passport. torchmetrics' CLIPScore joins, in
-batches of 32, where TORCHMETRICS names a Python that has it (an environment to throw away). Overlap is the script's wall time
-over what its stages take alone, divided among the cores: 1.0 means that no core ever waited.
+from the first pair to the last, without imports, model loading and the score passport. torchmetrics' CLIPScore (batches of
+32) and `clip-retrieval inference` (its defaults; it stops at embeddings) join where TORCHMETRICS and CLIP_RETRIEVAL name a
+Python that has them, in environments to throw away. Overlap is the script's wall time over what its stages take alone, divided
+among the cores: 1.0 means that no core ever waited.
 """
 import argparse
+import contextlib
 import csv
 import importlib.util
 import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,8 +31,8 @@ from bench_work import SIZES, SMALL_SIZES, write_model, write_pairs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOOPS = {"one by one": 1, "plain batches": 32}
-CLIP_SCORE = "torchmetrics CLIPScore"
-PEERS = {CLIP_SCORE: os.environ.get("TORCHMETRICS")}  # name -> the Python that has it, or None
+PEERS = {"torchmetrics CLIPScore": os.environ.get("TORCHMETRICS"),  # name -> the Python that has it, or None
+         "clip-retrieval": os.environ.get("CLIP_RETRIEVAL")}
 ON_CPU = {"defaults": {}, "bfloat16": {"dtype": "bfloat16"},
           "bfloat16, scaled": {"dtype": "bfloat16", "decode": "scaled"},
           "int8, scaled": {"quantization": "int8", "decode": "scaled", "runtime": "torch"},
@@ -97,13 +100,40 @@ def loop_clip_score(work, model_name, batch):
     print(json.dumps({"pairs_per_s": len(rows) / (time.perf_counter() - started)}))
 
 
+def write_pair_files(work):
+    """The pairs as clip-retrieval reads them: links to the images, each with its caption in a text file. Returns the folder."""
+    folder = work / "pair-files"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with (work / "pairs.csv").open() as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            (folder / f"{number:06d}.jpg").symlink_to(work / "images" / row["url"])
+            (folder / f"{number:06d}.txt").write_text(row["caption"])
+    return folder
+
+
+def loop_clip_retrieval(work, model_name, _):
+    """`clip-retrieval inference` with its defaults, both encoders; in another environment. Prints pairs/s."""
+    from clip_retrieval.clip_inference.main import main as inference
+    output = work / "clip-retrieval"
+    shutil.rmtree(output, ignore_errors=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        inference(str(write_pair_files(work)), str(output), clip_model=f"hf_clip:{work / model_name}")
+    stats = json.loads((output / "stats/0.json").read_text())  # sums over the batches, without loading the model
+    print(json.dumps({"pairs_per_s": stats["sample_count"] / stats["total_duration"]}))
+
+
+PEER_LOOPS = {"torchmetrics CLIPScore": loop_clip_score, "clip-retrieval": loop_clip_retrieval}
+
+
 def run_contender(work, name, model_name, device, settings):
     """Pairs/s of one contender, which runs in a process of its own, and the script's profile; None and why if it fails."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if name in (*LOOPS, *PEERS):
         command = [PEERS.get(name, sys.executable), __file__, "--loop", str(LOOPS.get(name, 32)), "--out", str(work),
-                   "--model", model_name,
-                   "--device", device, *["--clip-score"] * (name == CLIP_SCORE)]
+                   "--model", model_name, "--device", device]
+        if name in PEERS:
+            command += ["--peer", name]
     else:
         command = [sys.executable, str(ROOT / "image_text_sim_clip.py"), "--config", str(ROOT / "config.yaml"), "--fresh"]
         keys = {"csv_path": work / "pairs.csv", "image_path": work / "images", "pretrained_model": work / model_name,
@@ -209,12 +239,12 @@ def main():
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--plot", type=pathlib.Path, help="default: throughput.png in --out")
     parser.add_argument("--model", help="only this model")
-    parser.add_argument("--clip-score", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.clip_score:
-        return loop_clip_score(options.out, options.model, options.loop)
+    if options.peer:
+        return PEER_LOOPS[options.peer](options.out, options.model, options.loop)
     if options.loop:
         return loop(options.out, options.model, options.loop, options.device)
     options.out = options.out.resolve()

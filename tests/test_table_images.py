@@ -128,6 +128,20 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert decoded == [0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+def test_a_repeated_image_is_read_in_small_pieces(tmp_path, monkeypatch, kind):
+    """An image that the file holds once and many rows repeat takes no more memory at a time than is allowed."""
+    monkeypatch.setattr(parquet, "MOST_REPEATED_BYTES", 4_000_000)
+    rng = random.Random(0)
+    images = [(rng.randbytes(500_000), "a.png")] * 100 + [(rng.randbytes(9), "b.png")] * 100
+    write_images(tmp_path / "t.parquet", images, kind)
+    with open_rows(tmp_path / "t.parquet", tmp_path).open_file(0) as opened:
+        pieces = list(opened.read_pieces(0, ["image.bytes" if kind == "struct" else "image"]))
+    read = pa.concat_tables(pieces)["image"].to_pylist()
+    assert [cell["bytes"] if kind == "struct" else cell for cell in read] == [data for data, _ in images]
+    assert max(piece.nbytes for piece in pieces) < 4_100_000
+
+
 def test_a_damaged_column_of_images(tmp_path, score_images, picture_bytes):
     """Images that cannot be read for damage in the file are rows with the status corrupt; the other row groups are read."""
     pictures = [(picture_bytes(colour=n), f"{n}.png") for n in range(40)]

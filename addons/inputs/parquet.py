@@ -12,7 +12,7 @@ from addons.inputs.files import InputFile
 PIECE_ROWS = 8192  # read at a time, at most …
 PIECE_BYTES = 16_000_000  # … and fewer where they are long
 IMAGE_BYTES = 8_000_000  # the same of images
-MOST_REPEATED_BYTES = 160_000_000  # that a dictionary of images may stand for in a piece
+MOST_REPEATED_BYTES = 512_000_000  # that a dictionary of images may stand for in a piece: reading row by row is slow
 READ_BYTES = 1 << 18  # of a column's pages at a time
 
 

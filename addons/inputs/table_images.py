@@ -311,6 +311,8 @@ class StagedRowsWithImages:
         self.rows = rows
         self.config = config
         self.url_column = column_name(config.url_column)
+        self._sources: list[str] = []
+        self._sources_of = (0, 0)  # the rows that they are of
 
     @functools.cached_property
     def read_bytes(self) -> ImageSource:
@@ -318,17 +320,21 @@ class StagedRowsWithImages:
         return ImageSource(self.config, None, has_pool=True)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what has been opened."""
-        return {name: value for name, value in self.__dict__.items() if name != "read_bytes"}
+        """Without what has been opened or read."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "read_bytes"}
+        return kept | {"_sources": [], "_sources_of": (0, 0)}
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as columns of text; the number of the row for a data: URI."""
         rows = self.rows.read(start, stop)
         numbers = [str(row) for row in range(start, stop)]
-        rows[self.url_column] = show_numbers(pa.chunked_array([pa.array(rows[self.url_column], pa.string())]), numbers)[0]
+        self._sources = rows[self.url_column].tolist()
+        self._sources_of = (start, stop)
+        rows[self.url_column] = show_numbers(pa.chunked_array([pa.array(self._sources, pa.string())]), numbers)[0]
         return rows
 
     def sources(self, start: int, stop: int) -> list[str]:
         """The data: URIs, and where the other images are."""
-        urls: list[str] = self.rows.read(start, stop)[self.url_column].tolist()
-        return urls
+        if self._sources_of != (start, stop):
+            self.read(start, stop)
+        return self._sources
