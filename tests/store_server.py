@@ -78,26 +78,37 @@ class Bucket:
     def read(self, path):
         return self.fs.cat_file(f"{self.name}/{path}")
 
+    def uploads(self):
+        """The keys of objects that were sent in part."""
+        return [found["Key"] for found in self.fs.list_multipart_uploads(self.name)]
+
     def names(self, prefix=""):
         found = self.fs.find(f"{self.name}/{prefix}")
         return [path.removeprefix(f"{self.name}/") for path in found]
+
+
+REFUSALS = {"503": (503, "SlowDown", "Please reduce your request rate."), "403": (403, "AccessDenied", "Access Denied"),
+            "expired": (400, "ExpiredToken", "The provided token has expired.")}
 
 
 class FaultyProxy:
     """Between client and server: every n-th request meets a fault, in turn; so many and no more.
 
     `503`: SlowDown instead of an answer. `reset`: the connection is reset. `cut`: the answer ends within its body.
-    `lost`: the request takes effect, and the connection is reset before the answer.
+    `lost`: the request takes effect, and the connection is reset before the answer. `403`: AccessDenied. `expired`: the
+    session's token is no longer valid. Only requests for which `only(method, path)` holds are counted, if it is given.
     """
 
     KINDS = ("503", "reset", "cut", "lost")
 
-    def __init__(self, endpoint, every=10, kinds=KINDS):
+    def __init__(self, endpoint, every=10, kinds=KINDS, only=None):
         self._server = endpoint.removeprefix("http://")
         self._every = every
+        self._only = only or (lambda method, path: True)
         self._kinds = itertools.cycle(kinds)
         self._count = itertools.count(1)
         self.met = dict.fromkeys(kinds, 0)
+        self.requests = []  # (method, path, bytes of the answer's body)
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -124,17 +135,18 @@ class FaultyProxy:
         self._listener.server_close()
 
     def handle(self, request):
-        number = next(self._count)
-        kind = next(self._kinds) if self._every and number % self._every == 0 else ""
+        counts = self._every and self._only(request.command, urllib.parse.unquote(request.path))
+        kind = next(self._kinds) if counts and next(self._count) % self._every == 0 else ""
         body = self._read_body(request)
         if kind:
             self.met[kind] += 1
         if kind == "reset":
             self._reset(request)
             return
-        if kind == "503":
-            self._answer(request, 503, {}, b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your "
-                                           b"request rate.</Message></Error>")
+        if kind in REFUSALS:
+            status, code, message = REFUSALS[kind]
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+            self._answer(request, status, {"Content-Type": "application/xml"}, body.encode())
             return
         connection = http.client.HTTPConnection(self._server, timeout=60)
         hop_by_hop = ("transfer-encoding", "expect")
@@ -144,6 +156,7 @@ class FaultyProxy:
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
+        self.requests.append((request.command, request.path, len(content)))
         if kind == "lost":
             self._reset(request)
             return

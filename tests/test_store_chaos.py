@@ -15,11 +15,11 @@ from addons.stores.paths import StorePath
 
 @pytest.fixture
 def proxied(bucket, s3_endpoint, monkeypatch):
-    """Put a faulty proxy between the script and the server: proxied(every, kinds)."""
+    """Put a faulty proxy between the script and the server: proxied(every, kinds, only)."""
     proxies = []
 
-    def start(every=10, kinds=store_server.FaultyProxy.KINDS):
-        proxies.append(store_server.FaultyProxy(s3_endpoint, every, kinds))
+    def start(every=10, kinds=store_server.FaultyProxy.KINDS, only=None):
+        proxies.append(store_server.FaultyProxy(s3_endpoint, every, kinds, only))
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].endpoint)
         remote._open_file_system.cache_clear()
         s3_reader.open_reader.cache_clear()
@@ -135,7 +135,7 @@ def test_kills_at_random_moments(remote_run, bucket, tmp_path, start_cli):  # no
         if strange_objects(bucket, f"out-{runs}"):  # a busy server may get to a killed worker's request after all that
             last = start_cli("--config", config, "--set", f"output_path={prefix}", env=environment)
             assert last.wait(timeout=120) == 0
-        assert strange_objects(bucket, f"out-{runs}") == []
+        assert strange_objects(bucket, f"out-{runs}") == [] and bucket.uploads() == []
     assert done >= kills
 
 
@@ -175,12 +175,12 @@ def test_object_that_is_replaced_while_it_is_read(bucket, tmp_path, monkeypatch)
     file.seek(4 << 20)
     with pytest.raises(OSError):
         file.read(10)
-    opened = remote.RemoteStore.open
+    read_range = remote.RemoteStore.read_range
 
-    def replace_after(self, path):
-        file = opened(self, path)
+    def replace_after(self, path, start, stop):
+        data = read_range(self, path, start, stop)
         bucket.put("big", b"3" * (5 << 20))
-        return file
-    monkeypatch.setattr(remote.RemoteStore, "open", replace_after)
+        return data
+    monkeypatch.setattr(remote.RemoteStore, "read_range", replace_after)
     with pytest.raises(OSError):
         spool.copy(InputFile("big", path), tmp_path / "copy")

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from addons.inputs import Manifest, needed_columns
 from addons.inputs.caption_lists import CAPTION_INDEX, OWN_INDEX, Captions, find_blank, is_list, take_captions
-from addons.inputs.files import FileRows, InPlaceReader, InputFile
+from addons.inputs.files import FileRows, InPlaceReader, InputFile, is_other
 from image_text_sim_clip import EXIT_INPUT, MAX_COLUMNS, Config, Trouble, column_name, say
 
 if TYPE_CHECKING:
@@ -516,7 +516,9 @@ class BlockRows(FileRows):
         file = self.files[number]
         with reading(file.name):
             opened = self.reader.open_file(file)
-        if sum(opened.block_rows) != self.first_input_rows[number + 1] - self.first_input_rows[number]:
+            info = file.info() if file.in_store else None
+        is_new = info is not None and is_other(info, self.entries[number])
+        if is_new or sum(opened.block_rows) != self.first_input_rows[number + 1] - self.first_input_rows[number]:
             raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
         return opened
 

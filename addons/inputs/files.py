@@ -4,6 +4,7 @@
 words in braces (`shards/{00000..00099}.tar`, `{train,val}.csv`).
 """
 import bisect
+import contextlib
 import glob
 import itertools
 import os
@@ -11,7 +12,7 @@ import pathlib
 import re
 import typing
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from addons.inputs import Manifest, Reader, Rows
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_FILES = 10_000_000  # of one pattern; {0..9999999999} is a slip
 MOST_DIFFERENCES = 3  # that are named one by one
+FEW_FILES = 16  # of which each is asked for by itself; of more the folders are listed
 NUMBERS = re.compile(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,9}))?")  # first, last, step
 BRACES = re.compile(r"\{(\d{1,18}\.\.\d{1,18}(?:\.\.\d{1,9})?|[^{}]*,[^{}]*)\}")
 RUN_MARK = re.compile(r"\.lock(-\d+)?")  # a folder with such a file is what a run writes, and none of its input
@@ -40,6 +42,11 @@ class InputFile(NamedTuple):
     path: str
     folder_columns: tuple[tuple[str, str], ...] = ()  # what the names of its folders say: for `lang=en`, ("lang", "en")
 
+    @property
+    def in_store(self) -> bool:
+        """Whether it lies in an object store, where it may be replaced as a whole at any moment."""
+        return SCHEME.match(self.path) is not None
+
     def info(self) -> FileInfo | None:
         """Size and time; None if there is no such file."""
         return find_store(self.path).info(self.path)
@@ -52,9 +59,23 @@ class InputFile(NamedTuple):
         """The file's bytes, for Arrow."""
         return find_store(self.path).open_native(self.path)
 
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop), fewer where the file ends before; one request where it lies in an object store."""
+        read: Callable[[str, int, int], bytes] | None = getattr(find_store(self.path), "read_range", None)
+        if read:
+            return read(self.path, start, stop)
+        with self.open() as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def next_to(self, suffix: str) -> "InputFile":
         """The file of the same name with another suffix, which may be there or not."""
         return InputFile(self.name.rpartition(".")[0] + suffix, self.path.rpartition(".")[0] + suffix)
+
+
+def is_other(info: FileInfo, planned: Manifest) -> bool:
+    """Whether a file is another than its entry in manifest.json says, which has no version if it was planned elsewhere."""
+    return bool(info.bytes != planned["bytes"] or planned.get("version", info.version) != info.version)
 
 
 def as_text(name: str) -> str:
@@ -73,9 +94,21 @@ def expand_path(csv_path: str) -> list[str]:
         return list_below(csv_path).files
     paths = expand_braces(csv_path)
     if paths and WILDCARD.search(paths[0]):
-        found = map(store.glob, paths)
-        paths = [path for path in itertools.chain.from_iterable(found) if store.info(path)]
+        found = list(itertools.chain.from_iterable(map(store.glob, paths)))
+        with listing(found):
+            paths = [path for path in found if store.info(path)]
     return list(dict.fromkeys(paths))
+
+
+@contextlib.contextmanager
+def listing(paths: Sequence[str]) -> Iterator[None]:
+    """While in this context, what a store is asked about many files is answered from one look at each of their folders."""
+    remember = getattr(find_store(paths[0]), "remember", None) if len(paths) > FEW_FILES else None
+    if remember is None:
+        yield
+        return
+    with remember({path.rpartition("/")[0] for path in paths}):
+        yield
 
 
 def expand_braces(csv_path: str) -> list[str]:
@@ -188,7 +221,8 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
         paths = fitting(reader, paths)
     if not paths:
         raise _name_nothing(csv_path, [reader])
-    absent = [path for path in paths if find_store(path).info(path) is None]
+    with listing(paths):
+        absent = [path for path in paths if find_store(path).info(path) is None]
     if absent:
         name = csv_path if paths == [csv_path] else absent[0].rpartition("/")[2]
         more = f", nor are there {len(absent) - 1} others" if absent[1:] else ""
@@ -198,8 +232,9 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
             for path in paths]
 
 
-def find_left_aside(csv_path: str, reader: Reader) -> LeftAside:
-    """What lies in the folder `csv_path` and below besides the files that `reader` reads and those that belong to them.
+def find_left_aside(csv_path: str, reader: Reader, used: Container[str] = ()) -> LeftAside:
+    """What lies in the folder `csv_path` and below besides the files that `reader` reads, those that belong to them, and those
+    `used` besides.
 
     Nothing for a path that is no folder: a glob or a pattern names what it means.
     """
@@ -214,7 +249,7 @@ def find_left_aside(csv_path: str, reader: Reader) -> LeftAside:
     start = len(csv_path.rstrip("/")) + 1
     for path in below.files:
         belongs = path.lower().endswith(side_suffixes) and path.rpartition(".")[0] in stems
-        if path not in read and not belongs:
+        if path not in read and not belongs and path not in used:
             left_aside.add(kind_by_ending(path), path[start:])
     for path in below.hidden_files:
         left_aside.add("hidden files", path[start:])
@@ -375,8 +410,10 @@ class InPlaceReader:
 
     def describe(self, config: Config, output: pathlib.Path) -> Manifest:
         """See Reader. Files behind the last row that `limit` asks for are left out, so that they may change."""
-        described = self.describe_files(list_files(config.csv_path, self), config)
-        left_aside = find_left_aside(config.csv_path, self)
+        found = list_files(config.csv_path, self)
+        with listing([file.path for file in found]):
+            described = self.describe_files(found, config)
+        left_aside = find_left_aside(config.csv_path, self, self.used_besides(found, described))
         left_aside.tell(config.csv_path)
         described["left_aside"] = {**described.get("left_aside", {}), **left_aside.describe()}
         if config.limit is None or described["rows"] <= config.limit:
@@ -401,20 +438,31 @@ class InPlaceReader:
         except Trouble as trouble:
             return [str(trouble)]
         entries = manifest["files"]
-        return name_differences(entries, found[:len(entries)] if config.limit else found, self._has_changed)
+        with listing([file.path for file in found]):
+            return name_differences(entries, found[:len(entries)] if config.limit else found, self._has_changed)
+
+    def used_besides(self, found: list[InputFile], described: Manifest) -> Container[str]:
+        """The paths of files that were used to describe those that were found, so that nobody says they were left aside."""
+        return ()
 
     def hash_index(self, file: InputFile) -> str | None:
         """A hash of what the file says of its own content, `index_sha256` in its entry; None where that would tell little."""
         return None
 
+    def hash_again(self, file: InputFile, entry: Manifest) -> str | None:
+        """`hash_index` of a file that has this entry in manifest.json."""
+        return self.hash_index(file)
+
     def _has_changed(self, file: InputFile, entry: Manifest) -> bool:
         """Whether it is another file; one of the same size under a new time is not if its index is the same."""
         identity = self.identify(file)
-        changed = [key for key, value in identity.items() if entry[key] != value]
-        if not changed or not all(key.endswith("time_ns") for key in changed) or "index_sha256" not in entry:
+        changed = [key for key, value in identity.items() if entry.get(key) != value]
+        # planned on a disk and now in a store, it has a version that it had not
+        may_be_same = all(key.endswith("time_ns") or (key.endswith("version") and key not in entry) for key in changed)
+        if not changed or not may_be_same or "index_sha256" not in entry:
             return bool(changed)
         try:
-            return self.hash_index(file) != entry["index_sha256"]
+            return self.hash_again(file, entry) != entry["index_sha256"]
         except (OSError, Trouble):
             return True
 

@@ -21,7 +21,9 @@ class ParquetFile(BlockFile):
 
     def __init__(self, file: InputFile) -> None:
         self._input = file
+        self._info = file.info() if file.in_store else None
         self._file = pq.ParquetFile(file.open_native())
+        self._check_same()
         self._metadata = self._file.metadata
         self.schema = self._file.schema_arrow  # read here, so that a footer with flaws is found here
         self.schema.names  # noqa: B018 - and a name that is no text
@@ -55,8 +57,15 @@ class ParquetFile(BlockFile):
             is_text = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level <= 1
             if is_text and not self._is_read_plain(number, place):
                 leaves.append(leaf.path)
-        return pq.ParquetFile(self._input.open_native(), metadata=self._metadata, read_dictionary=leaves, pre_buffer=False,
-                              buffer_size=READ_BYTES)
+        opened = pq.ParquetFile(self._input.open_native(), metadata=self._metadata, read_dictionary=leaves, pre_buffer=False,
+                                buffer_size=READ_BYTES)
+        self._check_same()
+        return opened
+
+    def _check_same(self) -> None:
+        """Raise OSError where another object has taken the place of the one whose footer was read."""
+        if self._info is not None and self._input.info() != self._info:
+            raise OSError("it was replaced while it was read")
 
     def _dictionary_bytes(self, number: int, place: int) -> int:
         """How many bytes the dictionary of a column's row group takes in the file, 0 for none."""

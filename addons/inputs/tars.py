@@ -4,21 +4,21 @@
 
 A member's key is its path up to the last dot of its name, so that `holiday.v2.png` and `holiday.v2.txt` are a pair. What is
 no member of a pair (links, other endings, ...) is counted, named on the screen and in manifest.json. A tar is read by
-offset, never unpacked. A pair's fields are those of its .json; its caption is the field that `caption_column` names, else the
-.txt (a list of captions makes as many rows, see caption_lists.py; an object is no caption); its URL is the field that
-`url_column` names, else `<tar>/<image>`. What a pair lacks the names of the tar's folders may say (`lang=en/00000.tar`). Where
-img2dataset's own Parquet lies next to a tar, the pairs that it lists and the
-tar lacks (failed downloads) are rows too.
+offset, never unpacked, and a run is planned without reading it where a file next to it tells how many pairs it has
+(tar_counts.py). A pair's fields are those of its .json; its caption is the field that `caption_column` names, else the .txt (a
+list of captions makes as many rows, see caption_lists.py; an object is no caption); its URL is the field that `url_column`
+names, else `<tar>/<image>`. What a pair lacks the names of the tar's folders may say (`lang=en/00000.tar`). Where img2dataset's
+own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed downloads) are rows too.
 """
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from addons.images.memory import reserve_for_image
-from addons.inputs import Manifest, needed_columns
+from addons.inputs import Manifest, needed_columns, tar_counts
 from addons.inputs.caption_lists import CAPTION_INDEX
 from addons.inputs.columnar import is_textual, reading, to_text
 from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
@@ -238,10 +238,10 @@ def fetch_in_turn(found: list[InputFile]) -> Iterator[InputFile]:
     return spool.fetch_in_turn(found, ".parquet")
 
 
-def open_spool(found: list[InputFile]) -> "Spool":
-    """What fetches tars that lie in an object store, each once."""
+def open_spool(found: list[InputFile], entries: list[Manifest]) -> "Spool":
+    """What fetches tars that lie in an object store, each once, and as the entries of manifest.json say."""
     from addons.stores import spool
-    return spool.Spool(found, ".parquet")
+    return spool.Spool(found, entries, ".parquet")
 
 
 class TarReader(InPlaceReader):
@@ -256,26 +256,39 @@ class TarReader(InPlaceReader):
         side_info = file.next_to(".parquet").info()
         side_bytes = side_info.bytes if side_info else None
         side_mtime_ns = side_info.mtime_ns if side_info else None
-        return {**super().identify(file), "side_bytes": side_bytes, "side_mtime_ns": side_mtime_ns}
+        identity = {**super().identify(file), "side_bytes": side_bytes, "side_mtime_ns": side_mtime_ns}
+        return identity | {"side_version": side_info.version} if side_info and side_info.version else identity
 
     def describe_files(self, found: list[InputFile], config: Config) -> Manifest:
-        """What the tars hold: every header and .json is read once, no image. What is wrong with a tar is said."""
-        columns = dict.fromkeys(needed_columns(config))
+        """What the tars hold, as the files next to them tell; of other tars every header and .json is read once, no image.
+
+        What is wrong with a tar is said.
+        """
+        needed = needed_columns(config)
+        columns = dict.fromkeys(needed)
         nested = 0
         input_rows = 0
         described: list[Manifest] = []
         left_aside = LeftAside()
         starts = [0]
-        fetched = fetch_in_turn(found) if is_in_store(found) else iter(found)
-        for file in found:
-            try:
-                entry, names, first_rows = self._describe_tar(file, next(fetched), config, left_aside, is_only=len(found) == 1)
-            except OSError as error:
-                raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
+        counts = tar_counts.count_tars(found, needed[-1], config.limit)
+        unread = [file for file, count in zip(found, counts, strict=True) if count is None]
+        fetched = fetch_in_turn(unread) if is_in_store(found) else iter(unread)
+        for file, count in zip(found, counts, strict=True):
+            if count:
+                entry = {"name": file.name, "rows": count.rows, **self.identify(file), "counted_by": count.file.name,
+                         "index_sha256": count.sha256}
+                names: Sequence[str] = count.columns
+                first_rows: Sequence[int] = range(count.rows)
+            else:
+                try:
+                    entry, names, first_rows = self._describe_tar(file, next(fetched), config, left_aside, len(found) == 1)
+                except OSError as error:
+                    raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             columns.update(dict.fromkeys([*names, *dict(file.folder_columns)]))
             check_width(len(columns))
             described.append(entry)
-            nested += entry["nested_captions"]
+            nested += entry.get("nested_captions", 0)
             input_rows += sum(not config.limit or starts[-1] + row < config.limit for row in first_rows)
             starts.append(starts[-1] + entry["rows"])
             if config.limit and starts[-1] >= config.limit:
@@ -323,9 +336,18 @@ class TarReader(InPlaceReader):
             entry["input_rows"] = len(entries)
         return entry, list(names), first_rows
 
+    def used_besides(self, found: list[InputFile], described: Manifest) -> set[str]:
+        """The statistics of tars that were planned without being read."""
+        pairs = zip(found, described["files"], strict=False)  # `limit` leaves some out
+        return {file.next_to(tar_counts.STATISTICS).path for file, entry in pairs if "counted_by" in entry}
+
     def hash_index(self, file: InputFile) -> str:
         """What the tar and the Parquet next to it hold, where in them."""
         return hash_entries(index_shard(file).entries)
+
+    def hash_again(self, file: InputFile, entry: Manifest) -> str:
+        """The same or, of a tar that was not read to plan it, the hash of what told its rows."""
+        return tar_counts.hash_count(file, entry["counted_by"]) if "counted_by" in entry else self.hash_index(file)
 
     def open_files(self, manifest: Manifest, found: list[InputFile], config: Config) -> "TarRows":
         """The rows of the tars."""
@@ -343,7 +365,9 @@ class TarRows(FileRows):
         self.caption_column = column_name(config.caption_column)
         self.max_bytes = config.max_image_bytes
         self.entry_counts: list[int] = [file.get("input_rows", file["rows"]) for file in manifest["files"]]
-        self._spool: Spool | None = open_spool(found) if is_in_store(found) else None
+        self.counted_by: list[str] = [file.get("counted_by", "") for file in manifest["files"]]  # a file next to it, or itself
+        self._told: set[str] = set()  # what need not be said of each tar
+        self._spool: Spool | None = open_spool(found, manifest["files"]) if is_in_store(found) else None
         self._indexed_number = -1  # the place in `files` of the tar whose index is kept
         self._entries: list[Entry] = []
         self._picks: Sequence[Pick] = []  # of the rows of that tar
@@ -360,6 +384,8 @@ class TarRows(FileRows):
                 texts_of = dict(zip(places, read_members(self._fetch(number), entries, self.caption_column), strict=True))
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
+            if self.counted_by[number]:
+                self._check_texts(number, texts_of.values())
             rows += [self._make_row(file, self._entries[pick.place], texts_of[pick.place].rows, pick.caption) for pick in picks]
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
@@ -424,12 +450,46 @@ class TarRows(FileRows):
     def _index(self, number: int) -> list[Entry]:
         file = self.files[number]
         try:
-            entries = index_shard(self._fetch(number)).entries
+            index = index_shard(self._fetch(number))
         except PermissionError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror}") from None
-        if len(entries) != self.entry_counts[number]:
+        if self.counted_by[number]:
+            self._check_index(number, index)
+        elif len(index.entries) != self.entry_counts[number]:
             raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
-        return entries
+        return index.entries
+
+    def _check_index(self, number: int, index: TarIndex) -> None:
+        """Say what planning did not see in a tar that it did not read.
+
+        Trouble (exit 3) where the tar does not hold what was counted, or a file that is the only one is no tar.
+        """
+        name = self.files[number].name
+        has_pairs = any(entry.members for entry in index.entries)
+        if index.flaw and not has_pairs and len(self.files) == 1:
+            raise Trouble(EXIT_INPUT, f"{name} cannot be read as a tar: {index.flaw}")
+        if index.flaw:
+            say(f"{name} is damaged ({index.flaw}): pairs that come after that have no image")
+        if index.left_aside.total and "left aside" not in self._told:
+            self._told.add("left aside")
+            index.left_aside.tell(f"{name}, and perhaps in other tars")
+        if len(index.entries) != self.counts[number]:
+            raise self._refuse_count(number, f"{len(index.entries)} pairs")
+
+    def _check_texts(self, number: int, read: Iterable[Texts]) -> None:
+        """Say which fields no file next to the tars has told of; Trouble (exit 3) for lists of captions, which it did not."""
+        if any(len(texts.rows) > 1 for texts in read):
+            raise self._refuse_count(number, "lists of captions, of which each is a row")
+        unknown = {name for texts in read for name in texts.rows[0]} - set(self.columns) - {CAPTION_INDEX}
+        if unknown - self._told:
+            self._told.update(unknown)
+            say(f"left aside in {self.files[number].name}, and perhaps in other tars, because {self.counted_by[number]} does "
+                f"not tell of them: the fields {', '.join(sorted(unknown))[:300]}")
+
+    def _refuse_count(self, number: int, found: str) -> Trouble:
+        counted_by = self.counted_by[number]
+        return Trouble(EXIT_INPUT, f"{self.files[number].name} holds {found}, but {counted_by} tells of "
+                                   f"{self.counts[number]} rows: put right or remove {counted_by}, and plan again with --fresh")
 
     def _pick(self, number: int) -> "list[Pick]":
         """The rows of a tar; where it has lists of captions, its .json files are read again to know how long they are."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from addons.stores.paths import StorePath
 from addons.stores.remote import STORE
-from image_text_sim_clip import EXIT_CONFIG, INTERRUPTION, Config, Trouble, output_disk, say
+from image_text_sim_clip import EXIT_CONFIG, INTERRUPTION, RUN_FILES, Config, Trouble, output_disk, say
 
 LEASE_S = 15.0  # how long a lease holds that is not renewed
 RENEW_S = 4.0
@@ -146,10 +146,28 @@ def can_create(folder: str) -> bool:
 
 
 def remove_probes(folder: StorePath) -> None:
-    """Take away what `can_create` of killed workers has left."""
+    """Take away what `can_create` of killed workers has left, and what they had sent of large files; under the run's lease."""
     for path, _ in STORE.list_folder(str(folder)):
         if path.rpartition("/")[2].startswith(PROBE):
             StorePath(path).unlink(missing_ok=True)
+    abort_uploads(folder)
+
+
+MOST_UPLOAD_S = 86_400  # how old an unfinished upload is that no process is at any more
+
+
+def abort_uploads(folder: StorePath) -> None:
+    """Give up the unfinished uploads of this program's files, which S3 keeps, unseen and paid for, of killed processes.
+
+    Of a file that only the holder of the lease writes at once, of others when they are old. Who may not list them, or give
+    them up, leaves that to a rule of the bucket.
+    """
+    with contextlib.suppress(OSError):
+        for upload in STORE.list_uploads(str(folder)):
+            name = upload.path.removeprefix(f"{folder}/")
+            is_mine = name in RUN_FILES or name.startswith(("parts/part-", "curated/"))
+            if name in RUN_FILES or (is_mine and time.time() - upload.begun_s > MOST_UPLOAD_S):
+                STORE.abort_upload(upload)
 
 
 def check_workers(config: Config, folder: StorePath) -> None:

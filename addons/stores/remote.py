@@ -14,8 +14,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import fsspec
 import pyarrow as pa
@@ -32,6 +33,7 @@ NO_PLACES = {"file", "local", "data", "dir", "generic", "reference", "cached", "
 SCHEMES = tuple(sorted(set(fsspec.available_protocols()) - NO_PLACES))
 READ_BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
 WRITE_BLOCK_BYTES = 16 << 20  # a smaller object is one PUT, a larger one a multipart upload in such pieces
+LISTING_THREADS = 16
 CONNECTIONS = 256  # that an S3 client may keep open
 SECRET = re.compile(r"key|secret|token|password|passwd|credential|connection_string|sas", re.I)
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "AZURE_STORAGE_KEY",
@@ -167,6 +169,13 @@ def _version_of(found: Json) -> str:
     return ""
 
 
+def _info_of(found: Json) -> FileInfo:
+    """Size, time and version; with a version the time in whole seconds, whose fractions some stores tell in listings alone."""
+    version = _version_of(found)
+    time_ns = _time_of(found)
+    return FileInfo(int(found.get("size") or 0), time_ns - time_ns % 10**9 if version else time_ns, version)
+
+
 class Traffic:
     """How many requests of each kind this process has sent, and how many bytes it has read and written."""
 
@@ -183,10 +192,39 @@ class Traffic:
 TRAFFIC = Traffic()
 
 
+class Upload(NamedTuple):
+    """An object of S3 that is being sent in pieces, or was, by a process that is no more."""
+
+    path: str
+    number: str
+    begun_s: float  # since 1970
+
+
 class RemoteStore:
     """Objects in stores that fsspec knows. Paths are URLs with their scheme."""
 
     schemes: tuple[str, ...] = SCHEMES
+
+    def __init__(self) -> None:
+        self._remembered: dict[str, dict[str, FileInfo]] = {}  # by folder and path
+
+    @contextlib.contextmanager
+    def remember(self, folders: Collection[str]) -> Iterator[None]:
+        """While in this context, `info` of what lies in these folders is what one listing of each says.
+
+        Not of a store in memory, whose listings tell other times. Raises Trouble (exit 3) where the store does not answer.
+        """
+        plain = [folder for folder in folders if scheme_of(folder) != "memory" and "//" not in folder.partition("://")[2]]
+        new = [folder for folder in plain if folder not in self._remembered]
+        with ThreadPoolExecutor(LISTING_THREADS, "listing") as pool:
+            listings = list(pool.map(self.list_folder, new))
+        for folder, listed in zip(new, listings, strict=True):
+            self._remembered[folder] = {path: info for path, info in listed if info}
+        try:
+            yield
+        finally:
+            for folder in new:
+                self._remembered.pop(folder, None)
 
     def stat(self, path: str) -> FileInfo:
         """Size, time and version of an object. Raises FileNotFoundError, or another OSError where the store does not tell."""
@@ -199,10 +237,13 @@ class RemoteStore:
                 raise FileNotFoundError("it is a folder")
             if scheme_of(path) == "memory":
                 found = {**found, "modified": system.modified(inner)}
-            return FileInfo(int(found["size"] or 0), _time_of(found), _version_of(found))
+            return _info_of(found)
 
     def info(self, path: str) -> FileInfo | None:
         """Size, time and version of an object; None if there is none."""
+        remembered = self._remembered.get(path.rpartition("/")[0])
+        if remembered is not None:
+            return remembered.get(path)
         try:
             return self.stat(path)
         except FileNotFoundError:
@@ -237,7 +278,7 @@ class RemoteStore:
         for entry in found:
             info = None
             if entry["type"] == "file":
-                info = FileInfo(int(entry.get("size") or 0), _time_of(entry), _version_of(entry))
+                info = _info_of(entry)
             name = self._with_scheme(folder, entry["name"])
             if entry["name"].strip("/") != inner.strip("/"):  # some stores list the folder's own mark
                 listed.append((name, info))
@@ -366,6 +407,33 @@ class RemoteStore:
         system, inner = open_file_system(path)
         with calling(path):
             system.rm_file(inner)
+
+    def list_uploads(self, folder: str) -> Iterator[Upload]:
+        """Objects below a folder of S3 that have been sent in part; other stores forget theirs by themselves.
+
+        Raises OSError where the store does not tell.
+        """
+        if scheme_of(folder) not in ("s3", "s3a"):
+            return
+        system, inner = open_file_system(folder)
+        bucket, _, prefix = inner.partition("/")
+        more: Json = {}
+        while True:
+            with calling(folder):
+                page = system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
+            for found in page.get("Uploads", []):
+                path = self._with_scheme(folder, f"{bucket}/{found['Key']}")
+                yield Upload(path, found["UploadId"], found["Initiated"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Have the store forget what was sent; also if it has forgotten it already. Raises OSError."""
+        system, inner = open_file_system(upload.path)
+        bucket, _, key = inner.partition("/")
+        with calling(upload.path), contextlib.suppress(FileNotFoundError):
+            system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.number)
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object within its store."""

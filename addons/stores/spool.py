@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import pathlib
 import shutil
 import tempfile
@@ -16,12 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import psutil
 
-from addons.inputs.files import InputFile
+from addons.inputs.files import InputFile, is_other
 from addons.stores import SCHEME
+from addons.stores.remote import STORE
+from image_text_sim_clip import Json
 
 AHEAD = 4  # files that are fetched side by side when all are read in turn
 KEPT = 3  # files that are kept of those that were asked for last: the loaders may still be at the one before
-COPY_BYTES = 8 << 20  # that are read at a time
+COPY_BYTES = 16 << 20  # that are asked for at a time
 FOLDER_NAME = "image_text_sim_clip-spool-"
 
 
@@ -42,23 +45,36 @@ _NUMBERS = itertools.count()
 _HOLDERS: list["tempfile.TemporaryDirectory[str]"] = []  # each ends with the process
 
 
-def fetch(file: InputFile, number: int, side_suffix: str) -> InputFile:
-    """Fetch a file, and the one next to it with `side_suffix` if it is there; where they lie now. Raises OSError."""
+def fetch(file: InputFile, number: int, side_suffix: str, planned: Json | None = None) -> InputFile:
+    """Fetch a file, and the one next to it with `side_suffix` if it is there; where they lie now.
+
+    Raises OSError, also for one that is no longer what its entry `planned` of manifest.json says.
+    """
     target = spool_folder() / f"{number}-{next(_NUMBERS)}.fetched"  # each its own: other inputs have a file of this number too
-    copy(file, target)
+    copy(file, target, planned)
     side = file.next_to(side_suffix)
     if side.info() is not None:
         copy(side, target.with_suffix(side_suffix))
     return InputFile(file.name, str(target))
 
 
-def copy(file: InputFile, target: pathlib.Path) -> None:
-    """Copy an object to a file of this disk, as a stream. OSError for one that is replaced meanwhile or cut short."""
-    before = file.info()
-    with target.open("wb") as copied, file.open() as source:
-        shutil.copyfileobj(source, copied, COPY_BYTES)
-    if before is None or file.info() != before or target.stat().st_size != before.bytes:
+def copy(file: InputFile, target: pathlib.Path, planned: Json | None = None) -> None:
+    """Copy an object to a file of this disk, in order. OSError for one that is replaced meanwhile or cut short."""
+    before = STORE.stat(file.path)
+    if planned is not None and is_other(before, planned):
+        raise OSError(errno.EREMOTEIO, "it has been replaced since the run was planned", file.path)
+    with target.open("wb") as copied:
+        for start in range(0, before.bytes, COPY_BYTES):
+            copied.write(STORE.read_range(file.path, start, min(start + COPY_BYTES, before.bytes)))
+    if STORE.stat(file.path) != before or target.stat().st_size != before.bytes:
         raise OSError(errno.EREMOTEIO, "it was replaced while it was read", file.path)
+
+
+def count_requests(entry: Json) -> Json:
+    """The requests and bytes that it takes to fetch a file with this entry in manifest.json, and the one next to it."""
+    sizes = [entry["bytes"], *([entry["side_bytes"]] if entry.get("side_bytes") is not None else [])]
+    looks = 2 * len(sizes) + 1  # before and after each, and whether there is one next to it
+    return {"HEAD": looks, "GET": sum(math.ceil(size / COPY_BYTES) for size in sizes), "bytes_read": sum(sizes)}
 
 
 def remove(file: InputFile, side_suffix: str) -> None:
@@ -98,8 +114,9 @@ def fetch_in_turn(files: list[InputFile], side_suffix: str) -> Iterator[InputFil
 class Spool:
     """The fetched files of one input that were asked for last, by their number."""
 
-    def __init__(self, files: list[InputFile], side_suffix: str) -> None:
+    def __init__(self, files: list[InputFile], entries: list[Json], side_suffix: str) -> None:
         self._files = files
+        self._entries = entries  # of manifest.json, one for each of the files
         self._side_suffix = side_suffix
         self._fetched: dict[int, InputFile] = {}
 
@@ -108,7 +125,7 @@ class Spool:
         if not SCHEME.match(self._files[number].path):
             return self._files[number]
         if number not in self._fetched:
-            self._fetched[number] = fetch(self._files[number], number, self._side_suffix)
+            self._fetched[number] = fetch(self._files[number], number, self._side_suffix, self._entries[number])
             for old in list(self._fetched)[:-KEPT]:
                 remove(self._fetched.pop(old), self._side_suffix)
         return self._fetched[number]
