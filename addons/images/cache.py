@@ -10,7 +10,7 @@ import os
 import pathlib
 import threading
 
-from image_text_sim_clip import RowFailure, Trouble, as_path, in_store
+from image_text_sim_clip import RowFailure, Trouble, as_path, in_store, say
 
 KIND = "image_text_sim_clip 1"
 HEAD_BYTES = 512  # more than the line of JSON takes
@@ -23,6 +23,7 @@ class Cache:
         self._folder = as_path(folder)
         self._max_bytes = max_bytes
         self._respect_opt_out = respect_opt_out
+        self._has_told = False
 
     def _path(self, url: str) -> pathlib.Path:
         name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
@@ -48,7 +49,7 @@ class Cache:
         return body
 
     def keep(self, url: str, body: bytes, opted_out: bool) -> None:
-        """Keep `body`; a disk that refuses keeps nothing of it, which is no reason to lose the image."""
+        """Keep `body`; a disk that refuses keeps nothing of it, which is said once and is no reason to lose the image."""
         path = self._path(url)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         head = {"kind": KIND, "bytes": len(body), "hash": _hash(body), "opted_out": opted_out}
@@ -61,7 +62,11 @@ class Cache:
                 file.write(json.dumps(head).encode() + b"\n")
                 file.write(body)
             unfinished.replace(path)
-        except OSError:
+        except OSError as error:
+            if not self._has_told:
+                self._has_told = True
+                reason = error.strerror or error
+                say(f"warning: cannot write {self._folder}: {reason}: what is fetched is not kept in cache_path")
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 

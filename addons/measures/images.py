@@ -69,7 +69,7 @@ def count_rows_that_share(sources: list[str], image_path: str) -> int:
     Only URLs of one last segment can; the others are not looked up.
     """
     folder = as_path(image_path)
-    if not folder.is_dir():
+    if not in_store(folder) and not folder.is_dir():
         return 0
     urls_of_name = collections.defaultdict(set)
     for source in map(str.strip, sources):

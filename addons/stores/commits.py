@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from addons.stores import FileInfo
 from addons.stores.leases import can_create
-from addons.stores.paths import StorePath
+from addons.stores.paths import StorePath, asking
 from addons.stores.remote import STORE
 from image_text_sim_clip import (
     EXIT_CONFIG,
@@ -96,7 +96,8 @@ def _metadata_of(plan: Plan, partition: Partition, thorough: bool = False) -> Js
 
 def has_parts(folder: StorePath) -> bool:
     """Whether there is any part; of an S3 bucket no more is listed than that takes."""
-    return any(name.endswith(".parquet") for name in STORE.names_from(f"{folder}/part-"))
+    with asking(folder):
+        return any(name.endswith(".parquet") for name in STORE.names_from(f"{folder}/part-"))
 
 
 # ── Look at many parts ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +118,8 @@ class Parts:
 
     def look(self, folder: StorePath) -> None:
         """List the folder once, and read the footers of parts that are new or others, many at a time."""
-        listed = {path.rpartition("/")[2]: info for path, info in STORE.list_folder(str(folder)) if info}
+        with asking(folder):
+            listed = {path.rpartition("/")[2]: info for path, info in STORE.list_folder(str(folder)) if info}
         names = [name for name in listed if name.startswith("part-") and name.endswith(".parquet")]
         new = [name for name in names if name not in self._known or self._known[name].info != listed[name]]
         with ThreadPoolExecutor(LOOKING_THREADS, "looking") as pool:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from addons.stores.paths import StorePath
+from addons.stores.paths import StorePath, asking
 from addons.stores.remote import STORE
 from image_text_sim_clip import EXIT_CONFIG, INTERRUPTION, RUN_FILES, Config, Trouble, output_disk, say
 
@@ -109,7 +109,9 @@ def _create(path: StorePath) -> bool:
 def _look(folder: StorePath, name: str) -> list[Seen]:
     """The objects of the lease that are there."""
     found = []
-    for path, info in STORE.list_folder(str(folder)):
+    with asking(folder):
+        listed = STORE.list_folder(str(folder))
+    for path, info in listed:
         number = path.rpartition("/")[2].removeprefix(name + "-")
         if info and path.rpartition("/")[2].startswith(name + "-") and number.isdigit():
             found.append(Seen(int(number), info.bytes, info.mtime_ns))
@@ -147,7 +149,9 @@ def can_create(folder: str) -> bool:
 
 def remove_probes(folder: StorePath) -> None:
     """Take away what `can_create` of killed workers has left, and what they had sent of large files; under the run's lease."""
-    for path, _ in STORE.list_folder(str(folder)):
+    with asking(folder):
+        listed = STORE.list_folder(str(folder))
+    for path, _ in listed:
         if path.rpartition("/")[2].startswith(PROBE):
             StorePath(path).unlink(missing_ok=True)
     abort_uploads(folder)

@@ -44,7 +44,7 @@ class StorePath(pathlib.PosixPath):
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Size and times. A version, such as an ETag, stands in for the number of the inode and for the time of change."""
-        with _asking(self):
+        with asking(self):
             return as_stat(remote.STORE.stat(str(self)))
 
     def exists(self) -> bool:
@@ -61,7 +61,7 @@ class StorePath(pathlib.PosixPath):
 
     def is_dir(self) -> bool:
         """Whether there are objects below it."""
-        with _asking(self):
+        with asking(self):
             return remote.STORE.is_folder(str(self))
 
     def is_symlink(self) -> bool:
@@ -79,19 +79,21 @@ class StorePath(pathlib.PosixPath):
     def glob(self, pattern: str) -> Generator[Self, None, None]:
         """The objects in this folder itself whose names fit."""
         beginning = re.split(r"[*?\[]", pattern)[0]
-        with _asking(self):
+        with asking(self):
             names = list(remote.STORE.names_from(f"{self}/{beginning}"))
         yield from (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
 
     def iterdir(self) -> Generator[Self, None, None]:
         """What is in this folder, folders too."""
-        with _asking(self):
+        with asking(self):
             found = remote.STORE.list_folder(str(self))
         yield from (self / path.rstrip("/").rpartition("/")[2] for path, _ in found)
 
     def rglob(self, pattern: str) -> Generator[Self, None, None]:
         """The objects in this folder and below whose names fit."""
-        for path, info in remote.STORE.list_folder(str(self)):
+        with asking(self):
+            found = remote.STORE.list_folder(str(self))
+        for path, info in found:
             name = path.rstrip("/").rpartition("/")[2]
             if info is None:
                 yield from (self / name).rglob(pattern)
@@ -102,14 +104,14 @@ class StorePath(pathlib.PosixPath):
 
     def read_bytes(self) -> bytes:
         """All bytes."""
-        with _asking(self):
+        with asking(self):
             return remote.STORE.read(str(self))
 
     def open(self, mode: str = "r", *arguments: Any, **options: Any) -> IO[Any]:  # type: ignore[override]
         """A file to read from in ranges ("rb", "r"), or to write whole ("wb"), which appears when it is closed."""
         if mode == "wb":
             return typing.cast(BinaryIO, _Closing(remote.STORE.open_writer(str(self))))
-        with _asking(self):
+        with asking(self):
             file = remote.STORE.open(str(self))
         if mode == "rb":
             return file
@@ -203,7 +205,7 @@ class _Closing(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _asking(path: StorePath) -> Iterator[None]:
+def asking(path: StorePath) -> Iterator[None]:
     """A store that does not answer is Trouble (exit 5), which nobody takes for an object that is not there."""
     try:
         yield

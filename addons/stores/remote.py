@@ -232,7 +232,12 @@ class RemoteStore:
         with calling(path):
             TRAFFIC.add("HEAD")
             system.invalidate_cache(system._parent(inner))
-            found = system.info(inner)
+            try:
+                found = system.info(inner)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # the answer to a HEAD has no words for what is wrong, that to a GET has
+                    system.cat_file(inner, start=0, end=1)
+                raise
             if found["type"] != "file":
                 raise FileNotFoundError("it is a folder")
             if scheme_of(path) == "memory":
@@ -379,6 +384,8 @@ class RemoteStore:
             data = self.read_range(path, 0, size)
             TRAFFIC.add("GET", read=len(data))
             return data
+        except (FileNotFoundError, PermissionError):
+            raise
         except OSError:
             if self.stat(path).bytes:  # a store has no range of an empty object
                 raise

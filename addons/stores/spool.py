@@ -18,8 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import psutil
 
 from addons.inputs.files import InputFile, is_other
-from addons.stores import SCHEME
-from addons.stores.remote import STORE
+from addons.stores import SCHEME, FileInfo, find_store
+from addons.stores.remote import RemoteStore
 from image_text_sim_clip import Json
 
 AHEAD = 4  # files that are fetched side by side when all are read in turn
@@ -60,14 +60,23 @@ def fetch(file: InputFile, number: int, side_suffix: str, planned: Json | None =
 
 def copy(file: InputFile, target: pathlib.Path, planned: Json | None = None) -> None:
     """Copy an object to a file of this disk, in order. OSError for one that is replaced meanwhile or cut short."""
-    before = STORE.stat(file.path)
+    before = look_at(file)
     if planned is not None and is_other(before, planned):
         raise OSError(errno.EREMOTEIO, "it has been replaced since the run was planned", file.path)
     with target.open("wb") as copied:
         for start in range(0, before.bytes, COPY_BYTES):
-            copied.write(STORE.read_range(file.path, start, min(start + COPY_BYTES, before.bytes)))
-    if STORE.stat(file.path) != before or target.stat().st_size != before.bytes:
+            copied.write(file.read_range(start, min(start + COPY_BYTES, before.bytes)))
+    if look_at(file) != before or target.stat().st_size != before.bytes:
         raise OSError(errno.EREMOTEIO, "it was replaced while it was read", file.path)
+
+
+def look_at(file: InputFile) -> FileInfo:
+    """Size, time and version of an object as they are now. Raises FileNotFoundError."""
+    store = find_store(file.path)
+    info = store.stat(file.path) if isinstance(store, RemoteStore) else store.info(file.path)
+    if info is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", file.path)
+    return info
 
 
 def count_requests(entry: Json) -> Json:
