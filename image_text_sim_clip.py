@@ -3546,10 +3546,10 @@ def read_part_metadata(plan: Plan, partition: Partition) -> Json | None:
     return metadata if metadata and _belongs(metadata, plan, partition) else None
 
 
-def look_at_parts(plan: Plan) -> None:
+def look_at_parts(plan: Plan, reads_all: bool = False) -> None:
     """In an object store, read the footers of all parts many at a time, for the next who ask for them one by one."""
     if in_store(plan.output):
-        addon("stores.commits", "output_path").look_at_parts(plan.output / "parts")
+        addon("stores.commits", "output_path").look_at_parts(plan.output / "parts", reads_all)
 
 
 def _belongs(metadata: Json, plan: Plan, partition: Partition) -> bool:
@@ -3699,7 +3699,7 @@ class Worker:
             on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:
         """Score and commit each partition, loading images ahead across their edges; yields what became of each."""
         pool = self.open_pool(self.threads)
-        marked: list[Partition] = []
+        marked: set[Partition] = set()
         INTERRUPTION.deferred = True
         try:
             if len(todo) > 1 and in_store(self.plan.output):  # one list instead of thousands of requests
@@ -3713,6 +3713,7 @@ class Worker:
             for run, images in pool.embed_partitions(begun, self.scorer, self.clock, on_loaded):
                 scored = score_partition(self.scorer, run, images, self.clock)
                 summary = self._finish(run, scored, since)
+                marked.discard(run.partition)
                 since = time.perf_counter()
                 yield summary
                 INTERRUPTION.check()  # a partition without an image to load has not looked
@@ -3725,7 +3726,7 @@ class Worker:
                     with contextlib.suppress(OSError):  # a disk that is gone; the run has ended, or has said so itself
                         partition.trying.unlink(missing_ok=True)
 
-    def _begin(self, partition: Partition, retry: bool, marked: list[Partition]) -> Begun:
+    def _begin(self, partition: Partition, retry: bool, marked: set[Partition]) -> Begun:
         """Open the partition and mark it as being tried."""
         run = PartitionRun.open(self.plan, partition, retry)
         for measure in self.measures:
@@ -3733,7 +3734,7 @@ class Worker:
         if not partition.trying.exists():
             with output_disk(partition.trying):
                 partition.trying.touch()  # before the first image is decoded, which may be the one that kills
-            marked.append(partition)
+            marked.add(partition)
         return Begun(run, self.loader)
 
     def _isolate_all(self) -> None:
@@ -3947,7 +3948,7 @@ class Snapshot:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        look_at_parts(plan)
+        look_at_parts(plan, reads_all=True)
         self._digests = [self._digest_of(read_part_metadata(plan, partition)) for partition in plan.partitions]
 
     @staticmethod

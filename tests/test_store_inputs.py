@@ -1,4 +1,5 @@
 """A table of each kind with everything in an object store, and how few requests it takes to plan tars that lie there."""
+import collections
 import gzip
 import http.server
 import json
@@ -9,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from test_inputs import sample, write_parquet, write_tar
 from test_store_chaos import proxied  # noqa: F401 - a fixture
-from test_store_output import results_in, results_of, strange_objects
+from test_store_output import remote_run, results_in, results_of, strange_objects  # noqa: F401 - a fixture
 from test_tar_counts import write_shard
 
 import image_text_sim_clip as script
-from addons.stores import remote
+from addons.stores import remote, traffic
 from addons.stores.paths import StorePath
 
 ROWS = [{"url": f"{n % 3}.png", "caption": f"caption {n}", "licence": "free" if n % 2 else None} for n in range(9)]
@@ -227,6 +228,18 @@ def test_a_run_moves_from_the_disk_to_a_bucket(both, bucket, tmp_path, write_con
                 keys = {"csv_path": f"{place}/{name}", "image_path": f"{begun}/images", "output_path": output}
                 outcome = run_main("--config", write_config(**keys))
                 assert outcome.code == 0, outcome.stderr
+
+
+def test_plan_tells_the_requests_of_a_part(bucket, remote_run, proxied):  # noqa: F811
+    """The requests of a part are those that --plan tells: a run of as many rows in more parts takes just as many more."""
+    proxy = proxied(every=0)
+    counts = []
+    for size in (1, 5):
+        proxy.requests.clear()
+        assert remote_run(output_path=bucket.url(f"out{size}"), partition_rows=size).code == 0
+        counts.append(collections.Counter(method for method, path, _ in proxy.requests if "/parts/" in path or "json" in path))
+    more = {method: round((counts[0][method] - counts[1][method]) / (40 - 8)) for method in counts[0]}
+    assert more == traffic.REQUESTS_OF_A_PART
 
 
 def test_plan_tells_of_whole_tars(both, bucket, run_main, write_config, proxied):  # noqa: F811

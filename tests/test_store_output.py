@@ -1,12 +1,13 @@
 """Results in an object store: the same bytes as on a disk, each row once, whoever dies or races."""
 import json
 import pathlib
+import time
 
 import pytest
 
 import image_text_sim_clip as script
 from addons.measures import embeddings
-from addons.stores import commits, leases, remote
+from addons.stores import ahead, commits, leases, remote
 from addons.stores.paths import StorePath
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -94,6 +95,39 @@ def test_resume_does_what_is_missing(remote_run, bucket):
         bucket.fs.rm_file(f"{bucket.name}/out/{name}")
     outcome = remote_run()
     assert outcome.code == 0 and results_in(bucket, "out") == before
+
+
+def test_parts_are_read_ahead_of_who_sums_up(remote_run, bucket, monkeypatch):
+    """Parts and the times next to them are read side by side to be summed up, each once, and whoever ends that reads anew."""
+    assert remote_run(partition_rows=1).code == 0
+    before = results_in(bucket, "out")
+    bucket.fs.rm_file(f"{bucket.name}/out/profile.json")
+    at_work = []
+    most = []
+    reads = []
+    read_range = remote.RemoteStore.read_range
+
+    def watch(self, path, start, stop):
+        at_work.append(path)
+        most.append(len(at_work))
+        time.sleep(0.02)
+        reads.append(path)
+        try:
+            return read_range(self, path, start, stop)
+        finally:
+            at_work.remove(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "LOOKING_THREADS", 1)
+        patch.setattr(remote.RemoteStore, "read_range", watch)
+        assert remote_run(partition_rows=1).code == 0
+    assert max(most) > 4 and results_in(bucket, "out") == before
+    assert sum(path.endswith("00007.json") for path in reads) == 1
+    folder = StorePath(bucket.url("out/parts"))
+    commits.look_at_parts(folder, reads_all=True)
+    assert (folder / "part-00000.parquet").read_bytes() == before["parts/part-00000.parquet"]
+    bucket.put("out/parts/part-00009.parquet", b"another")
+    ahead.end(str(folder))
+    assert (folder / "part-00009.parquet").read_bytes() == b"another"
 
 
 def test_retry_failed_with_embeddings(remote_run, bucket, monkeypatch):

@@ -11,6 +11,7 @@ from image_text_sim_clip import (
     Trouble,
     as_path,
     file_sha256,
+    look_at_parts,
     output_disk,
     read_part,
     remove_flawed_part,
@@ -29,6 +30,7 @@ def verify(job: Job) -> int:
     if not (output / "manifest.json").is_file():
         raise Trouble(EXIT_CONFIG, f"{output} holds no run to verify")
     job.make_plan(joins=True)
+    look_at_parts(job.plan, reads_all=True)
     flaws: list[str] = []
     missing = 0
     rows = 0

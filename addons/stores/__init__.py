@@ -11,6 +11,7 @@ to the local disk. To add a store, put ONE new file here that offers an instance
     paths.py    `StorePath`: a place in a store that is handled as a pathlib.Path is, for `output_path` and staged tables
     leases.py   who plans, settles and finalises a run in a store: one process at a time
     commits.py  parts and manifests in a store: created only where there is none, and read many at a time
+    ahead.py    parts that are read in order, ahead of who reads them
     staged.py   a staged table in a store
     spool.py    tars: each is fetched once, to a temporary file
     traffic.py  what `--plan` tells of requests and bytes

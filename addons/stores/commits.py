@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from addons.stores import FileInfo
+from addons.stores import FileInfo, ahead
 from addons.stores.leases import can_create
 from addons.stores.paths import StorePath, asking
 from addons.stores.remote import STORE
@@ -87,6 +87,7 @@ def commit(plan: Plan, partition: Partition, data: bytes, metadata: Json, replac
 
 def _metadata_of(plan: Plan, partition: Partition, thorough: bool = False) -> Json | None:
     """The metadata of this run's part, read now; None where there is none, or it is damaged."""
+    ahead.end(str(partition.parquet.parent))
     try:
         part = read_part(plan, partition, thorough)
     except FlawedPart:
@@ -139,10 +140,14 @@ _LOCK = threading.Lock()
 _FOLDERS: dict[str, Parts] = collections.defaultdict(Parts)
 
 
-def look_at_parts(folder: StorePath) -> None:
-    """Have `read_footer` and `is_whole` answer for the folder as it is now."""
+def look_at_parts(folder: StorePath, reads_all: bool) -> None:
+    """Have `read_footer` and `size_of` answer for the folder as it is now; whoever `reads_all` parts in order need not wait."""
     with _LOCK:
         _FOLDERS[str(folder)].look(folder)
+        if reads_all:
+            ahead.begin(str(folder), _FOLDERS[str(folder)].listed)
+        else:
+            ahead.end(str(folder))
 
 
 def read_footer(path: StorePath) -> bytes | None:

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Generator, Iterator
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
 
-from addons.stores import FileInfo, remote
+from addons.stores import FileInfo, ahead, remote
 from image_text_sim_clip import EXIT_DISK, Trouble
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class StorePath(pathlib.PosixPath):
     def read_bytes(self) -> bytes:
         """All bytes."""
         with asking(self):
-            return remote.STORE.read(str(self))
+            content = ahead.take(str(self))
+            return remote.STORE.read(str(self)) if content is None else content
 
     def open(self, mode: str = "r", *arguments: Any, **options: Any) -> IO[Any]:  # type: ignore[override]
         """A file to read from in ranges ("rb", "r"), or to write whole ("wb"), which appears when it is closed."""

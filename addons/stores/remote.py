@@ -233,7 +233,7 @@ class RemoteStore:
             TRAFFIC.add("HEAD")
             system.invalidate_cache(system._parent(inner))
             try:
-                found = system.info(inner)
+                found = self._head(path, inner) if scheme_of(path) in ("s3", "s3a") else system.info(inner)
             except OSError as error:
                 if error.errno == errno.EINVAL:  # the answer to a HEAD has no words for what is wrong, that to a GET has
                     system.cat_file(inner, start=0, end=1)
@@ -243,6 +243,17 @@ class RemoteStore:
             if scheme_of(path) == "memory":
                 found = {**found, "modified": system.modified(inner)}
             return _info_of(found)
+
+    def _head(self, path: str, inner: str) -> Json:
+        """What S3 says of an object; s3fs would list the folder besides where there is none, in case that it is one."""
+        system, _ = open_file_system(path)
+        bucket, key, version = system.split_path(inner)
+        if not key:
+            raise FileNotFoundError("it is a bucket")
+        versioned = {"VersionId": version} if version else {}
+        answer = system.call_s3("head_object", system.kwargs, Bucket=bucket, Key=key, **versioned, **system.req_kw)
+        return {"type": "file", "size": answer["ContentLength"], "ETag": answer.get("ETag"),
+                "LastModified": answer.get("LastModified")}
 
     def info(self, path: str) -> FileInfo | None:
         """Size, time and version of an object; None if there is none."""

@@ -4,8 +4,9 @@ import collections
 from addons.stores import SCHEME
 from image_text_sim_clip import Config, Json, Plan, addon, in_store
 
-# by a part: its mark, itself and its times are written, the mark goes, the manifest is looked at; and it is read again
-REQUESTS_OF_A_PART = {"HEAD": 2, "PUT": 3, "DELETE": 1, "GET": 2}
+# by a part: its mark, itself and its times are written, the mark goes, mark and manifest are looked at; to sum up, its footer,
+# itself and its times are read again
+REQUESTS_OF_A_PART = {"HEAD": 2, "PUT": 3, "DELETE": 1, "GET": 3}
 
 
 def count_traffic(config: Config) -> dict[str, int]:

@@ -1,0 +1,86 @@
+"""Reads the parts of a run ahead of the one who reads them all in order, so that nobody waits for the network between two.
+
+Whoever sums up a run reads every part, and the times next to it, one after the other: at 20 ms each, 10,000 parts would take
+minutes. Only the thread that has asked for it is served, each file once, and it finds out as ever whether what it reads is what
+it looked at before.
+"""
+import collections
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from addons.stores import FileInfo
+from addons.stores.remote import STORE
+
+READING_THREADS = 32
+AHEAD = 128  # files of each kind that are read, or wait to be taken
+HELD_BYTES = 64 << 20  # of parts that are read or wait; a larger one is read alone
+SUFFIXES = (".parquet", ".json")
+
+
+class _Queue:
+    """The files of one kind: those that are left to be read, and those that are being read or wait."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.left = collections.deque(names)
+        self.coming: dict[str, Future[bytes]] = {}
+        self.held_bytes = 0
+
+
+class ReadAhead:
+    """The files of a folder that are read in order, for one thread."""
+
+    def __init__(self, folder: str, listed: Mapping[str, FileInfo]) -> None:
+        self.thread = threading.get_ident()
+        self._folder = folder
+        self._sizes = {name: info.bytes for name, info in listed.items() if name.startswith("part-")}
+        self._queues = {suffix: _Queue(sorted(name for name in self._sizes if name.endswith(suffix))) for suffix in SUFFIXES}
+        self._pool = ThreadPoolExecutor(READING_THREADS, "reading")
+
+    def take(self, name: str) -> bytes | None:
+        """The bytes of a file, waiting for it; None for one that is not being read. Raises what reading it raised."""
+        queue = self._queues.get(name[name.rfind("."):])
+        if queue is None or name not in self._sizes:
+            return None
+        future = queue.coming.pop(name, None)
+        if future is not None:
+            queue.held_bytes -= self._sizes[name]
+        while queue.left and queue.left[0] <= name:  # the first of all, which whoever asks for it reads
+            queue.left.popleft()
+        while queue.left and len(queue.coming) < AHEAD and queue.held_bytes + self._sizes[queue.left[0]] <= HELD_BYTES:
+            following = queue.left.popleft()
+            queue.held_bytes += self._sizes[following]
+            queue.coming[following] = self._pool.submit(self._read, following)
+        return future.result() if future else None
+
+    def _read(self, name: str) -> bytes:
+        path = f"{self._folder}/{name}"
+        size = self._sizes[name]
+        return STORE.read_range(path, 0, size) if size else b""
+
+    def close(self) -> None:
+        """Read no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+_FOLDERS: dict[str, ReadAhead] = {}
+
+
+def begin(folder: str, listed: Mapping[str, FileInfo]) -> None:
+    """From now on read the parts of a folder ahead of this thread, which reads them in order."""
+    end(folder)
+    _FOLDERS[folder] = ReadAhead(folder, listed)
+
+
+def end(folder: str) -> None:
+    """Read no more ahead in a folder: whoever reads there wants what is there now."""
+    reading = _FOLDERS.pop(folder, None)
+    if reading:
+        reading.close()
+
+
+def take(path: str) -> bytes | None:
+    """What was read ahead of a file, None for nothing. Raises OSError where it could not be read."""
+    folder, _, name = path.rpartition("/")
+    reading = _FOLDERS.get(folder)
+    return reading.take(name) if reading and reading.thread == threading.get_ident() else None
