@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from addons.inputs import Manifest, Reader, Rows
 from addons.inputs.compression import plain_suffix, strip_compression
 from addons.inputs.left_aside import LeftAside, kind_by_ending
-from addons.stores import SCHEME, FileInfo, find_store
+from addons.stores import SCHEME, FileInfo, Store, find_store
 from image_text_sim_clip import EXIT_INPUT, Config, Trouble
 
 if TYPE_CHECKING:
@@ -172,21 +172,31 @@ def list_below(folder: str) -> Below:
         if real in known:
             continue
         known.add(real)
-        files = store.list_files(here)
+        files, folders = _list_folder(store, here)
         if any(RUN_MARK.fullmatch(path.rpartition("/")[2]) for path in files) and here != folder.rstrip("/"):
             below.hidden_folders.append(here)  # the output of a run, this one's perhaps
             continue
         for path in files:
             (below.hidden_files if is_hidden(path) else below.files).append(path)
-        known_files = set(files)
-        for path in reversed([*store.glob(f"{glob.escape(here)}/*"), *store.glob(f"{glob.escape(here)}/.*")]):
-            if path not in known_files and store.is_folder(path):
-                if is_hidden(path):
-                    below.hidden_folders.append(path)
-                else:
-                    waiting.append(path)
+        for path in reversed(folders):
+            if is_hidden(path):
+                below.hidden_folders.append(path)
+            else:
+                waiting.append(path)
     below.files.sort()
     return below
+
+
+def _list_folder(store: Store, folder: str) -> tuple[list[str], list[str]]:
+    """The files in a folder itself, and the folders in it, both sorted; one request to a store that tells both at once."""
+    list_both: Callable[[str], list[tuple[str, FileInfo | None]]] | None = getattr(store, "list_folder", None)
+    if list_both:
+        listed = sorted(list_both(folder))
+        return [path for path, info in listed if info], [path.rstrip("/") for path, info in listed if not info]
+    files = store.list_files(folder)
+    known_files = set(files)
+    others = [*store.glob(f"{glob.escape(folder)}/*"), *store.glob(f"{glob.escape(folder)}/.*")]
+    return files, [path for path in others if path not in known_files and store.is_folder(path)]
 
 
 def is_hidden(path: str) -> bool:
@@ -194,12 +204,16 @@ def is_hidden(path: str) -> bool:
     return path.rpartition("/")[2].startswith((".", "_"))
 
 
-def folder_columns(csv_path: str, path: str) -> tuple[tuple[str, str], ...]:
-    """What the names of the folders below `csv_path`, or from its first wildcard on, say: ("lang", "en") for `lang=en`."""
+def count_fixed_folders(csv_path: str) -> int:
+    """How many names of folders are no column's: those of the folder `csv_path`, or those before its first wildcard."""
     is_folder = find_store(csv_path).is_folder(csv_path)
     names = [name for name in csv_path.split("/") if name not in ("", ".")]
-    fixed = names if is_folder else list(itertools.takewhile(lambda name: not re.search(r"[*?\[{]", name), names))
-    folders = [name for name in path.split("/") if name not in ("", ".")][len(fixed):-1]
+    return len(names if is_folder else list(itertools.takewhile(lambda name: not re.search(r"[*?\[{]", name), names)))
+
+
+def folder_columns(fixed_folders: int, path: str) -> tuple[tuple[str, str], ...]:
+    """What the names of a path's folders say after so many of them: ("lang", "en") for `lang=en`."""
+    folders = [name for name in path.split("/") if name not in ("", ".")][fixed_folders:-1]
     columns: dict[str, str] = {}
     for folder in folders:
         name, equals, value = folder.partition("=")
@@ -228,8 +242,10 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
         more = f", nor are there {len(absent) - 1} others" if absent[1:] else ""
         raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more}{_where(csv_path)}")
     shared = _count_shared_folders(paths)
-    return [InputFile("/".join(path.split("/")[shared:]), path, folder_columns(csv_path, path) if paths != [csv_path] else ())
-            for path in paths]
+    if paths == [csv_path]:
+        return [InputFile(csv_path.rpartition("/")[2], csv_path)]
+    fixed = count_fixed_folders(csv_path)
+    return [InputFile("/".join(path.split("/")[shared:]), path, folder_columns(fixed, path)) for path in paths]
 
 
 def find_left_aside(csv_path: str, reader: Reader, used: Container[str] = ()) -> LeftAside:

@@ -108,7 +108,8 @@ def find_metadata(csv_path: str) -> list[InputFile]:
     if not find_store(csv_path).is_folder(csv_path):
         return []
     start = len(csv_path.rstrip("/")) + 1
-    return [InputFile(path[start:], path, files.folder_columns(csv_path, path)) for path in files.expand_path(csv_path)
+    fixed = files.count_fixed_folders(csv_path)
+    return [InputFile(path[start:], path, files.folder_columns(fixed, path)) for path in files.expand_path(csv_path)
             if path.rpartition("/")[2].lower() in METADATA_NAMES]
 
 
@@ -285,6 +286,7 @@ class PairsReading:
         self._config = config
         self._pairs = find_pairs(config.csv_path)
         self._root = folder_of(config.csv_path)
+        self._fixed_folders = files.count_fixed_folders(config.csv_path)
         self._digest = hashlib.sha256()
         self._url = column_name(config.url_column)
         self._caption = column_name(config.caption_column)
@@ -295,7 +297,7 @@ class PairsReading:
         """The columns of all rows; where there are no .json files there is nothing to look for."""
         columns = dict.fromkeys((self._url, self._caption))
         for pair in self._pairs:
-            columns.update(dict(files.folder_columns(self._config.csv_path, pair.image)))
+            columns.update(dict(files.folder_columns(self._fixed_folders, pair.image)))
             if pair.json:
                 columns.update(dict.fromkeys(read_cells(read_text(pair.json), self._caption)[0][0]))
                 check_width(len(columns))
@@ -309,7 +311,7 @@ class PairsReading:
             self._digest.update(repr((name, text, fields)).encode("utf-8", "backslashreplace"))
             rows, _ = read_cells(fields or "{}", self._caption)
             for cells in rows:
-                from_folders = dict(files.folder_columns(self._config.csv_path, pair.image))
+                from_folders = dict(files.folder_columns(self._fixed_folders, pair.image))
                 own = cells.get(self._caption) or (text if len(rows) == 1 else "")
                 caption = own or from_folders.get(self._caption, "")
                 yield {CAPTION_INDEX: "0", **from_folders, **cells, self._caption: caption, self._url: as_text(name)}

@@ -272,7 +272,13 @@ class RemoteStore:
         system, inner = open_file_system(path)
         try:
             with calling(path):
+                bucket, _, prefix = inner.strip("/").partition("/")
+                if scheme_of(path) in ("s3", "s3a") and prefix:  # s3fs would list all of it
+                    page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
+                    return bool(page.get("Contents"))
                 return bool(system.isdir(inner))
+        except FileNotFoundError:
+            return False
         except OSError as error:
             raise _unreadable(path, error) from None
 
