@@ -19,19 +19,20 @@ from addons.stores.paths import StorePath
 
 ROWS = [{"url": f"{n % 3}.png", "caption": f"caption {n}", "licence": "free" if n % 2 else None} for n in range(9)]
 KINDS = ["t.csv", "t.csv.gz", "t.tsv", "t.jsonl", "t.json", "t.parquet", "holds-images.parquet", "tars", "counted",
-         "statistics", "pairs", "imagefolder", "sets/*.csv", "sets/{a,b}.csv", "parquets", "lang"]
+         "statistics", "pairs", "imagefolder", "metadata", "sets/*.csv", "sets/{a,b}.csv", "parquets", "lang"]
 
 
 def write_kinds(folder, picture):
     """A table of each of KINDS in `folder`, and the images 0.png to 2.png in images/; picture(n) makes one."""
-    for name in ("images", "tars", "pairs/deep", "imagefolder", "sets", "parquets", "lang/lang=en", "lang/lang=de"):
+    for name in ("images", "tars", "pairs/deep", "imagefolder", "metadata", "sets", "parquets", "lang/lang=en", "lang/lang=de"):
         (folder / name).mkdir(parents=True)
     images = [picture(n) for n in range(3)]
     for number, image in enumerate(images):
         (folder / f"images/{number}.png").write_bytes(image)
         (folder / f"pairs/deep/ä {number}.png").write_bytes(image)
         (folder / f"pairs/deep/ä {number}.txt").write_text(f"caption {number}")
-        (folder / f"imagefolder/{number}.png").write_bytes(image)
+        for name in ("imagefolder", "metadata"):
+            (folder / f"{name}/{number}.png").write_bytes(image)
     table = "url,caption,licence\n" + "".join(f"{r['url']},{r['caption']},{r['licence'] or ''}\n" for r in ROWS) + "bad\n"
     for name in ("t.csv", "sets/a.csv", "sets/b.csv", "lang/lang=en/t.csv", "lang/lang=de/t.csv"):
         (folder / name).write_text(table)
@@ -49,6 +50,8 @@ def write_kinds(folder, picture):
         write_shard(folder / "statistics", number, images, parquet=False)
     lines = "".join(json.dumps({"file_name": f"{n}.png", "caption": f"caption {n}"}) + "\n" for n in range(3))
     (folder / "imagefolder/metadata.jsonl").write_text(lines)
+    names = [{"file_name": f"{n}.png", "caption": f"caption {n}"} for n in range(2)]
+    pq.write_table(pa.Table.from_pylist(names), folder / "metadata/metadata.parquet")
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def find_unnamed(pairs: list[Pair], config: Config, staged: pathlib.Path) -> lis
     there = dict.fromkeys(posixpath.relpath(pair.image, root) for pair in pairs)
     named: set[str] = set()
     url_column = column_name(config.url_column)
-    with pq.ParquetFile(staged) as file:
+    with staged.open("rb") as opened, pq.ParquetFile(opened) as file:
         for batch in file.iter_batches(columns=[url_column]):
             for url in batch[url_column].to_pylist():
                 name = posixpath.normpath(url)
