@@ -104,7 +104,8 @@ def draw(scene: Scene, side: int, rng: random.Random, supersample: int = 2) -> I
 
 def held_out_scenes(singles: int = 60, doubles: int = 140) -> list[Scene]:
     """The scenes of the bundled drawings, all captions different; the training leaves every one of them out."""
-    rng, scenes = random.Random(HELD_OUT_SEED), {}
+    rng = random.Random(HELD_OUT_SEED)
+    scenes: dict[str, Scene] = {}
     while len(scenes) < singles + doubles:
         scene = random_scene(rng, 1 if len(scenes) < singles else 2)
         scenes.setdefault(caption(scene), scene)
@@ -125,7 +126,7 @@ def near_caption(scene: Scene, rng: random.Random) -> str:
     field, choices = rng.choice(list(words.items()))
     if field in ("background", "relation"):
         changed = rng.choice([c for c in choices if c != getattr(scene, field)])
-        return caption(scene._replace(**{field: changed}))
+        return caption(scene._replace(background=changed) if field == "background" else scene._replace(relation=changed))
     changed = rng.choice([c for c in choices if c != getattr(thing, field) and c not in _words(scene)])
     things = [t._replace(**{field: changed}) if i == place else t for i, t in enumerate(scene.things)]
     return caption(scene._replace(things=tuple(things)))

@@ -1,17 +1,20 @@
-"""Show, on one core and within an hour, that dissimilarity teaches: images before and after, two scorers, three seeds.
+"""Show, on two cores and within an hour, that dissimilarity teaches: images before and after, two scorers, three seeds.
 
     python examples/demonstrate_finetuning.py                # everything into scores/training/, the image into readme_imgs/
     python examples/demonstrate_finetuning.py --kind flow    # the same for a pipeline of flow matching, and two teachers
+    python examples/demonstrate_finetuning.py --list         # what it consists of, and what is done
+    python examples/demonstrate_finetuning.py --only judge   # one step, or several, by name
 
-What it does, each step in a folder of its own; what is there already is not made again:
+What it does, each step in a folder of its own; what is there already is not made again, and a fine-tuning that was stopped
+goes on where it was:
 
-    judge/       a second shapes model, trained like the bundled one but from another seed: it watches and never trains
-    pipeline/    a tiny text-to-image pipeline, trained on drawings (train_shapes_pipeline.py)
-    seed-N/      that pipeline fine-tuned with the bundled shapes_clip as teacher (finetune_text_to_image.py)
-    plain/       seed 0 again, with the teacher looking at the images as they are: no random windows, no grain
+    judge        a second shapes model, trained like the bundled one but from another seed: it watches and never trains
+    pipeline     a tiny text-to-image pipeline, trained on drawings (train_shapes_pipeline.py)
+    seed-N       that pipeline fine-tuned with the bundled shapes_clip as teacher (finetune_text_to_image.py)
+    plain        seed 0 again, with the teacher looking at the images as they are: no random windows, no grain
     results.json, and readme_imgs/finetuned.png: the same prompts from the same noise, before and after
 
-With --kind flow, in flow/: pipeline/ (StableDiffusion3Pipeline), seed-N/, second/ (a third shapes model), two-N/ (fine-tuned
+With --kind flow, in flow/: pipeline (StableDiffusion3Pipeline), seed-N, second (a third shapes model), two-N (fine-tuned
 with both it and the bundled one as teachers), results.json, and readme_imgs/finetuned-flow.png. Of both sets of runs it reports
 the judge's value where the first teacher's is the same: what the second teacher is good for.
 
@@ -20,6 +23,7 @@ did teacher or judge.
 """
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -27,6 +31,8 @@ import pathlib
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "challenge_set")]
@@ -41,39 +47,109 @@ from draw_shapes import (  # noqa: E402 - lies in challenge_set
     draw,
     held_out_scenes,
 )
-from finetune_text_to_image import read_prompts, vary  # noqa: E402 - lies beside this file
 from PIL import Image, ImageDraw  # noqa: E402
 
 from addons.loss import DissimilarityLoss  # noqa: E402
-from image_text_sim_clip import Config, Scorer, say  # noqa: E402
+from examples.painter import vary  # noqa: E402
+from examples.training_data import read_prompts  # noqa: E402
+from image_text_sim_clip import EXIT_CONFIG, EXIT_FAILURES, Config, Scorer, Trouble, say  # noqa: E402
 
 SEEDS = (0, 1, 2)
 TEACHER = "challenge_set/shapes_clip"
 FREE_CAPTION = "a large red circle on a grey background"
-FINETUNING = ["--steps", "320", "--batch", "8", "--denoising-steps", "10", "--gradient-steps", "2", "--guidance", "2",
-              "--learning-rate", "1e-3", "--images-per-prompt", "2", "--evaluate-every", "80", "--save-every", "20",
-              "--lora-targets",  # attention alone is too little of so small a UNet
-              "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"]
-FLOW_FINETUNING = [*FINETUNING[:FINETUNING.index("--lora-targets")], "--text-tokens", "1", "--lora-targets",
-                   "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_v_proj",
-                   "ff.net.0.proj", "ff.net.2", "norm1.linear"]
+COMMON = ["--cpu", "--batch", "8", "--gradient-steps", "2", "--guidance", "2", "--learning-rate", "1e-3",
+          "--images-per-prompt", "2", "--save-every", "20"]
+OF_NOISE = ["--steps", "320", "--denoising-steps", "10", "--evaluate-every", "80",
+            "--lora-targets",  # attention alone is too little of so small a UNet
+            "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"]
+OF_FLOW = ["--steps", "160", "--denoising-steps", "6", "--evaluate-every", "20", "--text-tokens", "1",
+           "--lora-targets", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_v_proj",
+           "ff.net.0.proj", "ff.net.2", "norm1.linear"]
 VARIED = ["--crop", "0.8", "--noise", "0.1"]
 UNVARIED = ["--crop", "1", "--noise", "0"]
 # flow matching learns these drawings so fast that after 900 steps the teacher finds 0.17, and in real drawings 0.13: few
 # steps leave it something to teach
-PIPELINE_STEPS = {"noise": 3000, "flow": 200}
+PIPELINE_STEPS = {"noise": 3000, "flow": 150}
+
+Results = dict[str, dict[str, float]]
 
 
-def run(*command: object) -> None:
-    """Run one of the other programs with this Python, in the repository's root; its failure ends this one too.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One program to run. Its `result` is written last, so where it is there, the step is done."""
 
-    On one thread: sums are then taken in the same order on any number of cores, and the README's numbers come out again.
-    """
-    say("$ python " + " ".join(map(str, command)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if code := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment).returncode:  # noqa: S603 - ours
-        sys.exit(code)
+    name: str
+    command: Sequence[object]
+    result: pathlib.Path
+    needs: tuple[str, ...] = ()
 
+    def run(self) -> None:
+        """Run it with this Python, in the repository's root; raises Trouble (exit 4) where it fails.
+
+        On one thread: sums are then taken in the same order on any number of cores, and the README's numbers come out again.
+        """
+        if self.result.exists():
+            return
+        say("$ python " + " ".join(map(str, self.command)))
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *map(str, self.command)], cwd=ROOT, env=environment)  # noqa: S603 - ours
+        if done.returncode:
+            raise Trouble(EXIT_FAILURES, f"the step {self.name} failed with exit code {done.returncode}")
+
+
+def scorer_step(name: str, folder: pathlib.Path, seed: int) -> Step:
+    """A shapes model like the bundled one, from another seed."""
+    command = ["challenge_set/train_shapes_clip.py", "--seed", seed, "--steps", 800, "--batch", 192, "--out", folder]
+    return Step(name, command, folder / "processor_config.json")
+
+
+def list_steps(out: pathlib.Path, kind: str) -> list[Step]:
+    """All steps of a kind, in an order in which they can be done."""
+    folder = folder_of(out, kind)
+    pipeline = Step("pipeline", ["examples/train_shapes_pipeline.py", "--kind", kind, "--steps", PIPELINE_STEPS[kind],
+                                 "--out", folder / "pipeline"], folder / "pipeline/trained.json")
+    common = ["examples/finetune_text_to_image.py", "--model", folder / "pipeline", "--prompts", out / "prompts.csv",
+              "--held-out", out / "held_out.csv", "--judge", out / "judge.yaml", *COMMON,
+              *(OF_NOISE if kind == "noise" else OF_FLOW)]
+
+    def tuning(name: str, seed: int, views: list[str], others: tuple[str, ...] = ()) -> Step:
+        teachers = [out / f"{teacher}.yaml" for teacher in ("teacher", *others)]
+        target = folder / name
+        return Step(name, [*common, *views, "--teacher", *teachers, "--seed", seed, "--output", target],
+                    target / "report.html", ("judge", "pipeline", *others))
+    steps = [scorer_step("judge", out / "judge", 1), pipeline]
+    if kind == "noise":
+        return [*steps, *(tuning(f"seed-{seed}", seed, VARIED) for seed in SEEDS), tuning("plain", 0, UNVARIED)]
+    steps.append(scorer_step("second", folder / "second", 2))
+    for seed in SEEDS:
+        steps += [tuning(f"seed-{seed}", seed, VARIED), tuning(f"two-{seed}", seed, VARIED, ("second",))]
+    return steps
+
+
+def folder_of(out: pathlib.Path, kind: str) -> pathlib.Path:
+    """Where a kind's steps lie; the judge lies in `out` itself."""
+    return out if kind == "noise" else out / "flow"
+
+
+def carry_out(steps: list[Step], chosen: list[str], jobs: int) -> None:
+    """Do the steps that are chosen, or all without a choice, `jobs` at a time; raises Trouble (exit 2) for an unknown name
+    and for one that needs what is not there."""
+    by_name = {step.name: step for step in steps}
+    for name in chosen:
+        if name not in by_name:
+            raise Trouble(EXIT_CONFIG, f"there is no step {name!r}: --only takes {', '.join(by_name)}")
+    wanted = [step for step in steps if not chosen or step.name in chosen]
+    names = {step.name for step in wanted}
+    for step in wanted:
+        for need in step.needs:
+            if need not in names and not by_name[need].result.exists():
+                raise Trouble(EXIT_CONFIG, f"the step {step.name} needs {need}, which is not there: choose it as well")
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(Step.run, [step for step in wanted if not step.needs]))
+        list(pool.map(Step.run, [step for step in wanted if step.needs]))
+
+
+# ── What is asked, and of whom ────────────────────────────────────────────────────────────────────────────────────────
 
 def large_shapes() -> list[Scene]:
     """Every scene of one large shape."""
@@ -120,7 +196,7 @@ def optimise_free_image(loss: DissimilarityLoss, crop: float, noise: float, step
     return images
 
 
-def measure_free_images(scorers: dict[str, Scorer]) -> tuple[dict[str, dict], list[Image.Image]]:
+def measure_free_images(scorers: dict[str, Scorer]) -> tuple[Results, list[Image.Image]]:
     """Both scorers' similarity of free images and of real drawings with the caption, and the images."""
     rng = random.Random(0)  # noqa: S311
     scene = Scene((Thing("large", "red", "circle"),), "", "grey")
@@ -164,21 +240,31 @@ def draw_comparison(out: pathlib.Path, held_out: pathlib.Path, target: pathlib.P
     sheet.save(target, optimize=True)
 
 
-def train_scorer(folder: pathlib.Path, seed: int) -> None:
-    """A shapes model like the bundled one, from another seed; unless it is there."""
-    if not (folder / "model.safetensors").exists():
-        run("challenge_set/train_shapes_clip.py", "--seed", seed, "--steps", 800, "--batch", 192, "--out", folder)
+# ── What came of it ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def read_looks(folder: pathlib.Path) -> list[dict[str, list[float]]]:
+    """The looks of a run at the held-out prompts, oldest first: each scorer's numbers, and the step."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "teacher" in row]
 
 
-def mean_looks(folder: pathlib.Path) -> dict[str, dict[str, float]]:
+def shares_of_better(folder: pathlib.Path) -> dict[str, float]:
+    """The share of a run's images that each scorer finds better after than before."""
+    looks = read_looks(folder)
+    first = looks[0]
+    last = looks[-1]
+    return {name: round(sum(new < old for old, new in zip(first[name], last[name], strict=True)) / len(last[name]), 4)
+            for name in ("teacher", "judge")}
+
+
+def mean_looks(folder: pathlib.Path) -> Results:
     """Each scorer's mean at each look of a run, by the step."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     names = ("teacher", "teacher_1", "teacher_2", "judge")
     return {str(row["step"]): {name: round(sum(row[name]) / len(row[name]), 4) for name in names if name in row}
-            for row in rows if "teacher" in row}
+            for row in read_looks(folder)}
 
 
-def judge_at(level: float, looks: dict[str, dict[str, float]]) -> float:
+def judge_at(level: float, looks: Results) -> float:
     """The judge's mean where the first teacher's first falls to `level`, on the line between two looks."""
     previous: dict[str, float] | None = None
     for look in looks.values():
@@ -193,73 +279,80 @@ def judge_at(level: float, looks: dict[str, dict[str, float]]) -> float:
     raise ValueError(f"the teacher never reaches {level}")
 
 
-def compare_at_same_teacher(one: dict[str, dict[str, float]], two: dict[str, dict[str, float]]) -> dict[str, float]:
+def compare_at_same_teacher(one: Results, two: Results) -> dict[str, float]:
     """The judge with one teacher and with two, at the lowest value of the first teacher that both runs reach."""
     level = max(min(look.get("teacher_1", look["teacher"]) for look in looks.values()) for looks in (one, two))
     return {"first teacher": level, "judge, one teacher": judge_at(level, one), "judge, two teachers": judge_at(level, two)}
 
 
-def demonstrate_noise(out: pathlib.Path, common: list[object], side: int) -> None:
-    """Today's pipeline: one teacher, three seeds, and one run whose teacher sees images as they are."""
-    for seed in SEEDS:
-        run("examples/finetune_text_to_image.py", *common, *VARIED, "--seed", seed, "--output", out / f"seed-{seed}")
-    run("examples/finetune_text_to_image.py", *common, *UNVARIED, "--seed", 0, "--output", out / "plain")
-    scorers = {name: Scorer(Config(pretrained_model=str(path), use_cuda=False))
-               for name, path in (("teacher", TEACHER), ("judge", out / "judge"))}
+def load_scorers(paths: dict[str, str | pathlib.Path]) -> dict[str, Scorer]:
+    """The scorers, by name."""
+    return {name: Scorer(Config(pretrained_model=str(path), use_cuda=False)) for name, path in paths.items()}
+
+
+def sum_up_noise(out: pathlib.Path, side: int) -> dict[str, object]:
+    """Today's pipeline: one teacher, three seeds, one run whose teacher sees images as they are, and free pixels."""
+    scorers = load_scorers({"teacher": TEACHER, "judge": out / "judge"})
     free, images = measure_free_images(scorers)
-    results = {"real drawings": real_drawings(scorers, side), "free image": free}
-    for name in (*(f"seed-{seed}" for seed in SEEDS), "plain"):
-        results[name] = mean_looks(out / name)
     for image, name in zip(images, ("start", "unvaried", "varied", "real"), strict=True):
         image.save(out / f"free-{name}.png")
-    finish(out, out / "held_out.csv", results, "finetuned.png", side)
+    runs = [*(f"seed-{seed}" for seed in SEEDS), "plain"]
+    return {"real drawings": real_drawings(scorers, side), "free image": free,
+            "better": {name: shares_of_better(out / name) for name in runs}, **{name: mean_looks(out / name) for name in runs}}
 
 
-def demonstrate_flow(out: pathlib.Path, common: list[object], side: int) -> None:
+def sum_up_flow(out: pathlib.Path, side: int) -> dict[str, object]:
     """A pipeline of flow matching: one teacher and two, three seeds each, and the judge at the same teacher's value."""
-    train_scorer(out / "flow/second", 2)
-    results: dict[str, dict] = {}
-    both = ["--teacher", out / "teacher.yaml", out / "second.yaml"]  # argparse takes the last of two
+    folder = folder_of(out, "flow")
+    scorers = load_scorers({"teacher": TEACHER, "second": folder / "second", "judge": out / "judge"})
+    results: dict[str, object] = {"real drawings": real_drawings(scorers, side)}
     for seed in SEEDS:
-        for name, teachers in ((f"seed-{seed}", []), (f"two-{seed}", both)):
-            run("examples/finetune_text_to_image.py", *common, *VARIED, *teachers, "--seed", seed,
-                "--output", out / "flow" / name)
-            results[name] = mean_looks(out / "flow" / name)
-        results[f"same-teacher-{seed}"] = compare_at_same_teacher(results[f"seed-{seed}"], results[f"two-{seed}"])
-    finish(out / "flow", out / "held_out.csv", results, "finetuned-flow.png", side)
+        one = mean_looks(folder / f"seed-{seed}")
+        two = mean_looks(folder / f"two-{seed}")
+        results |= {f"seed-{seed}": one, f"two-{seed}": two, f"same-teacher-{seed}": compare_at_same_teacher(one, two)}
+    runs = [f"{name}-{seed}" for name, seed in itertools.product(("seed", "two"), SEEDS)]
+    return results | {"better": {name: shares_of_better(folder / name) for name in runs}}
 
 
-def finish(folder: pathlib.Path, held_out: pathlib.Path, results: dict[str, dict], image_name: str, side: int) -> None:
-    """Write results.json and the comparison, and print the results."""
+def sum_up(out: pathlib.Path, kind: str) -> dict[str, object]:
+    """Measure what was made; write results.json and the image of the README."""
+    folder = folder_of(out, kind)
+    part = "unet" if kind == "noise" else "transformer"
+    side = json.loads((folder / "pipeline" / part / "config.json").read_text(encoding="utf-8"))["sample_size"]
+    results = sum_up_noise(out, side) if kind == "noise" else sum_up_flow(out, side)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    draw_comparison(folder, held_out, ROOT / "readme_imgs" / image_name, side)
-    print(json.dumps(results))
+    image = "finetuned.png" if kind == "noise" else "finetuned-flow.png"
+    draw_comparison(folder, out / "held_out.csv", ROOT / "readme_imgs" / image, side)
+    return results
 
 
-def main() -> None:
-    """Make what is missing, measure, and write results.json and the image."""
+def main(arguments: list[str] | None = None) -> int:
+    """Make what is missing; then, unless only some steps were asked for, write results.json and the image."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scores/training"))
-    parser.add_argument("--kind", choices=("noise", "flow"), default="noise")
-    options = parser.parse_args()
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    train_scorer(out / "judge", 1)
-    folder = out if options.kind == "noise" else out / "flow"
-    if not (folder / "pipeline/model_index.json").exists():
-        run("examples/train_shapes_pipeline.py", "--kind", options.kind, "--steps", PIPELINE_STEPS[options.kind],
-            "--out", folder / "pipeline")
+    parser.add_argument("--kind", choices=("noise", "flow"), default="noise", help="how the pipeline was trained")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="do these steps alone")
+    parser.add_argument("--jobs", type=int, default=2, help="steps at a time; each takes one core")
+    parser.add_argument("--list", action="store_true", help="list the steps, and whether they are done")
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    steps = list_steps(out, options.kind)
+    if options.list:
+        for step in steps:
+            print(f"{step.name}\t{'done' if step.result.exists() else 'to do'}")
+        return 0
+    folder_of(out, options.kind).mkdir(parents=True, exist_ok=True)
     write_inputs(out)
-    part = "unet" if options.kind == "noise" else "transformer"
-    side = json.loads((folder / "pipeline" / part / "config.json").read_text())["sample_size"]
-    common: list[object] = ["--model", folder / "pipeline", "--prompts", out / "prompts.csv",
-                            "--held-out", out / "held_out.csv", "--teacher", out / "teacher.yaml",
-                            "--judge", out / "judge.yaml", "--cpu"]
-    if options.kind == "noise":
-        demonstrate_noise(out, [*common, *FINETUNING], side)
-    else:
-        demonstrate_flow(out, [*common, *FLOW_FINETUNING], side)
+    carry_out(steps, options.only, max(1, options.jobs))
+    if options.only:
+        return 0
+    print(json.dumps(sum_up(out, options.kind)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except Trouble as trouble:
+        say(f"error: {trouble}")
+        sys.exit(trouble.exit_code)

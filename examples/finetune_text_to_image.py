@@ -56,7 +56,7 @@ try:
 
     from examples.memory import measure_step, memory_of, tell_memory
     from examples.painter import ImitationDraws, Lora, Painter, Painting, Variation, vary  # noqa: F401 - `vary` is used from here
-    from examples.pipelines import Framing, load_family
+    from examples.pipelines import Framing, identify_weights, load_family
     from examples.report import write_report
     from examples.teachers import Teachers, load_judge, pair_teachers
     from examples.training_data import (
@@ -127,6 +127,9 @@ class Trainer:
         waiting = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))  # others wait while one looks
         self.accelerator = accelerate.Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu,
                                                   kwargs_handlers=[waiting])
+        if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:  # asked for, but not started
+            say("warning: accelerate was asked for several processes and has started one: without MPI, "
+                "`accelerate launch --cpu` can do no more; use --multi_gpu in its place, and --cpu after this program's name")
         device = self.accelerator.device
         self.teachers = Teachers(pair_teachers(options.teacher, options.teacher_weights, options.objective), device)
         self.judge = load_judge(options.judge, self.teachers, device) if options.judge else None
@@ -145,6 +148,7 @@ class Trainer:
         if side > family.largest_side:
             raise Trouble(EXIT_CONFIG, f"--resolution must be at most {family.largest_side} for {options.model}, got {side}")
         guidance = family.usual_guidance if options.guidance is None else options.guidance
+        self.pipeline_identity = identify_weights(family.pipeline)  # before LoRA weights are among them
         lora = Lora(options.lora_rank, tuple(options.lora_targets or family.lora_targets), options.seed)
         self.painter = Painter(family, Painting(side, options.denoising_steps, guidance), lora, device,
                                options.gradient_checkpointing)
@@ -208,9 +212,10 @@ class Trainer:
         options = self.options
         lora = self.painter.lora()
         denoiser = self.painter.family.denoiser
+        world = self.accelerator.num_processes
         say(f"{sum(weight.numel() for weight in lora.values()):,} LoRA weights in float32 learn, in a "
             f"{type(denoiser).__name__} in {str(denoiser.dtype).removeprefix('torch.')}; {self.images_per_step} images of "
-            f"{self.painter.painting.side} px a step")
+            f"{self.painter.painting.side} px a step, by {'one process' if world == 1 else f'{world} processes'}")
         others = [self.judge.family.model] if self.judge else []
         memory = measure_step(self.painter, self.teachers, others, options.batch, options.gradient_steps,
                               options.gradient_checkpointing, bool(options.ema))
@@ -372,6 +377,7 @@ class Trainer:
         options = {name: str(value) for name, value in vars(self.options).items() if name not in HARMLESS_OPTIONS}
         sources = {"images_per_step": str(self.images_per_step), "resolution": str(self.painter.painting.side),
                    "guidance": str(self.painter.painting.guidance), "held_out_prompts": digest_of(self.held_out),
+                   "pipeline_weights": self.pipeline_identity,
                    "teacher_weights_files": " ".join(scorer.files.identity for scorer in self.teachers.scorers),
                    "judge_weights_files": self.judge.files.identity if self.judge else "",
                    "training_data": self.curated.digest() if self.curated else digest_of(self.prompts)}

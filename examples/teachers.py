@@ -32,8 +32,9 @@ class Teachers(torch.nn.Module):
         super().__init__()
         total = sum(setting.weight for setting in settings)
         self.weights = [setting.weight / total for setting in settings]
-        self.losses = torch.nn.ModuleList(
-            DissimilarityLoss(on_device(load_config(setting.config), device), setting.objective) for setting in settings)
+        self.losses = [DissimilarityLoss(on_device(load_config(setting.config), device), setting.objective)
+                       for setting in settings]
+        self.parts = torch.nn.ModuleList(self.losses)  # whose weights are this module's as well
         self.to(device)
 
     def forward(self, images: torch.Tensor, captions: Sequence[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -75,5 +76,5 @@ def pair_teachers(configs: Sequence[pathlib.Path], weights: Sequence[float] | No
     shares = list(weights or [1.0] * len(configs))
     if not all(0 < share < float("inf") for share in shares):
         raise Trouble(EXIT_CONFIG, f"--teacher-weights must be above 0, got {' '.join(map(str, shares))}")
-    aims = list(objectives or ["cosine"] * len(configs))
-    return [TeacherSetting(*entry) for entry in zip(configs, shares, aims, strict=True)]
+    aims: list[Objective] = list(objectives) if objectives else ["cosine" for _ in configs]
+    return [TeacherSetting(config, share, aim) for config, share, aim in zip(configs, shares, aims, strict=True)]

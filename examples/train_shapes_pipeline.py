@@ -15,6 +15,7 @@ the brightness of the background would leak through the last step of noise, and 
 """
 import argparse
 import functools
+import json
 import math
 import pathlib
 import random
@@ -42,6 +43,7 @@ sys.path.insert(0, str(CHALLENGE_SET))
 from draw_shapes import Scene, caption, draw, held_out_scenes, random_scene  # noqa: E402 - lies in the folder named just above
 
 SIDE = 32
+PATCH = 4  # pixels of a side, in flow matching's transformer
 BATCH = 16
 MIDDLE = 0.5  # the mean of the drawings' colours in [0, 1]
 SPREAD = 0.37  # and their deviation
@@ -66,7 +68,7 @@ def training_drawings(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     rng = random.Random(seed)
     forbidden = {caption(scene) for scene in held_out_scenes()}
     pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
-    captions = []
+    captions: list[str] = []
     while len(captions) < count:
         scene = random_scene(rng, 1)
         if scene.things[0].size == "large" and caption(scene) not in forbidden:
@@ -126,11 +128,11 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_transformer(text_width: int, pooled_width: int) -> SD3Transformer2DModel:
-    """Six layers, 64 wide, on 16 x 16 patches of two pixels."""
+    """Six layers, 64 wide, on 8 x 8 patches of four pixels: patches of two would take three times as long."""
     return SD3Transformer2DModel(
-        sample_size=SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=6, attention_head_dim=16,
+        sample_size=SIDE, patch_size=PATCH, in_channels=3, out_channels=3, num_layers=6, attention_head_dim=16,
         num_attention_heads=4, joint_attention_dim=text_width, caption_projection_dim=64, pooled_projection_dim=pooled_width,
-        pos_embed_max_size=SIDE // 2)
+        pos_embed_max_size=SIDE // PATCH)
 
 
 def build_noise_pipeline() -> StableDiffusionPipeline:
@@ -147,6 +149,7 @@ def build_noise_pipeline() -> StableDiffusionPipeline:
 def build_flow_pipeline() -> StableDiffusion3Pipeline:
     """With a transformer that has learnt nothing yet, and no T5."""
     width = CLIPConfig.from_pretrained(CHALLENGE_SET / "shapes_clip").projection_dim
+    assert width  # of the bundled model
     tower = CLIPTextModelWithProjection.from_pretrained(CHALLENGE_SET / "shapes_clip", projection_dim=width)
     tower.eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(CHALLENGE_SET / "shapes_clip")
@@ -233,7 +236,7 @@ def train_denoiser(denoiser: torch.nn.Module, ask: Objective, latents: torch.Ten
 
 
 def train(out: pathlib.Path, kind: str, seed: int, drawings: int, steps: int) -> None:
-    """Make the whole pipeline from `seed` and write it to `out`; `kind` is noise or flow."""
+    """Make the whole pipeline from `seed` and write it to `out`, `trained.json` last; `kind` is noise or flow."""
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()  # else it lists the vision tower, which is not asked for here
     transformers.utils.logging.disable_progress_bar()
@@ -255,6 +258,8 @@ def train(out: pathlib.Path, kind: str, seed: int, drawings: int, steps: int) ->
         average.copy_to(denoiser.parameters())
         pipeline.save_pretrained(out)
         average.restore(denoiser.parameters())
+    settings = {"kind": kind, "seed": seed, "drawings": drawings, "steps": steps}
+    (out / "trained.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class Tar:
                 for member in tar:
                     if member.isfile():
                         yield member
-                    tar.members = []  # or it would keep them all
+                    tar.members = []  # type: ignore[attr-defined] # or it would keep them all
         except tarfile.TarError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {self.path}: {error} (a tar must not be compressed)") from None
 

@@ -247,6 +247,13 @@ def shelf(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pipeline_shelf(tmp_path_factory):
+    """Folders of tiny text-to-image pipelines by their family, each built on first use: pipeline_shelf("flux")."""
+    from tiny_pipelines import PipelineShelf
+    return PipelineShelf(tmp_path_factory.mktemp("pipelines"))
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint():
     """The URL of an S3 server on loopback."""
     import store_server

@@ -2,19 +2,20 @@
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import BUNDLED_MODEL, ROOT
 from PIL import Image
+from tiny_pipelines import command_line
 
 import image_text_sim_clip as script
 
-pytest.importorskip("diffusers", reason="needs examples/requirements.txt")
-pytest.importorskip("peft", reason="needs examples/requirements.txt")
 sys.path.insert(0, str(ROOT / "challenge_set"))
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -54,9 +55,8 @@ def arguments(pipeline_folder, tmp_path, write_config):
     def make(**changes):
         options = {"model": pipeline_folder, "prompts": tmp_path / "prompts.csv", "teacher": teacher,
                    "output": tmp_path / "tuned", "steps": 4, "batch": 2, "denoising_steps": 3, "gradient_steps": 2,
-                   "guidance": 2, "learning_rate": 0.01, "save_every": 2, "evaluate_every": 2, "cpu": "", **changes}
-        return [str(part) for key, value in options.items() if value is not None
-                for part in ([f"--{key.replace('_', '-')}", value] if value != "" else [f"--{key.replace('_', '-')}"])]
+                   "guidance": 2, "learning_rate": 0.01, "save_every": 2, "evaluate_every": 2, "cpu": [], **changes}
+        return command_line(options)
     return make
 
 
@@ -166,7 +166,7 @@ def test_loss_falls_on_a_fixed_batch(arguments):
 
 def test_gradient_checkpointing_and_bf16_change_little(arguments, tmp_path):
     plain = start(arguments()).advance(0)["loss"]
-    assert start(arguments(gradient_checkpointing="")).advance(0)["loss"] == pytest.approx(plain, abs=1e-5)
+    assert start(arguments(gradient_checkpointing=[])).advance(0)["loss"] == pytest.approx(plain, abs=1e-5)
     accelerate_state = finetune.accelerate.state.AcceleratorState
     accelerate_state._reset_state(True)  # a process has one precision, and this one had float32
     try:
@@ -325,7 +325,7 @@ def test_other_options_on_the_same_output_are_refused_unless_fresh(arguments):
     assert caught.value.exit_code == 2
     with pytest.raises(script.Trouble, match="holds 2 steps already"):
         start(arguments(steps=1)).run()
-    assert start(arguments(learning_rate=0.02, fresh="", steps=1)).run()["steps"] == 1
+    assert start(arguments(learning_rate=0.02, fresh=[], steps=1)).run()["steps"] == 1
 
 
 def test_missing_library_is_one_line(arguments, tmp_path):
@@ -377,22 +377,109 @@ def test_accumulated_batches_give_the_weights_of_one_large_batch(arguments, imag
     assert relative_difference(state_of(tmp_path / "many"), state_of(tmp_path / "one")) < 1e-2
 
 
-@pytest.mark.slow  # two processes load everything
-def test_two_processes_give_the_weights_of_one_with_twice_the_batch(arguments, tmp_path):
-    """Within rounding; and one of them alone prints the summary."""
-    start(arguments(output=tmp_path / "one", batch=4, steps=3)).run()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, str(ROOT / "examples/finetune_text_to_image.py"),
-               *arguments(output=tmp_path / "two", batch=2, steps=3)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100)
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", "0"]
+LAUNCHERS = {"accelerate": [*ACCELERATE, "--multi_gpu"],
+             "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+
+
+def launch(launcher, arguments):
+    """Run the command under a launcher; returns what it wrote to stdout and to stderr."""
+    command = [sys.executable, *launcher, str(ROOT / "examples/finetune_text_to_image.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=110)
     assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1
+    return done.stdout, done.stderr
+
+
+@pytest.mark.slow  # two processes load everything
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch(arguments, tmp_path, launcher):
+    """Within rounding; and one of them alone talks."""
+    start(arguments(output=tmp_path / "one", batch=4, steps=3)).run()
+    stdout, stderr = launch(LAUNCHERS[launcher], arguments(output=tmp_path / "two", batch=2, steps=3))
+    assert "4 images of 16 px a step, by 2 processes" in stderr and "warning" not in stderr
+    assert len([line for line in stdout.splitlines() if line.startswith("{")]) == 1
     assert relative_difference(state_of(tmp_path / "two"), state_of(tmp_path / "one")) < 1e-2
 
 
-def test_demonstration_holds_out_what_it_scores(tmp_path):
+@pytest.mark.slow  # a launcher loads everything
+def test_one_process_in_place_of_two_is_warned_of(arguments, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one without a word: the program says it."""
+    _, stderr = launch([*ACCELERATE, "--cpu"], arguments(steps=1))
+    assert "2 images of 16 px a step, by one process" in stderr
+    assert "warning: accelerate was asked for several processes and has started one" in stderr
+
+
+@pytest.mark.slow  # the command, three times
+def test_command_that_is_killed_goes_on_to_the_same_weights(arguments, tmp_path):
+    """SIGKILL as soon as a state is there; what is left is taken up as if nothing had been."""
+    options = {"steps": 30, "save_every": 3, "evaluate_every": 10}
+    start(arguments(output=tmp_path / "whole", **options)).run()
+    command = [sys.executable, str(ROOT / "examples/finetune_text_to_image.py")]
+    command += arguments(output=tmp_path / "killed", **options)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "killed/state.pt").exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "killed/state.pt", weights_only=True)["step"] < 30
+    start(arguments(output=tmp_path / "killed", **options)).run()
+    whole = state_of(tmp_path / "whole")
+    killed = state_of(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+# ── The demonstration ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def demonstration():
+    """The program that demonstrates it all."""
     sys.path.insert(0, str(ROOT / "examples"))
-    import demonstrate_finetuning as demonstration
+    return pytest.importorskip("demonstrate_finetuning")
+
+
+def test_demonstration_does_what_is_missing_and_no_more(demonstration, tmp_path):
+    """Step by step, two at a time; what is needed and not there is named, and a step that fails ends it."""
+    def step(name, *needs, code=0):
+        program = f"import pathlib, sys; sys.exit({code}) if {code} else pathlib.Path(sys.argv[1]).open('x')"
+        return demonstration.Step(name, ["-c", program, tmp_path / name], tmp_path / name, needs)
+    steps = [step("judge"), step("seed-0", "judge", "pipeline"), step("pipeline"), step("bad", code=3)]
+    for chosen, message, code in ((["seed-0"], "the step seed-0 needs judge, which is not there", 2),
+                                  (["sed-0"], "no step 'sed-0': --only takes judge, seed-0, pipeline, bad", 2),
+                                  (["bad"], "the step bad failed with exit code 3", 4)):
+        with pytest.raises(script.Trouble, match=message) as caught:
+            demonstration.carry_out(steps, chosen, 2)
+        assert caught.value.exit_code == code
+    demonstration.carry_out(steps, ["judge"], 2)
+    demonstration.carry_out(steps[:3], [], 2)  # each may be done but once: `x` refuses a file that is there
+    assert all((tmp_path / name).exists() for name in ("judge", "pipeline", "seed-0"))
+
+
+def test_demonstration_lists_its_steps(demonstration, tmp_path, capsys):
+    """With what is done; nothing is written."""
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge/processor_config.json").write_text("{}")
+    assert demonstration.main(["--out", str(tmp_path), "--kind", "flow", "--list"]) == 0
+    lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert lines == {"judge": "done", **dict.fromkeys(["pipeline", "second", *(f"{name}-{seed}" for seed in (0, 1, 2)
+                                                                               for name in ("seed", "two"))], "to do")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["judge"]
+
+
+@pytest.mark.parametrize("kind", ["noise", "flow"])
+def test_demonstration_asks_for_what_the_fine_tuning_takes(demonstration, tmp_path, kind):
+    """Every command line of a fine-tuning is one."""
+    tunings = [step for step in demonstration.list_steps(tmp_path, kind) if step.needs]
+    for step in tunings:
+        options = finetune.parse_arguments([str(part) for part in step.command[1:]])
+        assert options.output == step.result.parent and options.judge and options.cpu
+        assert len(options.teacher) == (2 if step.name.startswith("two") else 1)
+    assert len(tunings) == {"noise": 4, "flow": 6}[kind]
+
+
+def test_demonstration_holds_out_what_it_scores(demonstration, tmp_path):
     demonstration.write_inputs(tmp_path)
     training, held_out = (finetune.read_prompts(tmp_path / f"{name}.csv", "caption") for name in ("prompts", "held_out"))
     _, drawn = shapes_pipeline.training_drawings(300, seed=0)
@@ -401,10 +488,8 @@ def test_demonstration_holds_out_what_it_scores(tmp_path):
     assert script.load_config(tmp_path / "judge.yaml").pretrained_model == str(tmp_path / "judge")
 
 
-def test_judge_is_compared_where_the_teacher_is_the_same():
+def test_judge_is_compared_where_the_teacher_is_the_same(demonstration):
     """On the line between two looks; the level is the lowest that both runs reach."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import demonstrate_finetuning as demonstration
     one = {"0": {"teacher": 0.6, "judge": 0.6}, "80": {"teacher": 0.4, "judge": 0.5}, "160": {"teacher": 0.2, "judge": 0.48}}
     two = {"0": {"teacher": 0.7, "teacher_1": 0.6, "judge": 0.6}, "80": {"teacher": 0.5, "teacher_1": 0.3, "judge": 0.3}}
     assert demonstration.compare_at_same_teacher(one, two) == {

@@ -1,20 +1,17 @@
 """Each family of pipelines, on a tiny random one: painting, gradients, losses, LoRA weights and resumptions are right."""
 import argparse
 import json
-import sys
+import shutil
 
 import pytest
-import torch
-from conftest import BUNDLED_MODEL, ROOT
+from conftest import BUNDLED_MODEL
+from tiny_pipelines import BUILDERS, PROMPTS, SIDE, command_line, kill_at
 
 import image_text_sim_clip as script
 
-pytest.importorskip("diffusers", reason="needs examples/requirements.txt")
-pytest.importorskip("peft", reason="needs examples/requirements.txt")
-sys.path.insert(0, str(ROOT / "tests"))
-
+# isort: split
 import diffusers
-import tiny_pipelines
+import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from addons.loss import DissimilarityLoss
@@ -22,32 +19,15 @@ from examples import finetune_text_to_image as finetune
 from examples.painter import ImitationDraws, Lora, Painter, Painting
 from examples.pipelines import Framing, families, load_family
 
-SIDE = tiny_pipelines.SIDE
-PROMPTS = ["a large red circle on a white background", "a small blue star on a black background",
-           "a large green square on a grey background", "a small pink ring on a white background"]
-FAMILIES = list(tiny_pipelines.BUILDERS)
+FAMILIES = list(BUILDERS)
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A function from a family's file name to the folder of its tiny pipeline."""
-    made = {}
-
-    def folder_of(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            tiny_pipelines.BUILDERS[name](folder).save_pretrained(folder / "pipeline")
-            made[name] = folder / "pipeline"
-        return made[name]
-    return folder_of
-
-
 @pytest.fixture
-def painter_of(folders):
+def painter_of(pipeline_shelf):
     """Load a family's tiny pipeline as a Painter; its LoRA weights are random, not without effect as at a run's start."""
     def make(name, denoising_steps=3, guidance=None):
-        family = load_family(str(folders(name)), "main", torch.float32)
+        family = load_family(str(pipeline_shelf(name)), "main", torch.float32)
         guidance = family.usual_guidance if guidance is None else guidance
         lora = Lora(4, family.lora_targets, 0)
         painter = Painter(family, Painting(SIDE, denoising_steps, guidance), lora, torch.device("cpu"))
@@ -59,19 +39,16 @@ def painter_of(folders):
 
 
 @pytest.fixture
-def start(folders, tmp_path, write_config):
+def start(pipeline_shelf, tmp_path, write_config):
     """Put a Trainer together for a family's tiny pipeline; keywords replace options."""
     (tmp_path / "prompts.csv").write_text("caption\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
     teacher = write_config("teacher.yaml", pretrained_model=BUNDLED_MODEL)
 
     def make(name, **changes):
-        options = {"model": folders(name), "prompts": tmp_path / "prompts.csv", "teacher": teacher, "resolution": SIDE,
+        options = {"model": pipeline_shelf(name), "prompts": tmp_path / "prompts.csv", "teacher": teacher, "resolution": SIDE,
                    "output": tmp_path / "tuned", "steps": 4, "batch": 2, "denoising_steps": 2, "gradient_steps": 1,
-                   "learning_rate": 0.01, "save_every": 2, "evaluate_every": 4, "guidance": 2, **changes}
-        arguments = ["--cpu"]
-        for key, value in options.items():
-            arguments += [f"--{key.replace('_', '-')}", str(value)]
-        return finetune.Trainer(finetune.parse_arguments(arguments))
+                   "learning_rate": 0.01, "save_every": 2, "evaluate_every": 4, "guidance": 2, "cpu": [], **changes}
+        return finetune.Trainer(finetune.parse_arguments(command_line(options)))
     return make
 
 
@@ -102,13 +79,13 @@ def test_every_file_of_a_family_is_found():
 
 @every_family
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_painting_is_what_diffusers_paints(painter_of, folders, name, guidance):
+def test_painting_is_what_diffusers_paints(painter_of, pipeline_shelf, name, guidance):
     """From the same noise, with and without guidance, by the class's own `__call__` without LoRA weights."""
     painter = painter_of(name, guidance=guidance)
     noise = painter.noise(2, torch.Generator().manual_seed(3))
     with painter.without_lora():
         ours = painter.paint(PROMPTS[:2], noise).images
-    pipeline = getattr(diffusers, painter.family.pipeline_class).from_pretrained(folders(name))
+    pipeline = getattr(diffusers, painter.family.pipeline_class).from_pretrained(pipeline_shelf(name))
     theirs = own_call(pipeline, PROMPTS[:2], noise, guidance)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert theirs.std() > 0.01  # not a grey plate
@@ -310,18 +287,22 @@ def test_loss_falls_on_a_fixed_batch_and_only_lora_weights_move(start, name):
 
 @pytest.mark.slow  # three runs
 @every_family
-def test_resumed_run_has_the_same_weights_and_saved_weights_paint_the_same(start, folders, tmp_path, name):
-    """Stopped after two steps and begun again: as undisturbed. What is saved loads by the class's own load_lora_weights."""
+def test_resumed_run_has_the_same_weights_and_saved_weights_paint_the_same(start, pipeline_shelf, tmp_path, monkeypatch, name):
+    """Killed in the fourth step, after a save at the second, and begun again: as undisturbed.
+
+    What is saved loads by the class's own load_lora_weights.
+    """
     whole = start(name, output=tmp_path / "whole")
     whole.run()
-    start(name, output=tmp_path / "halves", steps=2).run()
-    second = start(name, output=tmp_path / "halves")
+    kill_at(start(name, output=tmp_path / "killed"), 3, monkeypatch)
+    assert torch.load(tmp_path / "killed/state.pt", weights_only=True)["step"] == 2
+    second = start(name, output=tmp_path / "killed")
     second.run()
     for key, weight in whole.painter.lora().items():
         assert torch.equal(weight, second.painter.lora()[key])
     noise = whole.painter.noise(2, torch.Generator().manual_seed(3))
     ours = whole.painter.paint(PROMPTS[:2], noise).images
-    pipeline = getattr(diffusers, whole.painter.family.pipeline_class).from_pretrained(folders(name))
+    pipeline = getattr(diffusers, whole.painter.family.pipeline_class).from_pretrained(pipeline_shelf(name))
     base = own_call(pipeline, PROMPTS[:2], noise, 2, steps=2)
     pipeline.load_lora_weights(tmp_path / "whole")
     assert torch.allclose(own_call(pipeline, PROMPTS[:2], noise, 2, steps=2), ours, atol=1e-5)
@@ -329,20 +310,20 @@ def test_resumed_run_has_the_same_weights_and_saved_weights_paint_the_same(start
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
-def test_fewer_tokens_of_t5_are_what_the_class_paints_with_as_many(start, folders, name):
+def test_fewer_tokens_of_t5_are_what_the_class_paints_with_as_many(start, pipeline_shelf, name):
     """`--text-tokens` is `max_sequence_length` of the class's own call."""
     painter = start(name, text_tokens=8).painter
     noise = painter.noise(1, torch.Generator().manual_seed(3))
     with painter.without_lora():
         ours = painter.paint(PROMPTS[:1], noise).images
-    pipeline = getattr(diffusers, painter.family.pipeline_class).from_pretrained(folders(name))
+    pipeline = getattr(diffusers, painter.family.pipeline_class).from_pretrained(pipeline_shelf(name))
     few, many = (own_call(pipeline, PROMPTS[:1], noise, 2, steps=2, max_sequence_length=count) for count in (8, 64))
     assert torch.allclose(ours, few, atol=1e-5) and not torch.allclose(few, many, atol=1e-5)
 
 
-def test_autoencoder_of_sdxl_stays_in_float32(folders):
+def test_autoencoder_of_sdxl_stays_in_float32(pipeline_shelf):
     """Also in a pipeline that is loaded in bfloat16, and under autocast."""
-    family = load_family(str(folders("stable_diffusion_xl")), "main", torch.bfloat16)
+    family = load_family(str(pipeline_shelf("stable_diffusion_xl")), "main", torch.bfloat16)
     assert family.denoiser.dtype == torch.bfloat16 and family.pipeline.vae.dtype == torch.float32
     latents = torch.randn(1, *family.latent_shape(SIDE))
     with torch.autocast("cpu", torch.bfloat16):
@@ -373,10 +354,9 @@ def test_settings_that_do_not_fit_a_family_are_one_line(start):
 
 
 @pytest.mark.slow  # another pipeline is built
-def test_autoencoder_with_a_mean_and_a_deviation_for_each_channel(folders, tmp_path):
+def test_autoencoder_with_a_mean_and_a_deviation_for_each_channel(pipeline_shelf, tmp_path):
     """As some for SDXL have: painted as the class paints, and what is encoded is decoded again."""
-    import shutil
-    shutil.copytree(folders("stable_diffusion_xl"), tmp_path / "copy")
+    shutil.copytree(pipeline_shelf("stable_diffusion_xl"), tmp_path / "copy")
     config = tmp_path / "copy/vae/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"latents_mean": [-1.6, 0.3, 2.2, 1.6],
                                                                    "latents_std": [8.4, 5.9, 4.4, 5.1]}))
@@ -391,10 +371,9 @@ def test_autoencoder_with_a_mean_and_a_deviation_for_each_channel(folders, tmp_p
     assert torch.allclose(family.decode(family.encode_images(images)), (once / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
 
-def test_model_of_edm_is_refused(folders, tmp_path):
+def test_model_of_edm_is_refused(pipeline_shelf, tmp_path):
     """Its noise is not that of DDIM, whatever its prediction_type says."""
-    import shutil
-    shutil.copytree(folders("stable_diffusion_xl"), tmp_path / "copy")
+    shutil.copytree(pipeline_shelf("stable_diffusion_xl"), tmp_path / "copy")
     index = tmp_path / "copy/model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
     (tmp_path / "copy/scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "EDMEulerScheduler"}))
@@ -402,10 +381,9 @@ def test_model_of_edm_is_refused(folders, tmp_path):
         load_family(str(tmp_path / "copy"), "main", torch.float32)
 
 
-def test_scheduler_of_another_kind_is_refused(folders, tmp_path):
+def test_scheduler_of_another_kind_is_refused(pipeline_shelf, tmp_path):
     """A transformer that predicts velocity with a scheduler that expects noise: nothing sensible comes of it."""
-    import shutil
-    shutil.copytree(folders("flux"), tmp_path / "copy")
+    shutil.copytree(pipeline_shelf("flux"), tmp_path / "copy")
     index = tmp_path / "copy/model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]}))
     (tmp_path / "copy/scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))

@@ -1,22 +1,19 @@
 """Training with several teachers, a judge, patience and an average: the error, when it ends, what is kept, what it costs."""
 import io
 import json
-import sys
+import shutil
 import tarfile
 
 import pytest
-import torch
-from conftest import BUNDLED_MODEL, ROOT
+from conftest import BUNDLED_MODEL
+from tiny_pipelines import BUILDERS, PROMPTS, SIDE, command_line, kill_at
 
 import image_text_sim_clip as script
 
-pytest.importorskip("diffusers", reason="needs examples/requirements.txt")
-pytest.importorskip("peft", reason="needs examples/requirements.txt")
-sys.path.insert(0, str(ROOT / "tests"))
-
+# isort: split
 import diffusers
-import tiny_pipelines
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from addons.curation.export import add_member
 from examples import finetune_text_to_image as finetune
@@ -25,31 +22,12 @@ from examples.painter import relative_norm_change
 from examples.teachers import Teachers, pair_teachers
 from examples.watching import Patience, read_log
 
-SIDE = tiny_pipelines.SIDE
-PROMPTS = ["a large red circle on a white background", "a small blue star on a black background",
-           "a large green square on a grey background", "a small pink ring on a white background"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A function from a family's file name to the folder of its tiny pipeline."""
-    made = {}
-
-    def folder_of(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            tiny_pipelines.BUILDERS[name](folder).save_pretrained(folder / "pipeline")
-            made[name] = folder / "pipeline"
-        return made[name]
-    return folder_of
 
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory):
     """A folder with the bundled model, its weights changed: another scorer that costs nothing to build."""
-    import shutil
-
     from models import change_weights
     folder = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(BUNDLED_MODEL, folder)
@@ -69,19 +47,15 @@ def configs(write_config, other_model):
 
 
 @pytest.fixture
-def start(folders, tmp_path, configs):
+def start(pipeline_shelf, tmp_path, configs):
     """Put a Trainer together for FLUX's tiny pipeline (or another's); keywords replace options, None removes them."""
     (tmp_path / "prompts.csv").write_text("caption\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
 
     def make(name="flux", **changes):
-        options = {"model": folders(name), "prompts": tmp_path / "prompts.csv", "teacher": [configs[0]], "resolution": SIDE,
-                   "output": tmp_path / "tuned", "steps": 4, "batch": 2, "denoising_steps": 2, "gradient_steps": 1,
-                   "learning_rate": 0.01, "save_every": 2, "evaluate_every": 2, "cpu": [], **changes}
-        arguments = []
-        for key, value in options.items():
-            if value is not None:
-                arguments += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-        return finetune.Trainer(finetune.parse_arguments(arguments))
+        options = {"model": pipeline_shelf(name), "prompts": tmp_path / "prompts.csv", "teacher": [configs[0]],
+                   "resolution": SIDE, "output": tmp_path / "tuned", "steps": 4, "batch": 2, "denoising_steps": 2,
+                   "gradient_steps": 1, "learning_rate": 0.01, "save_every": 2, "evaluate_every": 2, "cpu": [], **changes}
+        return finetune.Trainer(finetune.parse_arguments(command_line(options)))
     return make
 
 
@@ -202,10 +176,6 @@ def test_average_is_diffusers_own_and_is_what_is_saved(start, tmp_path):
 
 # ── Killed, and out of room ───────────────────────────────────────────────────────────────────────────────────────────
 
-class Killed(BaseException):
-    """What ends a run here, with nothing written after it."""
-
-
 @pytest.fixture
 def webdataset(tmp_path, noise):
     """Six curated images in a tar."""
@@ -229,15 +199,7 @@ def test_killed_and_resumed_is_undisturbed(start, webdataset, tmp_path, monkeypa
         options |= {"prompts": None, "images": webdataset, "drop_captions": 0.3}
     start(output=tmp_path / "whole", **options).run()
     killed = start(output=tmp_path / "killed", **options)
-    learn = killed._learn
-
-    def learn_or_die(step):
-        if step == 3:
-            raise Killed
-        learn(step)
-    monkeypatch.setattr(killed, "_learn", learn_or_die)
-    with pytest.raises(Killed):
-        killed.run()
+    kill_at(killed, 3, monkeypatch)
     with (tmp_path / "killed/log.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')
     start(output=tmp_path / "killed", **options).run()
@@ -281,7 +243,7 @@ def test_no_room_is_one_line_and_loses_nothing(start, tmp_path, monkeypatch):
 
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("name", list(tiny_pipelines.BUILDERS))
+@pytest.mark.parametrize("name", list(BUILDERS))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_that_is_told_is_what_autograd_keeps(start, name, checkpointing):
     """To the byte: what a step without data counts, and what a real one keeps."""
@@ -329,22 +291,29 @@ def test_settings_that_do_not_belong_together_are_one_line(start, configs, webda
         assert message in str(caught.value)
 
 
-def test_resumption_with_other_settings_is_refused(start, configs, tmp_path, write_config, other_model):
-    """Other prompts in the same file, another model behind the same config, more images a step: each is named."""
-    start(steps=2).run()
+def test_resumption_with_other_settings_is_refused(start, pipeline_shelf, tmp_path, write_config, other_model):
+    """More images a step, other prompts in the same file, other weights behind the same config or path: each is named."""
+    model = shutil.copytree(pipeline_shelf("flux"), tmp_path / "pipeline")
+    start(steps=2, model=model).run()
     kept = (tmp_path / "tuned/state.pt").read_bytes()
-    prompts = (tmp_path / "prompts.csv").read_text()
-    for change, name in ((lambda: start(accumulate=2), "images_per_step"), (lambda: start(seed=1), "seed")):
-        with pytest.raises(script.Trouble, match=f"begun with another {name}") as caught:
-            change().run()
+
+    def refuse(name, **changes):
+        with pytest.raises(script.Trouble, match=f"begun with another {name} ") as caught:
+            start(model=model, **changes).run()
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    refuse("images_per_step", accumulate=2)
+    refuse("seed", seed=1)
+    prompts = (tmp_path / "prompts.csv").read_text()
     (tmp_path / "prompts.csv").write_text(prompts + "a large white heart on a red background\n")
-    with pytest.raises(script.Trouble, match="begun with another training_data"):
-        start().run()
+    refuse("training_data")
     (tmp_path / "prompts.csv").write_text(prompts)
     write_config("first.yaml", pretrained_model=str(other_model))
-    with pytest.raises(script.Trouble, match="begun with another teacher_weights_files"):
-        start().run()
+    refuse("teacher_weights_files")
+    write_config("first.yaml", pretrained_model=BUNDLED_MODEL)
+    weights = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
+    name, value = next((name, value) for name, value in weights.items() if value.ndim == 2)
+    save_file(weights | {name: value + 0.01}, model / "transformer/diffusion_pytorch_model.safetensors")
+    refuse("pipeline_weights")
     assert (tmp_path / "tuned/state.pt").read_bytes() == kept
 
 

@@ -1,11 +1,18 @@
 """Tiny random pipelines of diffusers' own classes, one for each family: up to a few hundred thousand weights, 32 x 32 pixels.
 
+A test file that imports this is skipped where the examples' packages are missing.
+
 The text towers that want CLIP are the bundled model's; T5 is random, with a small vocabulary of its own. Weights are drawn
 larger than the libraries do, so that prompts and times show in what is painted.
 """
 import io
 import math
 import pathlib
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs examples/requirements.txt")
+pytest.importorskip("peft", reason="needs examples/requirements.txt")
 
 import sentencepiece
 import torch
@@ -34,7 +41,9 @@ from transformers import (
 )
 
 SIDE = 32
-WORDS = ["a large red circle on a white background", "a small blue star on a black background", "nothing at all"]
+PROMPTS = ["a large red circle on a white background", "a small blue star on a black background",
+           "a large green square on a grey background", "a small pink ring on a white background"]
+T5_TEXTS = [*PROMPTS[:2], "nothing at all"]  # what its vocabulary is made of
 
 
 def liven(module: torch.nn.Module) -> torch.nn.Module:
@@ -82,7 +91,7 @@ def build_t5(folder: pathlib.Path, width: int) -> tuple[T5EncoderModel, T5Tokeni
     """A random T5 encoder with a vocabulary of few pieces."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS), model_writer=trained, model_type="unigram", vocab_size=60, hard_vocab_limit=False,
+        sentence_iterator=iter(T5_TEXTS), model_writer=trained, model_type="unigram", vocab_size=60, hard_vocab_limit=False,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
     (folder / "spiece.model").write_bytes(trained.getvalue())
     tokenizer = T5TokenizerFast.from_pretrained(folder, extra_ids=0, model_max_length=32)
@@ -139,3 +148,45 @@ def flux(folder: pathlib.Path) -> FluxPipeline:
 
 BUILDERS = {"stable_diffusion": stable_diffusion, "stable_diffusion_xl": stable_diffusion_xl,
             "stable_diffusion_3": stable_diffusion_3, "flux": flux}
+
+
+class PipelineShelf:
+    """The folders of tiny pipelines by their family's file name, each built on first use."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str) -> pathlib.Path:
+        """The folder of this family's pipeline."""
+        target = self.folder / name / "pipeline"
+        if not target.exists():
+            target.parent.mkdir()
+            BUILDERS[name](target.parent).save_pretrained(target)
+        return target
+
+
+def command_line(options: dict[str, object]) -> list[str]:
+    """Options of the fine-tuning as arguments; a list has several values, or none; None leaves the option out."""
+    arguments = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return arguments
+
+
+class Killed(BaseException):
+    """What ends a run here, with nothing written after it."""
+
+
+def kill_at(trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a Trainer that dies in the step of this number, counted from 0, before its weights change."""
+    learn = trainer._learn
+
+    def learn_or_die(number: int) -> None:
+        if number == step:
+            raise Killed
+        learn(number)
+    monkeypatch.setattr(trainer, "_learn", learn_or_die)
+    with pytest.raises(Killed):
+        trainer.run()

@@ -5,6 +5,7 @@ the class that the pipeline's model_index.json names. To add a family, put one f
 `denoising.py` (models that predict noise, and flow matching).
 """
 import dataclasses
+import hashlib
 import importlib
 import pathlib
 import pkgutil
@@ -15,6 +16,8 @@ import torch
 import transformers
 
 from image_text_sim_clip import EXIT_MODEL, Trouble
+
+FIRST_VALUES = 64  # of each weight, in the name of a pipeline's weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +43,12 @@ class Condition:
 
     def replaced_where(self, chosen: torch.Tensor, other: "Condition") -> "Condition":
         """The other's states where `chosen` (n,) bool says so; sizes and crops stay, because they tell of the image."""
-        more = other.tensors()
-        mixed = {"time_ids": self.time_ids}
-        for name in ("states", "pooled"):
-            own = getattr(self, name)
-            if own is not None:
+        mixed = self.tensors()
+        for name, value in other.tensors().items():
+            if name != "time_ids":
+                own = mixed[name]
                 where = chosen.to(own.device).view(-1, *[1] * (own.ndim - 1))
-                mixed[name] = torch.where(where, more[name].to(own), own)
+                mixed[name] = torch.where(where, value.to(own), own)
         return Condition(**mixed)
 
 
@@ -81,7 +83,7 @@ class Family(Protocol):
         """Freeze the pipeline and give it a deterministic scheduler; raises Trouble (exit 6) where that cannot be."""
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> diffusers.ModelMixin:
         """The model that learns: a UNet or a transformer."""
 
     @property
@@ -175,6 +177,18 @@ def load_family(name: str, revision: str, dtype: torch.dtype) -> Family:
         raise Trouble(EXIT_MODEL, f"cannot load the pipeline {name}: {tell(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return known[class_name](pipeline)
+
+
+def identify_weights(pipeline: diffusers.DiffusionPipeline) -> str:
+    """A name for the weights of a pipeline's models, which changes with them: a digest of each one's name, shape and first
+    values."""
+    digest = hashlib.sha256()
+    for part_name, part in sorted(pipeline.components.items()):
+        if isinstance(part, torch.nn.Module):
+            for name, weight in part.named_parameters():
+                digest.update(f"{part_name} {name} {list(weight.shape)}".encode())
+                digest.update(weight.detach().flatten()[:FIRST_VALUES].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def tell(error: BaseException) -> str:

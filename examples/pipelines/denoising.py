@@ -1,4 +1,5 @@
 """What families share: models that predict noise, sampled by DDIM, and flow matching, sampled by Euler's method."""
+import abc
 import contextlib
 import math
 import pathlib
@@ -110,7 +111,7 @@ class NoisePredicting(Autoencoded):
         self.freeze()
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> diffusers.ModelMixin:
         """The UNet."""
         return self.pipeline.unet
 
@@ -177,7 +178,7 @@ class NoisePredicting(Autoencoded):
         type(self.pipeline).save_lora_weights(folder, unet_lora_layers=layers)
 
 
-class FlowMatching(Autoencoded):
+class FlowMatching(Autoencoded, abc.ABC):
     """Families with a transformer that predicts the velocity from image to noise, sampled by Euler's method.
 
     At sigma in [0, 1] the latents are (1 - sigma) clean + sigma noise, and the velocity is noise - clean (Lipman et al. 2023,
@@ -199,7 +200,7 @@ class FlowMatching(Autoencoded):
         self.freeze()
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> diffusers.ModelMixin:
         """The transformer."""
         return self.pipeline.transformer
 
@@ -222,6 +223,10 @@ class FlowMatching(Autoencoded):
         low = config.get("base_shift", 0.5)
         high = config.get("max_shift", usual_max_shift)
         return low + (high - low) * (tokens - few) / (many - few)
+
+    @abc.abstractmethod
+    def predict(self, latents: torch.Tensor, times: torch.Tensor, condition: Condition, guidance: float) -> torch.Tensor:
+        """The velocity at `times`, as the Protocol says."""
 
     def sigmas_of(self, times: torch.Tensor) -> torch.Tensor:
         """(n, 1, 1, 1): the sigmas that belong to times of training."""
