@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := image_text_sim_clip.py curate.py addons challenge_set examples readme_imgs tests
 
-.PHONY: help demo test quick fuzz lint bench bench-scale bench-web bench-stores bench-gpu figures model finetuned clean
+.PHONY: help demo test quick fuzz lint bench bench-scale bench-web bench-stores bench-gpu figures model finetuned finetuned-flow clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ model: .venv/ready  ## train challenge_set/shapes_clip again and draw its images
 
 finetuned: .venv/ready-for-tests  ## fine-tune a tiny text-to-image pipeline with dissimilarity, from three seeds (most of an hour)
 	$(BIN)/python examples/demonstrate_finetuning.py
+
+finetuned-flow: .venv/ready-for-tests  ## the same for a pipeline of flow matching, with one teacher and with two
+	$(BIN)/python examples/demonstrate_finetuning.py --kind flow
 
 clean:  ## remove the virtual environment, caches and the demo's results
 	rm -rf .venv scores .pytest_cache .mypy_cache .ruff_cache .hypothesis

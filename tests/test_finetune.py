@@ -1,5 +1,6 @@
 """The fine-tuning example on a tiny random pipeline: only LoRA weights learn, the loss falls, a run resumes and reloads."""
 import csv
+import importlib
 import json
 import shutil
 import signal
@@ -437,7 +438,7 @@ def test_command_that_is_killed_goes_on_to_the_same_weights(arguments, tmp_path)
 def demonstration():
     """The program that demonstrates it all."""
     sys.path.insert(0, str(ROOT / "examples"))
-    return pytest.importorskip("demonstrate_finetuning")
+    return importlib.import_module("demonstrate_finetuning")
 
 
 def test_demonstration_does_what_is_missing_and_no_more(demonstration, tmp_path):
