@@ -56,6 +56,7 @@ from image_text_sim_clip import EXIT_CONFIG, EXIT_FAILURES, Config, Scorer, Trou
 
 SEEDS = (0, 1, 2)
 TEACHER = "challenge_set/shapes_clip"
+SCORERS = ("teacher", "teacher_1", "teacher_2", "judge")  # as a run's log calls them
 FREE_CAPTION = "a large red circle on a grey background"
 COMMON = ["--cpu", "--batch", "8", "--gradient-steps", "2", "--guidance", "2", "--learning-rate", "1e-3",
           "--images-per-prompt", "2", "--save-every", "20"]
@@ -68,6 +69,7 @@ OF_FLOW = ["--steps", "160", "--denoising-steps", "6", "--evaluate-every", "20",
 VARIED = ["--crop", "0.8", "--noise", "0.1"]
 UNVARIED = ["--crop", "1", "--noise", "0"]
 # flow matching learns these drawings fast: after 300 steps the teacher finds 0.93, after 1,000 it finds 0.29
+SHOWN = {"noise": range(0, 24, 3), "flow": (0, 4, 8, 12, 14, 17, 18, 22)}  # of the held-out prompts, in the README's images
 PIPELINE_STEPS = {"noise": 3000, "flow": 500}
 
 Results = dict[str, dict[str, float]]
@@ -215,22 +217,35 @@ def cut_cell(grid: Image.Image, number: int, side: int, columns: int = 8) -> Ima
     return grid.crop((left, top, left + side, top + side))
 
 
-def draw_comparison(out: pathlib.Path, held_out: pathlib.Path, target: pathlib.Path, side: int, zoom: int = 3) -> None:
-    """Every third held-out prompt, a column each; a pair of rows for each seed, before and after."""
-    rows = [(f"seed {seed}, {when}", out / f"seed-{seed}" / f"{when}.png")
-            for seed, when in itertools.product(SEEDS, ("before", "after"))]
+def grids_of(folder: pathlib.Path, kind: str) -> list[list[tuple[str, pathlib.Path]]]:
+    """For each seed what is shown of it: names of rows, and the grids that they are cut from."""
+    groups = []
+    for seed in SEEDS:
+        one = folder / f"seed-{seed}"
+        rows = [(f"seed {seed}, before", one / "before.png")]
+        if kind == "noise":
+            rows.append((f"seed {seed}, after", one / "after.png"))
+        else:
+            rows += [("one teacher", one / "after.png"), ("two teachers", folder / f"two-{seed}" / "after.png")]
+        groups.append(rows)
+    return groups
+
+
+def draw_comparison(groups: list[list[tuple[str, pathlib.Path]]], held_out: pathlib.Path, cells: Sequence[int],
+                    target: pathlib.Path, side: int, zoom: int = 3) -> None:
+    """Some of the held-out prompts, a column each; a group of rows for each seed."""
+    rows = list(itertools.chain.from_iterable(groups))
     prompts = read_prompts(held_out, "caption")
-    cells = range(0, 24, 3)
     step = side * zoom + 6
     margin = 110
     head = 36
-    sheet = Image.new("RGB", (margin + len(cells) * step, head + len(rows) * step + 8 * len(SEEDS)), "white")
+    sheet = Image.new("RGB", (margin + len(cells) * step, head + len(rows) * step + 8 * len(groups)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, cell in enumerate(cells):
         thing, ground = prompts[cell].removeprefix("a large ").removesuffix(" background").split(" on a ")
         pen.text((margin + column * step, 4), f"{thing}\non {ground}", fill="black")
     for number, (name, path) in enumerate(rows):
-        top = head + number * step + 8 * (number // 2)
+        top = head + number * step + 8 * (number // len(groups[0]))
         grid = Image.open(path).convert("RGB")
         pen.text((4, top + step // 2 - 8), name, fill="black")
         for column, cell in enumerate(cells):
@@ -253,13 +268,12 @@ def shares_of_better(folder: pathlib.Path) -> dict[str, float]:
     first = looks[0]
     last = looks[-1]
     return {name: round(sum(new < old for old, new in zip(first[name], last[name], strict=True)) / len(last[name]), 4)
-            for name in ("teacher", "judge")}
+            for name in SCORERS if name in last}
 
 
 def mean_looks(folder: pathlib.Path) -> Results:
     """Each scorer's mean at each look of a run, by the step."""
-    names = ("teacher", "teacher_1", "teacher_2", "judge")
-    return {str(row["step"]): {name: round(sum(row[name]) / len(row[name]), 4) for name in names if name in row}
+    return {str(row["step"]): {name: round(sum(row[name]) / len(row[name]), 4) for name in SCORERS if name in row}
             for row in read_looks(folder)}
 
 
@@ -321,7 +335,7 @@ def sum_up(out: pathlib.Path, kind: str) -> dict[str, object]:
     results = sum_up_noise(out, side) if kind == "noise" else sum_up_flow(out, side)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     image = "finetuned.png" if kind == "noise" else "finetuned-flow.png"
-    draw_comparison(folder, out / "held_out.csv", ROOT / "readme_imgs" / image, side)
+    draw_comparison(grids_of(folder, kind), out / "held_out.csv", SHOWN[kind], ROOT / "readme_imgs" / image, side)
     return results
 
 

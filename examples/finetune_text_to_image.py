@@ -374,7 +374,8 @@ class Trainer:
 
     def settings(self) -> dict[str, str]:
         """What decides the weights, as text: a resumption must have the same."""
-        options = {name: str(value) for name, value in vars(self.options).items() if name not in HARMLESS_OPTIONS}
+        options = {name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+                   for name, value in vars(self.options).items() if name not in HARMLESS_OPTIONS}
         sources = {"images_per_step": str(self.images_per_step), "resolution": str(self.painter.painting.side),
                    "guidance": str(self.painter.painting.guidance), "held_out_prompts": digest_of(self.held_out),
                    "pipeline_weights": self.pipeline_identity,

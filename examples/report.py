@@ -39,6 +39,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; background: var(--plate); } .wide { overflow-x: auto; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+.moved td:first-child { min-width: 9rem; }
 th + th, td + td { white-space: nowrap; } .settings td + td, .settings th + th { text-align: left; white-space: normal; }
 td { font-variant-numeric: tabular-nums; }
 svg { width: 100%; max-width: 46rem; height: auto; background: var(--plate); }
@@ -237,7 +238,7 @@ def show_moved(prompts: list[str], looks: list[Json], name: str) -> str:
     for title, rows in (("Gained most", gained), ("Lost most", lost)):
         cells = [[f"<bdi>{escape(row['prompt'])}</bdi>", f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}"]
                  for row in rows]
-        table = tabulate(["prompt", "before", "after", "change"], cells) if rows else "<p>None.</p>"
+        table = tabulate(["prompt", "before", "after", "change"], cells, "moved") if rows else "<p>None.</p>"
         sections.append(f"<h2>{title}</h2>{table}")
     return "".join(sections)
 
