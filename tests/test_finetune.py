@@ -1,6 +1,7 @@
 """The fine-tuning example on a tiny random pipeline: only LoRA weights learn, the loss falls, a run resumes and reloads."""
 import csv
 import importlib
+import itertools
 import json
 import shutil
 import signal
@@ -26,6 +27,7 @@ from examples import finetune_text_to_image as finetune
 from examples import train_shapes_pipeline as shapes_pipeline
 from examples import training_data
 from examples.painter import ImitationDraws
+from examples.watching import make_grid
 
 PROMPTS = [f"a {size} {colour} {shape} on a {ground} background" for size in ("small", "large")
            for colour in ("red", "blue") for shape in ("circle", "star") for ground in ("white", "black")]
@@ -487,6 +489,29 @@ def test_demonstration_holds_out_what_it_scores(demonstration, tmp_path):
     assert len(training) + len(held_out) == 8 * 6 * 3 and not set(training) & set(held_out)
     assert set(drawn) <= set(training)
     assert script.load_config(tmp_path / "judge.yaml").pretrained_model == str(tmp_path / "judge")
+
+
+def test_demonstration_shows_and_counts_what_came_of_it(demonstration, tmp_path):
+    """Each seed's rows of the chosen prompts, cut out of the runs' grids; and the share of images that got better."""
+    names = ("before", "after")
+    for run, (number, name) in itertools.product(("seed-0", "seed-1", "seed-2", "two-0", "two-1", "two-2"), enumerate(names)):
+        (tmp_path / run).mkdir(exist_ok=True)
+        blue = 200 if run.startswith("two") else 0
+        images = [Image.new("RGB", (32, 32), (10 * cell, 100 * number, blue)) for cell in range(25)]
+        make_grid(images).save(tmp_path / run / f"{name}.png")
+    demonstration.write_inputs(tmp_path)
+    groups = demonstration.grids_of(tmp_path, "flow")
+    demonstration.draw_comparison(groups, tmp_path / "held_out.csv", (0, 4, 22), tmp_path / "sheet.png", 32)
+    sheet = Image.open(tmp_path / "sheet.png")
+    colours = [[sheet.getpixel((110 + 102 * column + 40, 36 + 102 * row + 40)) for column in range(3)] for row in range(3)]
+    assert sheet.size == (110 + 3 * 102, 36 + 9 * 102 + 3 * 8)
+    assert colours == [[(10 * cell, green, blue) for cell in (0, 4, 22)] for green, blue in ((0, 0), (100, 0), (100, 200))]
+    looks = [{"step": 0, "teacher": [0.5, 0.5], "judge": [0.4, 0.4]}, {"step": 1, "loss": 0.1},
+             {"step": 9, "teacher": [0.4, 0.4], "judge": [0.3, 0.45]}]
+    (tmp_path / "seed-0/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in looks))
+    assert demonstration.shares_of_better(tmp_path / "seed-0") == {"teacher": 1.0, "judge": 0.5}
+    assert demonstration.mean_looks(tmp_path / "seed-0") == {"0": {"teacher": 0.5, "judge": 0.4},
+                                                             "9": {"teacher": 0.4, "judge": 0.375}}
 
 
 def test_judge_is_compared_where_the_teacher_is_the_same(demonstration):
