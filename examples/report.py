@@ -52,6 +52,7 @@ svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; }
 figure { margin: 0; padding: .5rem; background: var(--plate); }
 figure div { display: flex; gap: .25rem; } figure img { width: 50%; min-width: 0; height: auto; image-rendering: auto; }
 .small img { image-rendering: pixelated; }
+@media (max-width: 30rem) { th, td { padding: .25rem .4rem; } .moved td:first-child { min-width: 7rem; } }
 """
 
 

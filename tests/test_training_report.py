@@ -115,6 +115,8 @@ def test_page_opens_from_disk_without_a_request_or_a_message(browser, tmp_path):
         assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
         assert page.evaluate("document.images.length") == 2 * len(HOSTILE)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.evaluate("[...document.querySelectorAll('.moved')].every((each) => each.scrollWidth <= each.clientWidth)")
+        assert page.evaluate("document.querySelector('.moved td').clientWidth >= 100")  # words stay whole
         shown = page.evaluate("[...document.querySelectorAll('figcaption bdi')].map((each) => each.textContent)")
         assert shown[:4] == HOSTILE[:4]
         page.screenshot(path=tmp_path / f"{colours}.png", full_page=True)
