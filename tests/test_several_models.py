@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from family_models import FamilyShelf
+from safetensors.torch import load_file, save_file
 
 import image_text_sim_clip as script
 from addons.models import several
@@ -205,6 +206,21 @@ def test_a_model_that_does_not_fit_is_told_at_start(shapes, run_main, models, mo
     outcome = run_main("--config", shapes(pretrained_model=models, rows=9))
     assert outcome.code == 6 and "pretrained_model.flex" in outcome.stderr and "MiB are free" in outcome.stderr
     assert not list((tmp_path / "out").glob("parts/*.parquet"))
+    planned = run_main("--config", shapes(pretrained_model=models, rows=9), "--plan")
+    assert planned.code == 6 and planned.stderr.splitlines()[-1] == outcome.stderr.splitlines()[-1]
+
+
+def test_stored_in_half_the_bytes_a_model_needs_as_much(models, tmp_path):
+    """What a model needs is counted in the numbers that it holds: on the CPU they become float32, however they are stored."""
+    folder = tmp_path / "half"
+    shutil.copytree(models["xlm"], folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    values = sum(weight.numel() for weight in weights.values())
+    for path in (models["xlm"], folder):
+        files = script.find_model(script.Config(pretrained_model=str(path)))
+        assert several.count_weights(files, "cpu", "bfloat16") == several.count_weights(files, "cuda", "float32") == 4 * values
+        assert several.count_weights(files, "cuda", "float16") == 2 * values
 
 
 def test_plan_tells_the_memory_of_each(shapes, run_main, models):

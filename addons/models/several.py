@@ -6,6 +6,8 @@ captions with the others and adds their columns. On the way from loader to encod
 encoder gives are the embeddings of all models side by side, those of the first model last.
 """
 import dataclasses
+import json
+import math
 import pathlib
 import re
 from concurrent.futures import Future
@@ -129,7 +131,7 @@ class SeveralScorer(Scorer):
     def _load(self, name: str, config: Config) -> Scorer:
         """The scorer of a further model; Trouble (exit 6) that says by how much it does not fit next to the others."""
         import torch
-        needed = count_weights(find_model(config))
+        needed = count_weights(find_model(config), self.device, self.dtype)
         free = free_memory(self.device)
         if needed + SPARE_BYTES > free:
             raise does_not_fit(name, config, needed, free)
@@ -208,13 +210,21 @@ class SeveralScorer(Scorer):
 
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def count_weights(files: ModelFiles) -> int:
-    """The bytes of a model's files of weights."""
+def count_weights(files: ModelFiles, device: str, dtype: str) -> int:
+    """The bytes that a model's weights take on the device: on the CPU they are float32 at first, however they are stored."""
     folder = (files.base or files).folder
     paths: set[pathlib.Path] = set()
     for pattern in WEIGHTS:
         paths.update(folder.glob(pattern))
-    return sum(path.stat().st_size for path in paths)
+    weight_bytes = 4 if device == "cpu" or dtype == "float32" else 2
+    return sum(count_values(path) * weight_bytes if path.suffix == ".safetensors" else path.stat().st_size for path in paths)
+
+
+def count_values(path: pathlib.Path) -> int:
+    """How many numbers a safetensors file holds, as its header says."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def weights_of(scorer: Scorer) -> int:
