@@ -2319,7 +2319,9 @@ class Family:
         transformers.utils.logging.disable_progress_bar()
         adapters = addon("models.adapters", f"the adapter in {name}") if files.has_adapter else None
         one_place = FolderPlaces(files.folder, files.folder, files.folder)
-        with telling_of_model(name), adapters.open_places(files) if adapters else contextlib.nullcontext(one_place) as at:
+        bounds = addon("models.folders", "pretrained_model").bounded_by_weights(files, name) if ADDONS.is_dir() else None
+        with (telling_of_model(name), bounds or contextlib.nullcontext(),
+              adapters.open_places(files) if adapters else contextlib.nullcontext(one_place) as at):
             model, loading = getattr(transformers, cls.architecture).from_pretrained(
                 at.weights, dtype=torch.float32, attn_implementation=cls.attention, output_loading_info=True,
                 use_safetensors=(files.base or files).safetensors, ignore_mismatched_sizes=True)
@@ -2660,7 +2662,6 @@ class Scorer:
             self.family = find_family(self.files, config.pretrained_model).load(self.files, config.pretrained_model)
             self.settings = self.family.image_settings()
             levels = self._normalised_levels()
-            self._try_files()
         self.decoding = self.settings  # what images are decoded for
         self.pixel_levels = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
         self._float32_model: torch.nn.Module | None = None
@@ -2671,6 +2672,8 @@ class Scorer:
         self.quantization = "none"
         self._compiled: types.ModuleType | None = None
         self.encoders: Family | Encoders = self._open_encoders()
+        with telling_of_model(config.pretrained_model):
+            self._try_model()
 
     def _open_encoders(self) -> "Family | Encoders":
         """What computes features: the family with its model in torch, or another runtime that offers the same."""
@@ -2739,11 +2742,17 @@ class Scorer:
                                       "its image_mean, image_std or rescale_factor is not the model's")
         return levels
 
-    def _try_files(self) -> None:
-        """Resize an image and tokenize captions, so that settings at which a library stumbles are not met in the first row."""
+    def _try_model(self) -> None:
+        """Encode an image and captions, so that settings at which a library stumbles are not met in the first row."""
+        import torch
         from PIL import Image
-        self.resize(Image.new("RGB", (40, 30)))
-        self._pad(self.tokenize(["a", "a photo"])[0], 0)
+        pixels = self.family.stack([self.resize(Image.new("RGB", (40, 30)))])
+        images = self._embed(self._features_of_bytes, torch.from_numpy(pixels))  # (1, d)
+        ids = self.tokenize(["a", "a photo " * self.family.context_length])[0]
+        texts = self._embed(self._features_of_ids, self._pad(ids, max(map(self._padded_length, ids))))  # (2, d)
+        if images.shape[1] != texts.shape[1]:
+            raise Trouble(EXIT_MODEL, f"{self.family.name}: images become {images.shape[1]} numbers in it, and captions "
+                                      f"{texts.shape[1]}: its config.json belongs to another model")
 
     def resize(self, image: "Image.Image") -> "np.ndarray":
         """RGB image -> (3, H, W) uint8, the fast or the exact way (`preprocess`)."""
@@ -2762,10 +2771,7 @@ class Scorer:
     def encode_images(self, pixels: "torch.Tensor | Future[torch.Tensor]") -> "torch.Tensor":
         """uint8 tensor (n, 3, H, W), or a future of one -> unit embeddings (n, d), float32, on the CPU; or see `to_unit`."""
         batch = pixels.result() if isinstance(pixels, Future) else pixels
-
-        def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
-            return self.encoders.features_of_bytes(model, part, self.pixel_levels)
-        return self._embed(forward, batch, self.keeps_norms)
+        return self._embed(self._features_of_bytes, batch, self.keeps_norms)
 
     @profile
     def encode_texts(self, ids: list[list[int]], clock: Clock | None = None) -> "torch.Tensor":
@@ -2773,20 +2779,23 @@ class Scorer:
         import torch
         if not ids:
             return torch.empty(0, 0)
-
-        def forward(model: Any, part: "torch.Tensor") -> "torch.Tensor":
-            return self.encoders.text_features(model, part.to(self.device))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         flying = []
         for own_length, alike in itertools.groupby(order, lambda i: self._padded_length(ids[i])):
             group = list(alike)
             for start in range(0, len(group), self.batch_size):
                 batch = self._pad([ids[i] for i in group[start:start + self.batch_size]], own_length)
-                flying.append(self.submit("text_encoder", functools.partial(self._embed, forward), batch))
+                flying.append(self.submit("text_encoder", functools.partial(self._embed, self._features_of_ids), batch))
         embeddings = torch.cat([collect(future, clock or Clock()) for future in flying])
         inverse = torch.empty(len(ids), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(ids))
         return embeddings[inverse]
+
+    def _features_of_bytes(self, model: Any, pixels: "torch.Tensor") -> "torch.Tensor":
+        return self.encoders.features_of_bytes(model, pixels, self.pixel_levels)
+
+    def _features_of_ids(self, model: Any, ids: "torch.Tensor") -> "torch.Tensor":
+        return self.encoders.text_features(model, ids.to(self.device))
 
     def _pad(self, rows: list[list[int]], length: int) -> "torch.Tensor":
         """Token ids as one tensor (n, length); length 0: that of the longest."""

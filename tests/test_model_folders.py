@@ -174,6 +174,13 @@ FAULTS = {
                                          ["lacks weights", "q_proj.weight", "base_layer"]),
     "more layers than weights": ("siglip-base", in_json("config.json", lambda c: c["text_config"].update(num_hidden_layers=3)),
                                  ["lacks weights", "layers.2"]),
+    # counts, of which test_family_configs.py tries many more
+    "a negative number of heads": ("clip-base-patch32", in_json("config.json", lambda c: c["text_config"].update(
+        num_attention_heads=-1)), []),
+    "heads that do not divide": ("siglip-base", in_json("config.json", lambda c: c["vision_config"].update(
+        num_attention_heads=3)), []),
+    "a vocabulary without bounds": ("siglip2-base", in_json("config.json", lambda c: c["text_config"].update(
+        vocab_size=10**12)), []),
     # other formats
     "open_clip's folder": ("clip-base-patch32", all_of(
         remove("config.json", "model.safetensors", "preprocessor_config.json"), OPEN_CLIP,

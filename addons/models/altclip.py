@@ -13,5 +13,9 @@ class AltClip(XlmPieces, MaskedText):
     architecture = "AltCLIPModel"
     trained_length = 77
 
+    def has_positions_behind_padding(self) -> bool:
+        """They are, as its text tower is XLM-R."""
+        return True
+
 
 FAMILY = AltClip

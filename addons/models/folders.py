@@ -1,15 +1,20 @@
 """Model folders as people have them: what is wrong with one is found before it is loaded, and told with its cure in one line.
 
 `check_names` looks at names alone, those in a folder or those that the Hub lists before anything is downloaded; `check_folder`
-also looks into the files. What only the loaded model can tell (weights, sizes, vocabulary) the script checks itself.
+also looks into the files. What only the loaded model can tell (weights, sizes, vocabulary, whether it computes) the script
+checks itself.
 """
+import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
-from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, Trouble
+from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, ModelFiles, Trouble
+
+if TYPE_CHECKING:
+    import torch
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Each line a set of files that together are a vocabulary.
@@ -17,6 +22,9 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",
                 ("sentencepiece.bpe.model",))
 POINTER = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
+          "max_position_embeddings", "image_size", "patch_size", "num_channels")  # of config.json and its sections, all from 1
+SPARE_WEIGHTS = 1_000_000  # that a model may have besides, whatever its files hold
 
 
 def check_names(names: Collection[str], name: str) -> None:
@@ -67,11 +75,57 @@ def check_folder(folder: pathlib.Path, name: str) -> None:
             _refuse_pointer(folder / file, name)
         if file in ("config.json", "tokenizer.json", "tokenizer_config.json", ADAPTER, *PROCESSOR_FILES):
             _refuse_own_code(_read_object(folder / file, name), file, name)
+    if "config.json" in files:
+        check_counts(_read_object(folder / "config.json", name), name)
     for file in sorted(_weights_files(folder, files, name)):
         _check_safetensors(folder / file, name)
     # an adapter takes what it lacks from its base model, and another kind of model is refused for its kind
     if ADAPTER not in files and _read_object(folder / "config.json", name).get("model_type") in FAMILIES:
         _check_is_complete(files, name)
+
+
+def check_counts(config: dict[str, Any], name: str, section: str = "") -> None:
+    """Raise Trouble (exit 6) for a config, or a section of one, with sizes and numbers of things that nothing can have."""
+    place = f"{name}: its config.json says in {section} that" if section else f"{name}: its config.json says that"
+    for key in COUNTS:
+        value = config.get(key)
+        if isinstance(value, bool | int | float | str) and (type(value) is not int or value < 1):
+            raise Trouble(EXIT_MODEL, f"{place} {key} is {value!r:.40}, where a whole number from 1 belongs: take the "
+                                      "config.json that belongs to the weights")
+    width = config.get("hidden_size")
+    heads = config.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(heads, int) and width % heads and not config.get("head_dim"):
+        raise Trouble(EXIT_MODEL, f"{place} {heads} attention heads share a hidden_size of {width}, which they do not divide: "
+                                  "take the config.json that belongs to the weights")
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            check_counts(value, name, key)
+
+
+@contextlib.contextmanager
+def bounded_by_weights(files: ModelFiles, name: str) -> Iterator[None]:
+    """While in this context, a model that is built may be several times as large as its files of weights, and no larger.
+
+    transformers would fill what the files lack with numbers of chance: of a vocabulary of 10^9 that is all the memory.
+    Raises Trouble (exit 6) for a config that asks for more.
+    """
+    from torch.nn.modules import module
+    folder = (files.base or files).folder
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    most = held + SPARE_WEIGHTS  # a weight takes two bytes in a file, or four
+    asked = 0
+
+    def count_weight(owner: "torch.nn.Module", key: str, weight: "torch.nn.Parameter | None") -> None:
+        nonlocal asked
+        asked += weight.numel() if weight is not None and weight.is_meta else 0
+        if asked > most:
+            raise Trouble(EXIT_MODEL, f"{name}: its config.json asks for more than {most:,} weights, and its files of weights "
+                                      f"hold {held:,} bytes: take the config.json that belongs to them")
+    hook = module.register_module_parameter_registration_hook(count_weight)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _refuse_pointer(path: pathlib.Path, name: str) -> None:

@@ -4,8 +4,6 @@ transformers' own class for an image tower (ViT, CLIP, ...) and a text tower (BE
 (Zhai et al. 2022, arXiv 2111.07991). Both are read by their pooler. How long captions were in training is told by no file: as
 many tokens are read as the tokenizer and the position table allow.
 """
-from typing import Any
-
 from addons.models.masked_text import MaskedText
 
 MOST_TOKENS = 512
@@ -18,15 +16,14 @@ class DualEncoder(MaskedText):
     architecture = "VisionTextDualEncoderModel"
     trained_length = MOST_TOKENS
 
-    def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
-        self._most = int(min(tokenizer.model_max_length, MOST_TOKENS))
-        super().__init__(model, tokenizer, processor, name)
+    def has_positions_behind_padding(self) -> bool:
+        """RoBERTa's are, and those of its kin."""
+        kind = self.model.config.text_config.model_type
+        return "roberta" in kind or kind == "camembert"
 
     def read_context_length(self) -> int:
-        """The least of what the tokenizer and the position table hold; RoBERTa's table begins behind the padding's number."""
-        text = self.model.config.text_config
-        begins = text.pad_token_id + 1 if "roberta" in text.model_type or text.model_type == "camembert" else 0
-        return min(self._most, int(text.max_position_embeddings) - begins)
+        """The least of what the tokenizer and the position table hold."""
+        return int(min(self.tokenizer.model_max_length, super().read_context_length()))
 
     def prepare(self, caption: str) -> str:
         """The caption; with XLM-R's tokenizer a space between the letters of each control token in it."""
