@@ -150,10 +150,11 @@ def run_contender(work, name, model_name, device, settings):
 
 
 def measure(work, model_name, rounds, device, ways):
-    """All contenders in turns, `rounds` times: name -> pairs/s of each round, and the profile of its last."""
+    """All contenders in turns, `rounds` times, the peers once: name -> pairs/s of each round, and the profile of its last."""
     rates, profiles = {}, {}
-    for _ in range(rounds):
-        for name in (*LOOPS, *[peer for peer, python in PEERS.items() if python and device == "cpu"], *ways):
+    peers = [peer for peer, python in PEERS.items() if python and device == "cpu"]  # slow, and once is enough
+    for number in range(rounds):
+        for name in (*LOOPS, *(peers if number == 0 else []), *ways):
             with BusyGpu() as gpu:
                 rate, profile = run_contender(work, name, model_name, device, ways.get(name, {}))
             if rate is None:
