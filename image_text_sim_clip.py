@@ -2416,14 +2416,14 @@ class Family:
         return caption
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut.
-
-        Of a long caption only the beginning is tokenized, up to a space behind more tokens than the model reads.
-        """
+        """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
         ids: list[list[int]] = []
         truncated: list[bool] = []
         for start, stop in _stretches_of_text(captions):
-            prepared = [self.prepare(head) for head in self._heads_of(captions[start:stop])]
+            heads = captions[start:stop]
+            if ADDONS.is_dir() and max(map(len, heads)) > 16 * self.context_length:  # else it only takes longer
+                heads = addon("models.long_captions", "caption_column").take_heads(self, heads)
+            prepared = [self.prepare(head) for head in heads]
             stretch = self.encode(prepared, truncation=True, max_length=self.context_length)
             is_cut = [False] * len(stretch)
             full = [i for i, row in enumerate(stretch) if len(row) >= self.context_length]
@@ -2433,29 +2433,6 @@ class Family:
             ids += stretch
             truncated += is_cut
         return ids, truncated
-
-    def _heads_of(self, captions: list[str]) -> list[str]:
-        """The captions, or of long ones as much as has twice the tokens that the model reads, and ends at a space.
-
-        What comes behind a space so far behind moves none of the tokens that are read. A long text without spaces is cut
-        only where it is four times as long.
-        """
-        heads = list(captions)
-        chars = 16 * self.context_length
-        left = [place for place, caption in enumerate(captions) if len(caption) > chars]
-        while left:
-            is_long = chars >= 64 * self.context_length
-            for place in left:
-                head = captions[place][:chars]
-                end = head.rfind(" ", chars // 2)
-                heads[place] = head[:end] if end > 0 else head if is_long else ""
-            lengths = map(len, self.encode([self.prepare(heads[place]) for place in left]))
-            left = [place for place, length in zip(left, lengths, strict=True) if length <= 2 * self.context_length]
-            chars *= 4
-            for place in left:
-                heads[place] = captions[place]
-            left = [place for place in left if len(captions[place]) > chars]
-        return heads
 
     def judge_caption(self, ids: list[int]) -> tuple[str, bool]:
         """Of a caption's ids: why the tokenizer knows nothing of it, empty where it does; and whether some is unknown to it."""

@@ -39,6 +39,7 @@ What only some model folders need, and the script asks for:
     folders.py      what is wrong with a folder, told with its cure before it is loaded
     adapters.py     adapters of peft, merged into their base model
     words.py        words that were added to a tokenizer stay whole
+    long_captions.py   captions of any length take the time of those that are read
 
 The shortcuts, each imported only where its config key asks for it; the first two need a model with CLIP's two towers:
 
