@@ -1,4 +1,5 @@
 """What an object store refuses, and what lies where a run is to write: one line or a status, never lost or mixed rows."""
+import fsspec
 import pytest
 from test_store_chaos import proxied  # noqa: F401 - a fixture
 from test_store_output import remote_run, results_in, results_of  # noqa: F401 - a fixture
@@ -96,6 +97,23 @@ def test_range_that_is_cut_short(bucket, proxied):  # noqa: F811
     for _ in range(4):
         assert remote.STORE.read_range(path, 1000, 900_000) == (bytes(range(256)) * 4000)[1000:900_000]
     assert proxy.met["cut"] >= 3
+
+
+def test_many_at_a_time_meet_the_same_faults(bucket, proxied):  # noqa: F811
+    """Ranges that are asked for many at a time come whole through faults, and fail as single ones do."""
+    contents = {number: bytes([number]) * 1000 for number in range(40)}
+    paths = {number: bucket.put(f"many/ä b#{number}", content) for number, content in contents.items()}
+    proxied(5, ("503", "reset", "cut"), lambda method, path: method == "GET")
+    futures = {number: remote.STORE.submit_range(path, 10, 600) for number, path in paths.items()}
+    assert {number: future.result() for number, future in futures.items()} == {
+        number: content[10:600] for number, content in contents.items()}
+    with pytest.raises(FileNotFoundError):
+        remote.STORE.submit_range(bucket.url("many/none"), 0, 10).result()
+    proxied(1, ("403",), lambda method, path: "/many/" in path)
+    with pytest.raises(PermissionError):
+        remote.STORE.submit_range(paths[0], 0, 10).result()
+    fsspec.filesystem("memory").pipe_file("/many/x", b"abc")
+    assert remote.STORE.submit_range("memory://many/x", 1, 3).result() == b"bc"
 
 
 # ── What a killed process had sent in part ────────────────────────────────────────────────────────────────────────────

@@ -1,13 +1,14 @@
 """Results in an object store: the same bytes as on a disk, each row once, whoever dies or races."""
+import asyncio
+import collections
 import json
 import pathlib
-import time
 
 import pytest
 
 import image_text_sim_clip as script
 from addons.measures import embeddings
-from addons.stores import ahead, commits, leases, remote
+from addons.stores import ahead, commits, leases, remote, s3_many
 from addons.stores.paths import StorePath
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -102,26 +103,26 @@ def test_parts_are_read_ahead_of_who_sums_up(remote_run, bucket, monkeypatch):
     assert remote_run(partition_rows=1).code == 0
     before = results_in(bucket, "out")
     bucket.fs.rm_file(f"{bucket.name}/out/profile.json")
+    reads = []
+    ask = s3_many.ManyReader._ask
+
     at_work = []
     most = []
-    reads = []
-    read_range = remote.RemoteStore.read_range
 
-    def watch(self, path, start, stop):
-        at_work.append(path)
+    async def watch(session, url, headers):
+        reads.append(url.partition("?")[0])
+        at_work.append(url)
         most.append(len(at_work))
-        time.sleep(0.02)
-        reads.append(path)
-        try:
-            return read_range(self, path, start, stop)
-        finally:
-            at_work.remove(path)
+        await asyncio.sleep(0.05)
+        at_work.remove(url)
+        return await ask(session, url, headers)
+    monkeypatch.setattr(commits, "_FOLDERS", collections.defaultdict(commits.Parts))  # nothing is known yet
     with monkeypatch.context() as patch:
-        patch.setattr(commits, "LOOKING_THREADS", 1)
-        patch.setattr(remote.RemoteStore, "read_range", watch)
+        patch.setattr(s3_many.ManyReader, "_ask", staticmethod(watch))
         assert remote_run(partition_rows=1).code == 0
-    assert max(most) > 4 and results_in(bucket, "out") == before
+    assert max(most) > 16 and results_in(bucket, "out") == before
     assert sum(path.endswith("00007.json") for path in reads) == 1
+    assert sum(path.endswith("00007.parquet") for path in reads) == 2  # its footer, and the whole
     folder = StorePath(bucket.url("out/parts"))
     commits.look_at_parts(folder, reads_all=True)
     assert (folder / "part-00000.parquet").read_bytes() == before["parts/part-00000.parquet"]

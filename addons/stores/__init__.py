@@ -8,6 +8,7 @@ to the local disk. To add a store, put ONE new file here that offers an instance
     local.py    the local disk
     remote.py   whatever fsspec knows: s3://, gs://, az://, hf://, memory:// ...
     s3_reader.py  GETs from S3 at less cost than through fsspec
+    s3_many.py    many of them at a time, from one thread
     paths.py    `StorePath`: a place in a store that is handled as a pathlib.Path is, for `output_path` and staged tables
     leases.py   who plans, settles and finalises a run in a store: one process at a time
     commits.py  parts and manifests in a store: created only where there is none, and read many at a time

@@ -7,12 +7,11 @@ it looked at before.
 import collections
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from addons.stores import FileInfo
 from addons.stores.remote import STORE
 
-READING_THREADS = 32
 AHEAD = 128  # files of each kind that are read, or wait to be taken
 HELD_BYTES = 64 << 20  # of parts that are read or wait; a larger one is read alone
 SUFFIXES = (".parquet", ".json")
@@ -33,9 +32,8 @@ class ReadAhead:
     def __init__(self, folder: str, listed: Mapping[str, FileInfo]) -> None:
         self.thread = threading.get_ident()
         self._folder = folder
-        self._sizes = {name: info.bytes for name, info in listed.items() if name.startswith("part-")}
+        self._sizes = {name: info.bytes for name, info in listed.items() if name.startswith("part-") and info.bytes}
         self._queues = {suffix: _Queue(sorted(name for name in self._sizes if name.endswith(suffix))) for suffix in SUFFIXES}
-        self._pool = ThreadPoolExecutor(READING_THREADS, "reading")
 
     def take(self, name: str) -> bytes | None:
         """The bytes of a file, waiting for it; None for one that is not being read. Raises what reading it raised."""
@@ -50,17 +48,8 @@ class ReadAhead:
         while queue.left and len(queue.coming) < AHEAD and queue.held_bytes + self._sizes[queue.left[0]] <= HELD_BYTES:
             following = queue.left.popleft()
             queue.held_bytes += self._sizes[following]
-            queue.coming[following] = self._pool.submit(self._read, following)
+            queue.coming[following] = STORE.submit_range(f"{self._folder}/{following}", 0, self._sizes[following])
         return future.result() if future else None
-
-    def _read(self, name: str) -> bytes:
-        path = f"{self._folder}/{name}"
-        size = self._sizes[name]
-        return STORE.read_range(path, 0, size) if size else b""
-
-    def close(self) -> None:
-        """Read no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 _FOLDERS: dict[str, ReadAhead] = {}
@@ -74,9 +63,7 @@ def begin(folder: str, listed: Mapping[str, FileInfo]) -> None:
 
 def end(folder: str) -> None:
     """Read no more ahead in a folder: whoever reads there wants what is there now."""
-    reading = _FOLDERS.pop(folder, None)
-    if reading:
-        reading.close()
+    _FOLDERS.pop(folder, None)
 
 
 def take(path: str) -> bytes | None:

@@ -1,11 +1,12 @@
 """Manifests and parts in an object store: each is one PUT, made only where there is none yet."""
 import collections
 import contextlib
+import itertools
 import json
 import threading
 import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ from image_text_sim_clip import (
 )
 
 TRIES = 5  # to commit a part against others that commit it, too
-LOOKING_THREADS = 64
+LOOKED_AT_ONCE = 2048
+LOOKING_AHEAD = 256  # footers that are asked for at a time
 TAIL_BYTES = 65_536  # of a part, in which its footer mostly is
 
 
@@ -123,10 +125,12 @@ class Parts:
             listed = {path.rpartition("/")[2]: info for path, info in STORE.list_folder(str(folder)) if info}
         names = [name for name in listed if name.startswith("part-") and name.endswith(".parquet")]
         new = [name for name in names if name not in self._known or self._known[name].info != listed[name]]
-        with ThreadPoolExecutor(LOOKING_THREADS, "looking") as pool:
-            footers = list(pool.map(lambda name: _read_tail(folder / name, listed[name].bytes), new))
-        for name, footer in zip(new, footers, strict=True):
-            self._known[name] = Known(listed[name], zlib.compress(footer, 1))
+        for start in range(0, len(new), LOOKED_AT_ONCE):
+            sizes = {name: listed[name].bytes for name in new[start:start + LOOKED_AT_ONCE]}
+            footers = list(read_tails(folder, sizes))
+            # packed when no request is under way: each time zlib gives up the interpreter's lock it would wait to get it back
+            for name, footer in zip(sizes, footers, strict=True):
+                self._known[name] = Known(listed[name], zlib.compress(footer, 1))
         self.listed = listed
 
     def footer(self, name: str) -> bytes | None:
@@ -170,10 +174,26 @@ def size_of(path: StorePath) -> int | None:
     return path.stat().st_size if path.exists() else None
 
 
-def _read_tail(path: StorePath, size: int) -> bytes:
-    """The footer of a Parquet file of so many bytes; b"" for any other file."""
+def read_tails(folder: StorePath, sizes: Mapping[str, int]) -> Iterator[bytes]:
+    """The footer of each of these Parquet files of so many bytes, in order, many read at a time; b"" for any other file."""
+    waiting: collections.deque[tuple[str, Future[bytes]]] = collections.deque()
+    names = iter(sizes)
+    while True:
+        for name in itertools.islice(names, LOOKING_AHEAD - len(waiting)):
+            start = max(0, sizes[name] - TAIL_BYTES)
+            waiting.append((name, STORE.submit_range(f"{folder}/{name}", start, max(1, sizes[name]))))
+        if not waiting:
+            return
+        name, tail = waiting.popleft()
+        yield _read_tail(folder / name, sizes[name], tail)
+
+
+def _read_tail(path: StorePath, size: int, read: "Future[bytes] | None" = None) -> bytes:
+    """The footer of a Parquet file of so many bytes; b"" for any other file. `read` has its end, if that was asked for."""
     try:
-        tail = STORE.read_range(str(path), max(0, size - TAIL_BYTES), size) if size else b""
+        if not size:
+            return b""
+        tail = read.result() if read else STORE.read_range(str(path), max(0, size - TAIL_BYTES), size)
         length = int.from_bytes(tail[-8:-4], "little")
         if tail[-4:] != b"PAR1" or length + 12 > size:
             return b""

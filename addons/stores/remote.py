@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import fsspec
@@ -27,6 +27,8 @@ from image_text_sim_clip import EXIT_CONFIG, EXIT_INPUT, Json, Trouble
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+    from addons.stores.s3_reader import S3Reader
+
 # fsspec's names for what is no place of its own: this disk, archives, caches and wrappers around other places
 NO_PLACES = {"file", "local", "data", "dir", "generic", "reference", "cached", "blockcache", "filecache", "simplecache", "tar",
              "zip", "libarchive", "async_wrapper", "asyncwrapper", "asynclocal"}
@@ -34,6 +36,7 @@ SCHEMES = tuple(sorted(set(fsspec.available_protocols()) - NO_PLACES))
 READ_BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
 WRITE_BLOCK_BYTES = 16 << 20  # a smaller object is one PUT, a larger one a multipart upload in such pieces
 LISTING_THREADS = 16
+REQUEST_THREADS = 32
 CONNECTIONS = 256  # that an S3 client may keep open
 SECRET = re.compile(r"key|secret|token|password|passwd|credential|connection_string|sas", re.I)
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "AZURE_STORAGE_KEY",
@@ -143,6 +146,12 @@ def _open_file_system(scheme: str, options: str, process: int) -> "AbstractFileS
     if scheme in ("s3", "s3a"):
         chosen["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **chosen.get("config_kwargs", {})}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **chosen)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Threads for requests that no event loop can wait for."""
+    return ThreadPoolExecutor(REQUEST_THREADS, "requests")
 
 
 # ── The store ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -376,19 +385,48 @@ class RemoteStore:
         """The bytes [start, stop) of an object."""
         system, inner = open_file_system(path)
         with calling(path):
-            if scheme_of(path) in ("s3", "s3a"):
-                data = self._read_quickly(path, inner, start, stop)
-                if data is not None:
-                    return data
-            return bytes(system.cat_file(inner, start=start, end=stop))
+            data = self._read_quickly(path, inner, start, stop)
+            return bytes(system.cat_file(inner, start=start, end=stop)) if data is None else data
+
+    def submit_range(self, path: str, start: int, stop: int) -> "Future[bytes]":
+        """The same, for many at a time: a future that fails as `read_range` does."""
+        _, inner = open_file_system(path)
+        reader = self._quick_reader(path, inner)
+        if reader is None:
+            return _threads().submit(self.read_range, path, start, stop)
+        from addons.stores import s3_many
+        bucket, _, key = inner.partition("/")
+        found: Future[bytes] = Future()
+
+        def pass_on(read: "Future[bytes]") -> None:
+            error = read.exception()
+            if error is None:
+                found.set_result(read.result())
+            else:  # those that are not there, too, so that all errors are told alike
+                _threads().submit(self._read_again, found, path, start, stop)
+        s3_many.open_many(reader, os.getpid()).submit(bucket, key, start, stop).add_done_callback(pass_on)
+        return found
+
+    def _read_again(self, found: "Future[bytes]", path: str, start: int, stop: int) -> None:
+        try:
+            found.set_result(self.read_range(path, start, stop))
+        except BaseException as error:  # whoever waits for it gets it
+            found.set_exception(error)
+
+    def _quick_reader(self, path: str, inner: str) -> "S3Reader | None":
+        """What reads an object of S3 without s3fs; None for what only s3fs can read."""
+        if scheme_of(path) not in ("s3", "s3a") or "?versionId=" in inner:
+            return None
+        from addons.stores import s3_reader
+        options = json.dumps(storage_options(scheme_of(path), SCHEMES), sort_keys=True, default=str)
+        return s3_reader.open_reader(options, CONNECTIONS, os.getpid())
 
     def _read_quickly(self, path: str, inner: str, start: int, stop: int) -> bytes | None:
         """The same from S3 without s3fs; None where s3fs has to do it."""
         from addons.stores import s3_reader
-        options = json.dumps(storage_options(scheme_of(path), SCHEMES), sort_keys=True, default=str)
-        reader = s3_reader.open_reader(options, CONNECTIONS, os.getpid())
+        reader = self._quick_reader(path, inner)
         bucket, _, key = inner.partition("/")
-        if reader is None or "?versionId=" in key:
+        if reader is None:
             return None
         try:
             return reader.read(bucket, key, start, stop)

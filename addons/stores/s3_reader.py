@@ -43,6 +43,12 @@ class S3Reader:
         timeout = urllib3.Timeout(CONNECT_S, READ_S)
         self._http = urllib3.PoolManager(num_pools=8, maxsize=connections, retries=False, timeout=timeout)
 
+    def sign(self, bucket: str, key: str) -> str:
+        """A URL that may be asked for the object. Raises BotoCoreError where there are no credentials."""
+        url: str = self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key},
+                                                       ExpiresIn=URL_HOLDS_S)
+        return url
+
     def read(self, bucket: str, key: str, start: int, stop: int | None) -> bytes:
         """The bytes [start, stop) of an object, fewer where it ends before; all of it without `stop`.
 
@@ -53,9 +59,7 @@ class S3Reader:
             if attempt:
                 time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
             try:
-                url = self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key},
-                                                          ExpiresIn=URL_HOLDS_S)
-                answer = self._http.request("GET", url, headers=headers, decode_content=False)
+                answer = self._http.request("GET", self.sign(bucket, key), headers=headers, decode_content=False)
             except botocore.exceptions.BotoCoreError as error:
                 raise NotPlain from error
             except urllib3.exceptions.HTTPError:  # a connection that fails, or a body that is cut short
