@@ -104,16 +104,15 @@ def test_many_at_a_time_meet_the_same_faults(bucket, proxied):  # noqa: F811
     contents = {number: bytes([number]) * 1000 for number in range(40)}
     paths = {number: bucket.put(f"many/ä b#{number}", content) for number, content in contents.items()}
     proxied(5, ("503", "reset", "cut"), lambda method, path: method == "GET")
-    futures = {number: remote.STORE.submit_range(path, 10, 600) for number, path in paths.items()}
-    assert {number: future.result() for number, future in futures.items()} == {
-        number: content[10:600] for number, content in contents.items()}
+    ranges = remote.STORE.submit_ranges([(path, 10, 600) for path in paths.values()])
+    assert [one.result() for one in ranges] == [content[10:600] for content in contents.values()]
     with pytest.raises(FileNotFoundError):
-        remote.STORE.submit_range(bucket.url("many/none"), 0, 10).result()
+        remote.STORE.submit_ranges([(bucket.url("many/none"), 0, 10)])[0].result()
     proxied(1, ("403",), lambda method, path: "/many/" in path)
     with pytest.raises(PermissionError):
-        remote.STORE.submit_range(paths[0], 0, 10).result()
+        remote.STORE.submit_ranges([(paths[0], 0, 10)])[0].result()
     fsspec.filesystem("memory").pipe_file("/many/x", b"abc")
-    assert remote.STORE.submit_range("memory://many/x", 1, 3).result() == b"bc"
+    assert remote.STORE.submit_ranges([("memory://many/x", 1, 3)])[0].result() == b"bc"
 
 
 # ── What a killed process had sent in part ────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,7 @@ def picture(picture_bytes):
 
 @pytest.mark.slow
 def test_demo_from_a_bucket(bucket, shapes, run_main, tmp_path):
-    """Table and images from a bucket give the parts and the scores that the same files on a disk give, to the byte."""
+    """With everything in a bucket, or the table and the images alone, the demo's scores and parts are those of a disk."""
     keys = {"pretrained_model": str(ROOT / "challenge_set/shapes_clip"), "partition_rows": 25}
     assert run_main("--config", shapes(rows=60, output_path=str(tmp_path / "local"), **keys)).code == 0
     table = bucket.put("pairs/table.csv", (tmp_path / "table.csv").read_bytes())
@@ -38,7 +38,13 @@ def test_demo_from_a_bucket(bucket, shapes, run_main, tmp_path):
     outcome = run_main("--config", config, "--set", f"csv_path={table}", "--set", f"image_path={images}",
                        "--set", f"output_path={tmp_path / 'remote'}")
     assert outcome.code == 0, outcome.stderr
-    assert results_of(tmp_path / "remote") == results_of(tmp_path / "local")
+    local = results_of(tmp_path / "local")
+    assert results_of(tmp_path / "remote") == local
+    outcome = run_main("--config", config, "--set", f"csv_path={table}", "--set", f"image_path={images}",
+                       "--set", f"output_path={bucket.url('out')}")
+    assert outcome.code == 0, outcome.stderr
+    there = {name.rpartition("/")[2]: bucket.read(name) for name in bucket.names("out")}
+    assert {name: there[name] for name in local} == local
 
 
 def write_tables(folder, picture):

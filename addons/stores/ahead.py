@@ -7,10 +7,9 @@ it looked at before.
 import collections
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
 
 from addons.stores import FileInfo
-from addons.stores.remote import STORE
+from addons.stores.remote import STORE, Range
 
 AHEAD = 128  # files of each kind that are read, or wait to be taken
 HELD_BYTES = 64 << 20  # of parts that are read or wait; a larger one is read alone
@@ -22,7 +21,7 @@ class _Queue:
 
     def __init__(self, names: list[str]) -> None:
         self.left = collections.deque(names)
-        self.coming: dict[str, Future[bytes]] = {}
+        self.coming: dict[str, Range] = {}
         self.held_bytes = 0
 
 
@@ -40,16 +39,25 @@ class ReadAhead:
         queue = self._queues.get(name[name.rfind("."):])
         if queue is None or name not in self._sizes:
             return None
-        future = queue.coming.pop(name, None)
-        if future is not None:
+        coming = queue.coming.pop(name, None)
+        if coming is not None:
             queue.held_bytes -= self._sizes[name]
         while queue.left and queue.left[0] <= name:  # the first of all, which whoever asks for it reads
             queue.left.popleft()
-        while queue.left and len(queue.coming) < AHEAD and queue.held_bytes + self._sizes[queue.left[0]] <= HELD_BYTES:
-            following = queue.left.popleft()
-            queue.held_bytes += self._sizes[following]
-            queue.coming[following] = STORE.submit_range(f"{self._folder}/{following}", 0, self._sizes[following])
-        return future.result() if future else None
+        if len(queue.coming) <= AHEAD // 2:  # not one by one, each of which would wake another thread
+            self._read_more(queue)
+        return coming.result() if coming else None
+
+    def _read_more(self, queue: _Queue) -> None:
+        following: list[str] = []
+        while queue.left and len(queue.coming) + len(following) < AHEAD:
+            size = self._sizes[queue.left[0]]
+            if queue.held_bytes + size > HELD_BYTES:
+                break
+            queue.held_bytes += size
+            following.append(queue.left.popleft())
+        ranges = STORE.submit_ranges([(f"{self._folder}/{name}", 0, self._sizes[name]) for name in following])
+        queue.coming.update(zip(following, ranges, strict=True))
 
 
 _FOLDERS: dict[str, ReadAhead] = {}

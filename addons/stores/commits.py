@@ -1,19 +1,18 @@
 """Manifests and parts in an object store: each is one PUT, made only where there is none yet."""
 import collections
+import concurrent.futures
 import contextlib
-import itertools
 import json
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from addons.stores import FileInfo, ahead
 from addons.stores.leases import can_create
 from addons.stores.paths import StorePath, asking
-from addons.stores.remote import STORE
+from addons.stores.remote import STORE, Range
 from image_text_sim_clip import (
     EXIT_CONFIG,
     EXIT_DISK,
@@ -32,8 +31,7 @@ from image_text_sim_clip import (
 )
 
 TRIES = 5  # to commit a part against others that commit it, too
-LOOKED_AT_ONCE = 2048
-LOOKING_AHEAD = 256  # footers that are asked for at a time
+LOOKED_AT_ONCE = 1024  # parts whose footers are asked for, and held, together
 TAIL_BYTES = 65_536  # of a part, in which its footer mostly is
 
 
@@ -127,9 +125,7 @@ class Parts:
         new = [name for name in names if name not in self._known or self._known[name].info != listed[name]]
         for start in range(0, len(new), LOOKED_AT_ONCE):
             sizes = {name: listed[name].bytes for name in new[start:start + LOOKED_AT_ONCE]}
-            footers = list(read_tails(folder, sizes))
-            # packed when no request is under way: each time zlib gives up the interpreter's lock it would wait to get it back
-            for name, footer in zip(sizes, footers, strict=True):
+            for name, footer in zip(sizes, read_footers(folder, sizes), strict=True):
                 self._known[name] = Known(listed[name], zlib.compress(footer, 1))
         self.listed = listed
 
@@ -174,21 +170,15 @@ def size_of(path: StorePath) -> int | None:
     return path.stat().st_size if path.exists() else None
 
 
-def read_tails(folder: StorePath, sizes: Mapping[str, int]) -> Iterator[bytes]:
-    """The footer of each of these Parquet files of so many bytes, in order, many read at a time; b"" for any other file."""
-    waiting: collections.deque[tuple[str, Future[bytes]]] = collections.deque()
-    names = iter(sizes)
-    while True:
-        for name in itertools.islice(names, LOOKING_AHEAD - len(waiting)):
-            start = max(0, sizes[name] - TAIL_BYTES)
-            waiting.append((name, STORE.submit_range(f"{folder}/{name}", start, max(1, sizes[name]))))
-        if not waiting:
-            return
-        name, tail = waiting.popleft()
-        yield _read_tail(folder / name, sizes[name], tail)
+def read_footers(folder: StorePath, sizes: Mapping[str, int]) -> list[bytes]:
+    """The footer of each of these Parquet files of so many bytes, in order; b"" for any other file."""
+    tails = STORE.submit_ranges([(f"{folder}/{name}", max(0, size - TAIL_BYTES), max(1, size)) for name, size in sizes.items()])
+    # all of them before the first is looked at: a second thread at work would have this one wait for the interpreter's lock
+    concurrent.futures.wait([tail.future for tail in tails])
+    return [_read_tail(folder / name, size, tail) for (name, size), tail in zip(sizes.items(), tails, strict=True)]
 
 
-def _read_tail(path: StorePath, size: int, read: "Future[bytes] | None" = None) -> bytes:
+def _read_tail(path: StorePath, size: int, read: Range | None = None) -> bytes:
     """The footer of a Parquet file of so many bytes; b"" for any other file. `read` has its end, if that was asked for."""
     try:
         if not size:

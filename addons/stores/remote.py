@@ -14,7 +14,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
@@ -199,6 +199,22 @@ class Traffic:
 
 
 TRAFFIC = Traffic()
+
+
+class Range(NamedTuple):
+    """A range that is being read."""
+
+    future: "Future[bytes]"
+    path: str
+    start: int
+    stop: int
+
+    def result(self) -> bytes:
+        """Its bytes, waiting for them; what was no plain answer is asked for once more, and fails as `read_range` does."""
+        try:
+            return self.future.result()
+        except Exception:  # each way of reading has its own kinds; all errors are to be told alike
+            return STORE.read_range(self.path, self.start, self.stop)
 
 
 class Upload(NamedTuple):
@@ -388,30 +404,20 @@ class RemoteStore:
             data = self._read_quickly(path, inner, start, stop)
             return bytes(system.cat_file(inner, start=start, end=stop)) if data is None else data
 
-    def submit_range(self, path: str, start: int, stop: int) -> "Future[bytes]":
-        """The same, for many at a time: a future that fails as `read_range` does."""
-        _, inner = open_file_system(path)
-        reader = self._quick_reader(path, inner)
-        if reader is None:
-            return _threads().submit(self.read_range, path, start, stop)
+    def submit_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> "list[Range]":
+        """The same of many objects, all of one store, at a time: of each its path, the first byte, and where to stop."""
+        if not ranges:
+            return []
+        inner_paths = [open_file_system(path)[1] for path, _, _ in ranges]
+        reader = self._quick_reader(ranges[0][0], inner_paths[0])
+        if reader is None or any("?versionId=" in inner for inner in inner_paths):
+            return [Range(_threads().submit(self.read_range, *one), *one) for one in ranges]
         from addons.stores import s3_many
-        bucket, _, key = inner.partition("/")
-        found: Future[bytes] = Future()
-
-        def pass_on(read: "Future[bytes]") -> None:
-            error = read.exception()
-            if error is None:
-                found.set_result(read.result())
-            else:  # those that are not there, too, so that all errors are told alike
-                _threads().submit(self._read_again, found, path, start, stop)
-        s3_many.open_many(reader, os.getpid()).submit(bucket, key, start, stop).add_done_callback(pass_on)
-        return found
-
-    def _read_again(self, found: "Future[bytes]", path: str, start: int, stop: int) -> None:
-        try:
-            found.set_result(self.read_range(path, start, stop))
-        except BaseException as error:  # whoever waits for it gets it
-            found.set_exception(error)
+        places = [inner.partition("/") for inner in inner_paths]
+        wanted = [s3_many.Wanted(bucket, key, start, stop)
+                  for (bucket, _, key), (_, start, stop) in zip(places, ranges, strict=True)]
+        futures = s3_many.open_many(reader, os.getpid()).submit(wanted)
+        return [Range(future, *one) for future, one in zip(futures, ranges, strict=True)]
 
     def _quick_reader(self, path: str, inner: str) -> "S3Reader | None":
         """What reads an object of S3 without s3fs; None for what only s3fs can read."""
