@@ -5,6 +5,7 @@ is needed here.
 """
 import json
 import math
+import shutil
 
 import numpy as np
 import open_clip_models as tiny
@@ -345,3 +346,19 @@ def test_a_borrowed_tower_scores_what_open_clip_scores(kind, tmp_path):
     got = scorer.similarity(images, tiny.CAPTIONS)
     assert np.abs(got - (units * texts).sum(-1).numpy()).max() <= 1e-5
     assert scorer.family.describe()["tokenizer"] == "open_clip_torch's"
+
+
+@pytest.mark.parametrize(("section", "word", "value", "says"), [
+    ("text_cfg", "layers", 10**9, "lacks weights"), ("vision_cfg", "layers", 10**9, "lacks weights"),
+    ("text_cfg", "vocab_size", 10**12, "other shapes"), ("text_cfg", "heads", -1, "a whole number above 0"),
+    ("text_cfg", "heads", 3, "heads can share"), ("vision_cfg", "width", float("inf"), "cannot load")])
+def test_a_count_that_no_model_has_is_one_line(folders, tmp_path, section, word, value, says):
+    """A config that asks for more than its weights, or counts that are none, is told at once and in one line (exit 6)."""
+    folder = tmp_path / "a-model"
+    shutil.copytree(folders("quickgelu"), folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"][section][word] = value
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(script.Trouble, match=says) as told:
+        script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
+    assert told.value.exit_code == 6 and "\n" not in str(told.value)
