@@ -3,6 +3,7 @@ import collections
 import gzip
 import http.server
 import json
+import pickle
 import threading
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from test_store_output import remote_run, results_in, results_of, strange_object
 from test_tar_counts import write_shard
 
 import image_text_sim_clip as script
-from addons.stores import remote, traffic
+from addons.stores import remote, spool, traffic
 from addons.stores.paths import StorePath
 
 ROWS = [{"url": f"{n % 3}.png", "caption": f"caption {n}", "licence": "free" if n % 2 else None} for n in range(9)]
@@ -184,6 +185,31 @@ def test_tars_without_statistics_are_counted_once(bucket, tmp_path, picture_byte
     assert plan_in(bucket, "in").row_count == 12
     gets = [path for method, path, _ in proxy.requests if method == "GET" and path.partition("?")[0].endswith(".tar")]
     assert len(gets) == len(set(gets)) == 6
+
+
+def test_next_tar_comes_while_one_is_scored(bucket, tmp_path, picture_bytes, monkeypatch):
+    """Whoever goes through tars, or every second one, finds the next fetched; one that nobody asks for is taken away."""
+    for number in range(8):
+        write_shard(tmp_path / "in", number, [picture_bytes()] * 2, failed=0)
+    bucket.put_folder(tmp_path / "in", "in")
+    fetched = []
+    known = set(spool.spool_folder().glob("*.fetched"))
+    fetch = spool.fetch
+    monkeypatch.setattr(spool, "fetch", lambda file, number, *rest: (fetched.append(number), fetch(file, number, *rest))[1])
+    for step, asked in ((1, [0, 1, 2, 3]), (2, [0, 2, 4]), (3, [1, 4, 6])):
+        fetched.clear()
+        table = plan_in(bucket, "in").table
+        for number in asked:
+            assert table.read(2 * number, 2 * number + 2)["key"].tolist()[0] == f"{number:05d}0000"
+        upcoming = [asked[-1] + step] if step < 3 else []
+        for thread in threading.enumerate():
+            if isinstance(thread, spool.Fetching):
+                thread.join()
+        assert sorted(fetched) == sorted({*asked, *upcoming, *([7] if step == 3 else [])})
+        assert pickle.loads(pickle.dumps(table)).read(0, 1)["key"].tolist() == ["000000000"]
+        left = {path for path in spool.spool_folder().glob("*.fetched") if path not in known}
+        known |= left
+        assert len(left) <= spool.KEPT + 2  # those that were asked for last, the next, and that of the copy
 
 
 @pytest.mark.parametrize("name", ["counted", "statistics", "tars"])

@@ -12,7 +12,8 @@ import math
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import psutil
@@ -120,24 +121,91 @@ def fetch_in_turn(files: list[InputFile], side_suffix: str) -> Iterator[InputFil
                     remove(future.result(), side_suffix)
 
 
+class Fetching(threading.Thread):
+    """A file that is being fetched, which somebody will ask for, or nobody."""
+
+    def __init__(self, number: int, fetch_file: Callable[[], InputFile]) -> None:
+        super().__init__(name="spool", daemon=True)  # the end of the process does not wait for it
+        self.number = number
+        self._fetch = fetch_file
+        self._fetched: InputFile | None = None
+        self._error: OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Fetch it."""
+        try:
+            self._fetched = self._fetch()
+        except OSError as error:  # of a file that nobody may ask for
+            self._error = error
+
+    def take(self) -> InputFile:
+        """Where it lies now, waiting for it. Raises OSError."""
+        self.join()
+        if self._error or self._fetched is None:
+            raise self._error or OSError(errno.EREMOTEIO, "it could not be fetched")
+        return self._fetched
+
+
 class Spool:
-    """The fetched files of one input that were asked for last, by their number."""
+    """The fetched files of one input that were asked for last, by their number, and the one that is asked for next.
+
+    Whoever has asked for two files will ask for the next at the same distance: a worker goes through all of them, or through
+    every n-th.
+    """
 
     def __init__(self, files: list[InputFile], entries: list[Json], side_suffix: str) -> None:
         self._files = files
         self._entries = entries  # of manifest.json, one for each of the files
         self._side_suffix = side_suffix
+        self._forget()
+
+    def _forget(self) -> None:
         self._fetched: dict[int, InputFile] = {}
+        self._asked: list[int] = []  # the last three
+        self._next: Fetching | None = None
+
+    def __getstate__(self) -> Json:
+        """Without what was fetched: an engine may send it to another machine."""
+        return {"_files": self._files, "_entries": self._entries, "_side_suffix": self._side_suffix}
+
+    def __setstate__(self, state: Json) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def fetch(self, number: int) -> InputFile:
         """The file of that number where it can be read all over. Raises OSError."""
         if not SCHEME.match(self._files[number].path):
             return self._files[number]
         if number not in self._fetched:
-            self._fetched[number] = fetch(self._files[number], number, self._side_suffix, self._entries[number])
+            self._fetched[number] = self._take(number)
             for old in list(self._fetched)[:-KEPT]:
                 remove(self._fetched.pop(old), self._side_suffix)
+            self._asked = [*self._asked[-2:], number]
+            self._fetch_next()
         return self._fetched[number]
+
+    def _take(self, number: int) -> InputFile:
+        fetching = self._next
+        self._next = None
+        if fetching is None:
+            return self._fetch(number)
+        if fetching.number == number:
+            return fetching.take()
+        with contextlib.suppress(OSError):  # nobody wants it
+            remove(fetching.take(), self._side_suffix)
+        return self._fetch(number)
+
+    def _fetch_next(self) -> None:
+        """Begin to fetch the file that is asked for next, where the last distances between two tell which that is."""
+        distances = {later - earlier for earlier, later in itertools.pairwise(self._asked)}
+        if len(distances) == 1:
+            number = self._asked[-1] + distances.pop()
+            if self._asked[-1] < number < len(self._files):
+                self._next = Fetching(number, functools.partial(self._fetch, number))
+
+    def _fetch(self, number: int) -> InputFile:
+        return fetch(self._files[number], number, self._side_suffix, self._entries[number])
 
     def find(self, number: int) -> InputFile:
         """The same without fetching: where it lies if it is not here."""
