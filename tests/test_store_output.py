@@ -131,6 +131,14 @@ def test_parts_are_read_ahead_of_who_sums_up(remote_run, bucket, monkeypatch):
     assert (folder / "part-00009.parquet").read_bytes() == b"another"
 
 
+def test_marks_of_killed_workers_go(remote_run, bucket):
+    """The mark of a worker that was killed when its part had been written goes with the end of the run."""
+    assert remote_run().code == 0
+    bucket.put("out/parts/part-00002.trying", b"")
+    assert [path.name for path in StorePath(bucket.url("out/parts")).glob("*.trying")] == ["part-00002.trying"]
+    assert remote_run().code == 0 and strange_objects(bucket, "out") == []
+
+
 def test_retry_failed_with_embeddings(remote_run, bucket, monkeypatch):
     """What failed for a passing reason is tried again: part and embeddings are replaced, as on a disk."""
     model = {"pretrained_model": str(ROOT / "challenge_set/shapes_clip"), "save_embeddings": "float16"}

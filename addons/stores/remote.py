@@ -343,6 +343,8 @@ class RemoteStore:
             yield from (name for name in names if name.startswith(beginning.rpartition("/")[2]))
             return
         bucket, _, prefix = inner.partition("/")
+        if beginning.endswith("/"):
+            prefix += "/"  # which fsspec takes away
         more: Json = {}
         while True:
             try:
