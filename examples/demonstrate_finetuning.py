@@ -15,8 +15,9 @@ goes on where it was:
     results.json, and readme_imgs/finetuned.png: the same prompts from the same noise, before and after
 
 With --kind flow, in flow/: pipeline (StableDiffusion3Pipeline), seed-N, second (a third shapes model), two-N (fine-tuned
-with both it and the bundled one as teachers), results.json, and readme_imgs/finetuned-flow.png. Of both sets of runs it reports
-the judge's value where the first teacher's is the same: what the second teacher is good for.
+with both it and the bundled one as teachers), near-N and norm-N (held near the base model), results.json, and
+readme_imgs/finetuned-flow.png. It reports the judge's value where the first teacher's is the same as with that teacher alone:
+what the second teacher, and staying near, are good for.
 
 The prompts that are scored are the captions of the bundled drawings of one large shape; nothing here trains on them, nor
 did teacher or judge.
@@ -36,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "challenge_set")]
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from draw_shapes import (  # noqa: E402 - lies in challenge_set
     BACKGROUNDS,
@@ -123,7 +125,9 @@ def list_steps(out: pathlib.Path, kind: str) -> list[Step]:
         return [*steps, *(tuning(f"seed-{seed}", seed, VARIED) for seed in SEEDS), tuning("plain", 0, UNVARIED)]
     steps.append(scorer_step("second", folder / "second", 2, 400))
     for seed in SEEDS:
-        steps += [tuning(f"seed-{seed}", seed, VARIED), tuning(f"two-{seed}", seed, VARIED, ("second",))]
+        steps += [tuning(f"seed-{seed}", seed, VARIED), tuning(f"two-{seed}", seed, VARIED, ("second",)),
+                  tuning(f"near-{seed}", seed, [*VARIED, "--stay-near", "0.3"]),
+                  tuning(f"norm-{seed}", seed, [*VARIED, "--hold-norm", "10"])]
     return steps
 
 
@@ -226,7 +230,8 @@ def grids_of(folder: pathlib.Path, kind: str) -> list[list[tuple[str, pathlib.Pa
         if kind == "noise":
             rows.append((f"seed {seed}, after", one / "after.png"))
         else:
-            rows += [("one teacher", one / "after.png"), ("two teachers", folder / f"two-{seed}" / "after.png")]
+            rows += [("one teacher", one / "after.png"), ("two teachers", folder / f"two-{seed}" / "after.png"),
+                     ("one, norm held", folder / f"norm-{seed}" / "after.png")]
         groups.append(rows)
     return groups
 
@@ -292,10 +297,22 @@ def judge_at(level: float, looks: Results) -> float:
     raise ValueError(f"the teacher never reaches {level}")
 
 
-def compare_at_same_teacher(one: Results, two: Results) -> dict[str, float]:
-    """The judge with one teacher and with two, at the lowest value of the first teacher that both runs reach."""
-    level = max(min(look.get("teacher_1", look["teacher"]) for look in looks.values()) for looks in (one, two))
-    return {"first teacher": level, "judge, one teacher": judge_at(level, one), "judge, two teachers": judge_at(level, two)}
+def compare_at_same_teacher(one: Results, other: Results) -> dict[str, float]:
+    """The judge after one run and after another, at the lowest value of the first teacher that both reach."""
+    level = max(min(look.get("teacher_1", look["teacher"]) for look in looks.values()) for looks in (one, other))
+    return {"first teacher": level, "judge": judge_at(level, one), "judge of the other": judge_at(level, other)}
+
+
+def colour_of_grounds(grid: pathlib.Path, prompts: list[str], ground: str, side: int) -> list[int]:
+    """The mean colour, levels of 255, of the margins (a fifth of the side) of the images that were asked for on a ground."""
+    margin = side // 5
+    outside = np.ones((side, side), bool)
+    outside[margin:-margin, margin:-margin] = False
+    with Image.open(grid) as opened:
+        sheet = opened.convert("RGB")
+    pixels = [np.asarray(cut_cell(sheet, number, side))[outside] for number, prompt in enumerate(prompts)
+              if prompt.endswith(f"on a {ground} background")]
+    return [round(float(level)) for level in np.concatenate(pixels).mean(axis=0)]
 
 
 def load_scorers(paths: dict[str, str | pathlib.Path]) -> dict[str, Scorer]:
@@ -319,12 +336,18 @@ def sum_up_flow(out: pathlib.Path, side: int) -> dict[str, object]:
     folder = folder_of(out, "flow")
     scorers = load_scorers({"teacher": TEACHER, "second": folder / "second", "judge": out / "judge"})
     results: dict[str, object] = {"real drawings": real_drawings(scorers, side)}
+    prompts = read_prompts(out / "held_out.csv", "caption") * 2  # two images of each
     for seed in SEEDS:
         one = mean_looks(folder / f"seed-{seed}")
-        two = mean_looks(folder / f"two-{seed}")
-        results |= {f"seed-{seed}": one, f"two-{seed}": two, f"same-teacher-{seed}": compare_at_same_teacher(one, two)}
-    runs = [f"{name}-{seed}" for name, seed in itertools.product(("seed", "two"), SEEDS)]
-    return results | {"better": {name: shares_of_better(folder / name) for name in runs}}
+        results[f"seed-{seed}"] = one
+        for name in ("two", "near", "norm"):
+            other = mean_looks(folder / f"{name}-{seed}")
+            results[f"{name}-{seed}"] = other
+            results[f"seed-{seed} and {name}-{seed} at the same teacher"] = compare_at_same_teacher(one, other)
+    runs = [f"{name}-{seed}" for name, seed in itertools.product(("seed", "two", "near", "norm"), SEEDS)]
+    greys = {"before": colour_of_grounds(folder / "seed-0/before.png", prompts, "grey", side)}
+    greys |= {name: colour_of_grounds(folder / name / "after.png", prompts, "grey", side) for name in runs}
+    return results | {"better": {name: shares_of_better(folder / name) for name in runs}, "grey grounds": greys}
 
 
 def sum_up(out: pathlib.Path, kind: str) -> dict[str, object]:

@@ -436,6 +436,9 @@ def test_command_that_is_killed_goes_on_to_the_same_weights(arguments, tmp_path)
 
 # ── The demonstration ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+RUNS_OF_FLOW = [f"{name}-{seed}" for name in ("seed", "two", "near", "norm") for seed in (0, 1, 2)]
+
+
 @pytest.fixture
 def demonstration():
     """The program that demonstrates it all."""
@@ -466,8 +469,7 @@ def test_demonstration_lists_its_steps(demonstration, tmp_path, capsys):
     (tmp_path / "judge/processor_config.json").write_text("{}")
     assert demonstration.main(["--out", str(tmp_path), "--kind", "flow", "--list"]) == 0
     lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert lines == {"judge": "done", **dict.fromkeys(["pipeline", "second", *(f"{name}-{seed}" for seed in (0, 1, 2)
-                                                                               for name in ("seed", "two"))], "to do")}
+    assert lines == {"judge": "done", **dict.fromkeys(["pipeline", "second", *RUNS_OF_FLOW], "to do")}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["judge"]
 
 
@@ -479,7 +481,7 @@ def test_demonstration_asks_for_what_the_fine_tuning_takes(demonstration, tmp_pa
         options = finetune.parse_arguments([str(part) for part in step.command[1:]])
         assert options.output == step.result.parent and options.judge and options.cpu
         assert len(options.teacher) == (2 if step.name.startswith("two") else 1)
-    assert len(tunings) == {"noise": 4, "flow": 6}[kind]
+    assert len(tunings) == {"noise": 4, "flow": 12}[kind]
 
 
 def test_demonstration_holds_out_what_it_scores(demonstration, tmp_path):
@@ -494,18 +496,24 @@ def test_demonstration_holds_out_what_it_scores(demonstration, tmp_path):
 def test_demonstration_shows_and_counts_what_came_of_it(demonstration, tmp_path):
     """Each seed's rows of the chosen prompts, cut out of the runs' grids; and the share of images that got better."""
     names = ("before", "after")
-    for run, (number, name) in itertools.product(("seed-0", "seed-1", "seed-2", "two-0", "two-1", "two-2"), enumerate(names)):
+    blues = {"seed": 0, "two": 200, "near": 50, "norm": 100}
+    for run, (number, name) in itertools.product(RUNS_OF_FLOW, enumerate(names)):
         (tmp_path / run).mkdir(exist_ok=True)
-        blue = 200 if run.startswith("two") else 0
+        blue = blues[run.split("-")[0]]
         images = [Image.new("RGB", (32, 32), (10 * cell, 100 * number, blue)) for cell in range(25)]
         make_grid(images).save(tmp_path / run / f"{name}.png")
     demonstration.write_inputs(tmp_path)
     groups = demonstration.grids_of(tmp_path, "flow")
     demonstration.draw_comparison(groups, tmp_path / "held_out.csv", (0, 4, 22), tmp_path / "sheet.png", 32)
     sheet = Image.open(tmp_path / "sheet.png")
-    colours = [[sheet.getpixel((110 + 102 * column + 40, 36 + 102 * row + 40)) for column in range(3)] for row in range(3)]
-    assert sheet.size == (110 + 3 * 102, 36 + 9 * 102 + 3 * 8)
-    assert colours == [[(10 * cell, green, blue) for cell in (0, 4, 22)] for green, blue in ((0, 0), (100, 0), (100, 200))]
+    colours = [[sheet.getpixel((110 + 102 * column + 40, 36 + 102 * row + 40)) for column in range(3)] for row in range(4)]
+    assert sheet.size == (110 + 3 * 102, 36 + 12 * 102 + 3 * 8)
+    assert colours == [[(10 * cell, green, blue) for cell in (0, 4, 22)]
+                       for green, blue in ((0, 0), (100, 0), (100, 200), (100, 100))]
+    prompts = finetune.read_prompts(tmp_path / "held_out.csv", "caption")
+    grey = [cell for cell, prompt in enumerate(prompts) if "grey" in prompt]
+    assert demonstration.colour_of_grounds(tmp_path / "two-0/after.png", prompts, "grey", 32) == [
+        round(10 * sum(grey) / len(grey)), 100, 200]
     looks = [{"step": 0, "teacher": [0.5, 0.5], "judge": [0.4, 0.4]}, {"step": 1, "loss": 0.1},
              {"step": 9, "teacher": [0.4, 0.4], "judge": [0.3, 0.45]}]
     (tmp_path / "seed-0/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in looks))
@@ -519,7 +527,7 @@ def test_judge_is_compared_where_the_teacher_is_the_same(demonstration):
     one = {"0": {"teacher": 0.6, "judge": 0.6}, "80": {"teacher": 0.4, "judge": 0.5}, "160": {"teacher": 0.2, "judge": 0.48}}
     two = {"0": {"teacher": 0.7, "teacher_1": 0.6, "judge": 0.6}, "80": {"teacher": 0.5, "teacher_1": 0.3, "judge": 0.3}}
     assert demonstration.compare_at_same_teacher(one, two) == {
-        "first teacher": 0.3, "judge, one teacher": 0.49, "judge, two teachers": 0.3}
+        "first teacher": 0.3, "judge": 0.49, "judge of the other": 0.3}
     assert demonstration.judge_at(0.65, one) == 0.6
 
 
