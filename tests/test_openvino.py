@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import open_clip_models
 import pytest
 import torch
 from family_models import FAMILIES, FamilyShelf
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.skipif(not all(importlib.util.find_spec(name) for name 
 ROOT = pathlib.Path(script.__file__).parent
 MODEL = str(ROOT / "challenge_set/shapes_clip")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+# models in open_clip's format: a plain ViT, a text tower that reads the whole context, a tower of timm's
+OPEN_CLIP = {f"open_clip, {name}": name for name in ("quickgelu", "clipa", "siglip")}
 REFUSED = {"siglip2": "each in its own shape", "align": "cannot convert align models"}  # NaFlex; EfficientNet
 BITS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}]
 CAPTIONS = ["a large cyan star on a black background", "a cat", "a small red circle left of a large blue square " * 6]
@@ -147,12 +150,18 @@ def test_drift_on_the_bundled_model(keys, most, changed, shapes, run_main, read_
 def folder_of(tmp_path_factory, shelf):
     """The model folder of an architecture or of a further family, by its name."""
     families = FamilyShelf(tmp_path_factory.mktemp("families"))
-    return lambda name: families(name) if name in FAMILIES else shelf(name)
+    open_clip = tmp_path_factory.mktemp("open-clip")
+
+    def find(name):
+        if name in OPEN_CLIP:
+            return open_clip_models.write_model(open_clip / name, OPEN_CLIP[name])
+        return families(name) if name in FAMILIES else shelf(name)
+    return find
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES, *OPEN_CLIP])
 def test_every_family_runs_or_is_refused(name, folder_of):
     """Each family gives torch's embeddings in float32 and, with int8, nearly those; or it is refused in one line."""
     folder = folder_of(name)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import filelock
@@ -155,30 +155,17 @@ def number_layers(model: "openvino.Model", name: str) -> None:
 
 # ── Conversion ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-class ImageTower(torch.nn.Module):
-    """The image encoder as one module, so that it can be traced."""
+class Tower(torch.nn.Module):
+    """One encoder of a model as a module, so that it can be traced; `features` computes it, as the family says."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, model: torch.nn.Module, features: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.family = family
-        self.model = family.model
+        self.model = model
+        self.features = features
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(n, 3, H, W) -> (n, d)."""
-        return self.family.image_features(self.model, values)
-
-
-class TextTower(torch.nn.Module):
-    """The text encoder as one module, so that it can be traced."""
-
-    def __init__(self, family: Family) -> None:
-        super().__init__()
-        self.family = family
-        self.model = family.model
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(n, length) -> (n, d)."""
-        return self.family.text_features(self.model, values)
+        """Pixels (n, 3, H, W) or ids (n, length) -> (n, d)."""
+        return self.features(self.model, values)
 
 
 def convert(scorer: Scorer) -> "dict[str, openvino.Model]":
@@ -189,7 +176,9 @@ def convert(scorer: Scorer) -> "dict[str, openvino.Model]":
     images = calibration_images(scorer) if is_int8 else sample_images(scorer)
     captions = calibration_captions() if is_int8 else SAMPLE_CAPTIONS
     ids = [pad(scorer.family, row) for row in scorer.tokenize(captions)[0]]
-    towers = {IMAGE_FILE: (ImageTower(scorer.family), images), TEXT_FILE: (TextTower(scorer.family), ids)}
+    family = scorer.family
+    towers = {IMAGE_FILE: (Tower(family.model, family.image_features), images),
+              TEXT_FILE: (Tower(family.model, family.text_features), ids)}
     models = {}
     for file, (tower, items) in towers.items():
         name = f"{file.split('.')[0]} encoder"
