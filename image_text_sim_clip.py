@@ -2724,8 +2724,10 @@ class Scorer:
         import torch
         from PIL import Image
         pixels = self.family.stack([self.resize(Image.new("RGB", (40, 30)))])
-        images = self._embed(self._features_of_bytes, torch.from_numpy(pixels))  # (1, d)
         ids = self.tokenize(["a", "a photo " * self.family.context_length])[0]
+        if self.encoders is not self.family:
+            return  # another runtime computes with what it tried before it was kept
+        images = self._embed(self._features_of_bytes, torch.from_numpy(pixels))  # (1, d)
         texts = self._embed(self._features_of_ids, self._pad(ids, max(map(self._padded_length, ids))))  # (2, d)
         if images.shape[1] != texts.shape[1]:
             raise Trouble(EXIT_MODEL, f"{self.family.name}: images become {images.shape[1]} numbers in it, and captions "
