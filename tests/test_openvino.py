@@ -298,7 +298,8 @@ def test_resumption_with_another_conversion_is_refused(scored, run_main, monkeyp
 def test_features_that_differ_are_refused(monkeypatch, tmp_path, capfd):
     """A conversion whose features are not torch's is exit 6 in one line, and is not kept; `auto` says so and takes torch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(openvino_convert.TextTower, "forward", lambda self, values: values[:, :1].float() * torch.rand(1, 64))
+    monkeypatch.setattr(openvino_convert.Tower, "forward",
+                        lambda self, values: values.flatten(1)[:, :1].float() * torch.rand(1, 64))
     with pytest.raises(script.Trouble, match=r"other features than torch does|cannot convert") as refused:
         load()
     assert refused.value.exit_code == script.EXIT_MODEL
@@ -306,6 +307,17 @@ def test_features_that_differ_are_refused(monkeypatch, tmp_path, capfd):
     assert load(quantization="int8", runtime="auto").encoders.kind == "clip"
     told = capfd.readouterr().err
     assert "set runtime: torch; running in torch" in told
+
+
+def test_conversion_that_does_not_compute_is_refused(monkeypatch, tmp_path):
+    """A conversion that computes only as many items as it was traced with is exit 6 in one line, and is not kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(openvino_convert.Tower, "forward", lambda self, values: torch.cat(
+        [values.flatten(1)[:, :64].float(), torch.ones(len(values), 64)], dim=1))
+    with pytest.raises(script.Trouble, match=r"does not compute .*: set runtime: torch") as refused:
+        load()
+    assert refused.value.exit_code == script.EXIT_MODEL
+    assert not list(openvino_convert.cache_folder().glob("*/*.bin"))
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):

@@ -57,7 +57,7 @@ class ImageTower(torch.nn.Module):
         """(n, 3, H, W) -> (n, d)."""
         states = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (n, patches, width)
         if self.class_embedding is not None:
-            first = self.class_embedding.expand(len(pixels), 1, -1)
+            first = self.class_embedding.expand(pixels.shape[0], 1, -1)  # len() would be a constant where it is traced
             states = torch.cat([first, states], dim=1)
         states = self.pre_layrnorm(states + self.position_embedding)
         states = self.encoder(inputs_embeds=states, attention_mask=None, is_causal=False).last_hidden_state
@@ -93,7 +93,7 @@ class TextTower(torch.nn.Module):
         states = self.token_embedding(ids) + self.position_embedding[:ids.shape[1]]
         states = self.encoder(inputs_embeds=states, attention_mask=None, is_causal=self.is_causal).last_hidden_state
         states = self.final_layer_norm(states)
-        rows = torch.arange(len(ids), device=ids.device)
+        rows = torch.arange(ids.shape[0], device=ids.device)
         if self.pool == "argmax":
             pooled = states[rows, ids.argmax(dim=-1)]
         elif self.pool == "eos":

@@ -248,7 +248,11 @@ def check_parity(model: "openvino.Model", tower: torch.nn.Module, items: Sequenc
     lowest = 1.0
     with torch.inference_mode():
         for item in few:
-            found = torch.from_numpy(np.array(compiled(item)[0]))
+            try:
+                found = torch.from_numpy(np.array(compiled(item)[0]))
+            except RuntimeError as error:  # traced with two items, it may compute nothing else
+                raise Trouble(EXIT_MODEL, f"runtime: openvino converts {config.pretrained_model} to what does not compute "
+                                          f"({' '.join(str(error).split())[:200]}): set runtime: torch") from error
             lowest = min(lowest, torch.nn.functional.cosine_similarity(found, tower(torch.from_numpy(item))).min().item())
     least = MIN_COSINE[config.quantization]
     if not lowest >= least:
