@@ -200,6 +200,11 @@ def overlap(profile, stages, bits):
     return profile["wall_s"] / (alone_s / len(os.sched_getaffinity(0)))
 
 
+def typical(name, rates):
+    """The rate that stands for all rounds: the median, and for the loops, which wait for whatever else runs here, the best."""
+    return max(rates) if name in LOOPS else statistics.median(rates)
+
+
 def draw(results, path):
     """Bars of the medians, a panel for each model."""
     import matplotlib
@@ -208,7 +213,7 @@ def draw(results, path):
     figure, panels = plt.subplots(len(results), 1, figsize=(9, 0.8 + 2.4 * len(results)), layout="constrained", squeeze=False)
     for axes, (model_name, result) in zip(panels[:, 0], results.items(), strict=True):
         names = list(result["pairs_per_s"])
-        values = [statistics.median(result["pairs_per_s"][name]) for name in names]
+        values = [typical(name, result["pairs_per_s"][name]) for name in names]
         bars = axes.barh(names, values, color=["tab:gray" if name in (*LOOPS, *PEERS) else "tab:blue" for name in names])
         ratios = result["ratio_to_one_by_one"]
         labels = [f"{value:,.1f}  ({ratios[name]:.2f}x)" for name, value in zip(names, values, strict=True)]
@@ -216,7 +221,7 @@ def draw(results, path):
         axes.set_xlim(0, 1.2 * max(values))
         axes.invert_yaxis()
         axes.set_title(model_name, loc="left")
-    panels[-1, 0].set_xlabel("pairs/s, median of the rounds (ratio to one pair at a time)")
+    panels[-1, 0].set_xlabel("pairs/s, median of the rounds, the best of the loops' (ratio to one pair at a time)")
     figure.savefig(path, dpi=110)
 
 
@@ -259,9 +264,9 @@ def main():
         write_model(options.out / name)
         rates, profiles = measure(options.out, name, options.rounds, "cuda" if options.gpu else "cpu",
                                   ON_GPU if options.gpu else ON_CPU)
-        base = statistics.median(rates["one by one"])
+        base = typical("one by one", rates["one by one"])
         results[name] = {"pairs": pairs, "pairs_per_s": rates, "profiles": profiles,
-                         "ratio_to_one_by_one": {k: round(statistics.median(v) / base, 2) for k, v in rates.items()}}
+                         "ratio_to_one_by_one": {k: round(typical(k, v) / base, 2) for k, v in rates.items()}}
         print(json.dumps(results[name]["ratio_to_one_by_one"]), "load", os.getloadavg()[0], flush=True)
     if not options.gpu:
         done = subprocess.run([sys.executable, str(ROOT / "tests/bench_stages.py"), str(options.out), names[0]], check=True,

@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import random
 import resource
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -130,18 +132,47 @@ def count_limited(folder):
     return sum(row["status"] == "ok" for row in rows), len(rows)
 
 
+def write_table(folder, name, urls):
+    """A table of these URLs; returns its path."""
+    table = folder / f"{name}.csv"
+    table.write_text("url,caption\n" + "".join(f"{url},caption {number}\n" for number, url in enumerate(urls)))
+    return table
+
+
+def seconds_of_others(urls, folder, environment, settings):
+    """How long a run is at the images of the hosts without a limit, from the first one's arrival in the cache to the last's."""
+    cache = folder / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    run_this_script(write_table(folder, "limited", urls), folder, environment, {**settings, "cache_path": cache})
+    names = [hashlib.sha256(url.encode()).hexdigest() for url in urls if "/limited/" not in url]
+    arrived = [(cache / name[:2] / name).stat().st_mtime for name in names]
+    return max(arrived) - min(arrived)
+
+
+def measure_limited(urls, folder, environment, settings):
+    """Rows scored of a host with a limit, and what its rows cost those of other hosts, against the time they take alone."""
+    with_limited, alone = [], []
+    others = [url for url in urls if "/limited/" not in url]
+    for _ in range(3):
+        alone.append(seconds_of_others(others, folder, environment, settings))
+        with_limited.append(seconds_of_others(urls, folder, environment, settings))
+        scored, rows = count_limited(folder)
+        print(f"limited  {scored} of {rows} rows of the limited host scored; the others' images {with_limited[-1]:.1f} s, "
+              f"alone {alone[-1]:.1f} s", flush=True)
+    print(f"limited  ratio {statistics.median(with_limited) / statistics.median(alone):.2f}", flush=True)
+
+
 def measure(web, arguments, folder, port, closed_port, environment):
     """Run everybody over one web and print a line for each."""
-    table = folder / f"{web}.csv"
     urls = make_urls(web, arguments.rows, port, closed_port)
-    table.write_text("url,caption\n" + "".join(f"{url},caption {number}\n" for number, url in enumerate(urls)))
     settings = dict(pair.split("=", 1) for pair in arguments.set)
+    if web == "limited":
+        measure_limited(urls, folder, environment, settings)
+        return
+    table = write_table(folder, web, urls)
     ours = run_this_script(table, folder, environment, settings)
     report(web, "this script", ours)
-    if web == "limited":
-        scored, rows = count_limited(folder)
-        print(f"{web:8} {scored} of {rows} rows of the limited host scored", flush=True)
-    if arguments.img2dataset and web != "limited":
+    if arguments.img2dataset:
         theirs = run_img2dataset(arguments.img2dataset, table, folder, environment)
         report(web, "img2dataset", theirs)
         print(f"{web:8} ratio {ours['rows_per_s'] / theirs['rows_per_s']:.2f}", flush=True)

@@ -149,9 +149,9 @@ def _open_file_system(scheme: str, options: str, process: int) -> "AbstractFileS
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def _threads(count: int) -> ThreadPoolExecutor:
     """Threads for requests that no event loop can wait for."""
-    return ThreadPoolExecutor(REQUEST_THREADS, "requests")
+    return ThreadPoolExecutor(count, "requests")
 
 
 # ── The store ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -406,19 +406,22 @@ class RemoteStore:
             data = self._read_quickly(path, inner, start, stop)
             return bytes(system.cat_file(inner, start=start, end=stop)) if data is None else data
 
-    def submit_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> "list[Range]":
-        """The same of many objects, all of one store, at a time: of each its path, the first byte, and where to stop."""
+    def submit_ranges(self, ranges: Sequence[tuple[str, int, int]], at_once: int = 0) -> "list[Range]":
+        """The same of many objects, all of one store, at a time: of each its path, the first byte, and where to stop.
+
+        No more than `at_once` are asked for at a time; 0: as many as is good for small objects.
+        """
         if not ranges:
             return []
         inner_paths = [open_file_system(path)[1] for path, _, _ in ranges]
         reader = self._quick_reader(ranges[0][0], inner_paths[0])
         if reader is None or any("?versionId=" in inner for inner in inner_paths):
-            return [Range(_threads().submit(self.read_range, *one), *one) for one in ranges]
+            return [Range(_threads(at_once or REQUEST_THREADS).submit(self.read_range, *one), *one) for one in ranges]
         from addons.stores import s3_many
         places = [inner.partition("/") for inner in inner_paths]
         wanted = [s3_many.Wanted(bucket, key, start, stop)
                   for (bucket, _, key), (_, start, stop) in zip(places, ranges, strict=True)]
-        futures = s3_many.open_many(reader, os.getpid()).submit(wanted)
+        futures = s3_many.open_many(reader, at_once or s3_many.REQUESTS, os.getpid()).submit(wanted)
         return [Range(future, *one) for future, one in zip(futures, ranges, strict=True)]
 
     def _quick_reader(self, path: str, inner: str) -> "S3Reader | None":
@@ -441,10 +444,10 @@ class RemoteStore:
         except s3_reader.NotPlain:
             return None
 
-    def read_up_to(self, path: str, size: int) -> bytes:
-        """The first `size` bytes of an object, fewer where it has no more."""
+    def read_up_to(self, path: str, size: int, begun: Range | None = None) -> bytes:
+        """The first `size` bytes of an object, fewer where it has no more; they may have been `begun` to be read."""
         try:
-            data = self.read_range(path, 0, size)
+            data = begun.result() if begun else self.read_range(path, 0, size)
             TRAFFIC.add("GET", read=len(data))
             return data
         except (FileNotFoundError, PermissionError):

@@ -19,7 +19,7 @@ import yarl
 
 from addons.stores.s3_reader import CONNECT_S, FIRST_WAIT_S, READ_S, TRIES, NotPlain, S3Reader
 
-REQUESTS = 64  # at a time
+REQUESTS = 64  # at a time, of small objects
 
 
 class Wanted(NamedTuple):
@@ -34,11 +34,12 @@ class Wanted(NamedTuple):
 class ManyReader:
     """Reads objects of S3, many at a time."""
 
-    def __init__(self, reader: S3Reader) -> None:
+    def __init__(self, reader: S3Reader, at_once: int) -> None:
         self._reader = reader
+        self._at_once = at_once
         self._loop = asyncio.new_event_loop()
         self._session: aiohttp.ClientSession | None = None
-        self._may_ask = asyncio.Semaphore(REQUESTS)
+        self._may_ask = asyncio.Semaphore(at_once)
         self._tasks: set[asyncio.Task[None]] = set()
         threading.Thread(target=self._loop.run_forever, name="reading many", daemon=True).start()
         atexit.register(self._close)
@@ -56,31 +57,33 @@ class ManyReader:
             task.add_done_callback(self._tasks.discard)
 
     async def _read(self, wanted: Wanted, future: "Future[bytes]") -> None:
-        try:
-            data = await self._try(wanted)
-        except Exception as error:  # whoever waits for it gets it
-            future.set_exception(error)
-        else:
-            future.set_result(data)
+        async with self._may_ask:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                data = await self._try(wanted)
+            except Exception as error:  # whoever waits for it gets it
+                future.set_exception(error)
+            else:
+                future.set_result(data)
 
     async def _try(self, wanted: Wanted) -> bytes:
         headers = {"Range": f"bytes={wanted.start}-{wanted.stop - 1}"}
-        async with self._may_ask:
-            if self._session is None:
-                self._session = _open_session()
-            for attempt in range(TRIES):
-                if attempt:
-                    await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
-                try:
-                    data = await self._ask(self._session, self._reader.sign(wanted.bucket, wanted.key), headers)
-                except botocore.exceptions.BotoCoreError as error:
-                    raise NotPlain from error
-                except aiohttp.ClientSSLError as error:
-                    raise NotPlain from error
-                except (aiohttp.ClientError, TimeoutError):  # a connection that fails, or a body that is cut short
-                    continue
-                if data is not None:
-                    return data
+        if self._session is None:
+            self._session = _open_session(self._at_once)
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+            try:
+                data = await self._ask(self._session, self._reader.sign(wanted.bucket, wanted.key), headers)
+            except botocore.exceptions.BotoCoreError as error:
+                raise NotPlain from error
+            except aiohttp.ClientSSLError as error:
+                raise NotPlain from error
+            except (aiohttp.ClientError, TimeoutError):  # a connection that fails, or a body that is cut short
+                continue
+            if data is not None:
+                return data
         raise NotPlain
 
     @staticmethod
@@ -103,13 +106,13 @@ class ManyReader:
                 asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(timeout=1)
 
 
-def _open_session() -> aiohttp.ClientSession:
+def _open_session(connections: int) -> aiohttp.ClientSession:
     timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_S, sock_read=READ_S)
-    connector = aiohttp.TCPConnector(limit=REQUESTS)
+    connector = aiohttp.TCPConnector(limit=connections)
     return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, trust_env=True)
 
 
 @functools.cache
-def open_many(reader: S3Reader, process: int) -> ManyReader:
-    """What reads many objects with the settings of `reader`, in this process."""
-    return ManyReader(reader)
+def open_many(reader: S3Reader, at_once: int, process: int) -> ManyReader:
+    """What reads many objects with the settings of `reader`, so many at a time, in this process."""
+    return ManyReader(reader, at_once)
