@@ -2636,6 +2636,9 @@ class Scorer:
         self.batch_size = DEFAULT_BATCH[self.device] if config.batch_size == "auto" else config.batch_size
         with telling_of_model(config.pretrained_model):
             self.files = find_model(config)
+            hashing = ThreadPoolExecutor(1)  # while the model is loaded: the manifest needs it, and OpenVINO before that
+            hashing.submit(getattr, self.files, "digests")
+            hashing.shutdown(wait=False)
             self.family = find_family(self.files, config.pretrained_model).load(self.files, config.pretrained_model)
             self.settings = self.family.image_settings()
             levels = self._normalised_levels()

@@ -1,11 +1,15 @@
 """What an object store refuses, and what lies where a run is to write: one line or a status, never lost or mixed rows."""
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+
 import fsspec
 import pytest
 from test_store_chaos import proxied  # noqa: F401 - a fixture
 from test_store_output import remote_run, results_in, results_of  # noqa: F401 - a fixture
 
 from addons.images.cache import Cache
-from addons.stores import leases, remote
+from addons.stores import images, leases, remote
 from addons.stores.paths import StorePath
 
 
@@ -142,3 +146,40 @@ def test_uploads_that_may_not_be_listed(remote_run, bucket, proxied):  # noqa: F
     begin_upload(bucket, "out/scores.csv")
     proxy = proxied(1, ("403",), lambda method, path: "?uploads" in path)
     assert remote_run().code == 0 and proxy.met["403"]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_images_on_their_way_are_bounded(monkeypatch, at_once):
+    """Images of a prefix come in the order of the rows, and no more are asked for at a time than `fetch_concurrency` says."""
+    system = fsspec.filesystem("memory")
+    for number in range(40):
+        system.pipe_file(f"/pool/images/{number}.png", b"%d" % number)
+    counting = threading.Lock()
+    now, most = [0], [0]
+    read_range = remote.RemoteStore.read_range
+
+    def read_slowly(self, *arguments):
+        with counting:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with counting:
+            now[0] -= 1
+        return read_range(self, *arguments)
+    monkeypatch.setattr(remote.RemoteStore, "read_range", read_slowly)
+    source = images.PrefixSource(remote.STORE, "memory://pool/images", 1000, at_once)
+    pool = source.open_pool(2)
+    try:
+        pool.add(source, [f"{number}.png" for number in range(40)])
+        assert [pool.take() for _ in range(40)] == [b"%d" % number for number in range(40)]
+    finally:
+        pool.close()
+    assert most[0] <= at_once + 2  # a loader whose image is not on its way asks itself
+
+
+def test_what_nobody_wants_is_not_read():
+    """A range that was given up before it was read is not asked for again by whoever waits for it."""
+    future = Future()
+    future.cancel()
+    with pytest.raises(CancelledError):
+        remote.Range(future, "memory://nowhere/x", 0, 1).result()

@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import fsspec
@@ -213,6 +213,8 @@ class Range(NamedTuple):
         """Its bytes, waiting for them; what was no plain answer is asked for once more, and fails as `read_range` does."""
         try:
             return self.future.result()
+        except CancelledError:  # the run is at its end
+            raise
         except Exception:  # each way of reading has its own kinds; all errors are to be told alike
             return STORE.read_range(self.path, self.start, self.stop)
 
