@@ -17,6 +17,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -24,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 
@@ -100,16 +102,16 @@ def loop_clip_score(work, model_name, batch):
     print(json.dumps({"pairs_per_s": len(rows) / (time.perf_counter() - started)}))
 
 
-def write_pair_files(work):
-    """The pairs as clip-retrieval reads them: links to the images, each with its caption in a text file. Returns the folder."""
-    folder = work / "pair-files"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with (work / "pairs.csv").open() as file:
+def write_pair_tar(work):
+    """The pairs as a webdataset, for clip-retrieval, whose reader of plain files mixes up their names; returns the tar."""
+    path = work / "pairs.tar"
+    with (work / "pairs.csv").open() as file, tarfile.open(path, "w") as tar:
         for number, row in enumerate(csv.DictReader(file)):
-            (folder / f"{number:06d}.jpg").symlink_to(work / "images" / row["url"])
-            (folder / f"{number:06d}.txt").write_text(row["caption"])
-    return folder
+            caption = work / "caption.txt"
+            caption.write_text(row["caption"])
+            tar.add((work / "images" / row["url"]).resolve(), f"{number:06d}.jpg")
+            tar.add(caption, f"{number:06d}.txt")
+    return path
 
 
 def loop_clip_retrieval(work, model_name, _):
@@ -117,8 +119,13 @@ def loop_clip_retrieval(work, model_name, _):
     from clip_retrieval.clip_inference.main import main as inference
     output = work / "clip-retrieval"
     shutil.rmtree(output, ignore_errors=True)
-    with contextlib.redirect_stdout(sys.stderr):
-        inference(str(write_pair_files(work)), str(output), clip_model=f"hf_clip:{work / model_name}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            inference(str(write_pair_tar(work)), str(output), input_format="webdataset", output_partition_count=1,
+                      clip_model=f"hf_clip:{work / model_name}")
+    finally:
+        for child in multiprocessing.active_children():  # it waits for them for ever where it fails
+            child.terminate()
     stats = json.loads((output / "stats/0.json").read_text())  # sums over the batches, without loading the model
     print(json.dumps({"pairs_per_s": stats["sample_count"] / stats["total_duration"]}))
 

@@ -36,6 +36,18 @@ def test_lines_under_the_name_of_json(tmp_path, score_input):
         assert outcome.code == 3 and "t.json" in outcome.stderr.splitlines()[-1], text
 
 
+def test_an_empty_array_among_others_is_a_file_without_rows(tmp_path, score_input):
+    """A shard that is an array of nothing is left out, as an empty file is; alone it is refused."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/0.json").write_text("[]")
+    (tmp_path / "d/1.json").write_text('[{"url": "a.png", "caption": "x"}]')
+    (tmp_path / "d/2.json").write_text("[\n]\n")
+    outcome, rows, *_ = score_input("d", max_failure_rate=1.0)
+    assert outcome.code == 0 and len(rows) == 1, outcome.stderr
+    outcome, *_ = score_input("d/0.json", "--fresh")
+    assert outcome.code == 3 and len(outcome.stderr.strip().splitlines()) == 1
+
+
 def test_flawed_records_cost_themselves(tmp_path, score_input):
     """A record that is no JSON is malformed, with its line; the others are rows; a list that is cut off is told."""
     text = '[\n{"url": "a", "caption": "b"},\n{"url": bad, "caption": "x"},\n{"url": "c", "caption": "d"},\n5,\n' \

@@ -144,11 +144,11 @@ def test_credentials_that_run_out(remote_run, monkeypatch):  # noqa: F811
     original = remote.RemoteStore.read_up_to
     reads = []
 
-    def expire(self, path, size):
+    def expire(self, path, size, begun=None):
         reads.append(path)
         if len(reads) > 2:
             raise remote.ExpiredCredentials(13, "no permission (The provided token has expired.)", path)
-        return original(self, path, size)
+        return original(self, path, size, begun)
     with monkeypatch.context() as patch:
         patch.setattr(remote.RemoteStore, "read_up_to", expire)
         outcome = remote_run()

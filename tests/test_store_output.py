@@ -144,10 +144,10 @@ def test_retry_failed_with_embeddings(remote_run, bucket, monkeypatch):
     model = {"pretrained_model": str(ROOT / "challenge_set/shapes_clip"), "save_embeddings": "float16"}
     original = remote.RemoteStore.read_up_to
 
-    def fail(self, path, size):
+    def fail(self, path, size, begun=None):
         if path.endswith("2.png"):
             raise TimeoutError("late")
-        return original(self, path, size)
+        return original(self, path, size, begun)
     with monkeypatch.context() as patch:
         patch.setattr(remote.RemoteStore, "read_up_to", fail)
         outcome = remote_run(**model)

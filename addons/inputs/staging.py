@@ -16,7 +16,7 @@ from addons.inputs import Manifest
 from addons.inputs.caption_lists import CAPTION_INDEX, count_staged
 from addons.inputs.columnar import constant_cells, find_data_uris
 from addons.inputs.files import InputFile, as_text
-from addons.inputs.text import HashingFile, find_first_bad_byte
+from addons.inputs.text import HashingFile, Text, find_first_bad_byte
 from addons.stores import SCHEME
 from image_text_sim_clip import (
     EXIT_INPUT,
@@ -31,6 +31,7 @@ from image_text_sim_clip import (
     say,
 )
 
+MOST_EMPTY_BYTES = 100  # of a file that holds nothing, compressed or not
 TYPES = {"int": r"^(-?\d{1,18})?$", "float": r"^(-?\d+(\.\d+)?([eE][+-]?\d+)?)?$", "bool": r"^(true|false)?$"}
 
 OpenTable = Callable[[Config, list[str]], TextTable]  # see text.TextReader
@@ -91,9 +92,13 @@ def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config
 
 
 def _is_empty(file: InputFile, found: list[InputFile]) -> bool:
-    """Whether a file of a set has no byte: many programs write such shards."""
+    """Whether a file of a set has no byte, or is a JSON array of nothing: many programs write such shards."""
     info = file.info()
-    return len(found) > 1 and info is not None and info.bytes == 0
+    if len(found) == 1 or info is None or info.bytes > MOST_EMPTY_BYTES:
+        return False
+    if info.bytes == 0:
+        return True
+    return ".json" in file.path.lower() and Text(file.path, "utf-8").peek(MOST_EMPTY_BYTES).split() in ([b"[]"], [b"[", b"]"])
 
 
 def _find_columns(readings: list[Reading], open_table: OpenTable) -> list[str]:

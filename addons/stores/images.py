@@ -6,6 +6,7 @@ a time, and given to the loaders in the order of the rows, so that batches, and 
 a folder with the same files.
 """
 import collections
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable
@@ -183,6 +184,7 @@ class PrefixPool(ImagePool):
                     begun.future.add_done_callback(self._count_held)
 
     def _count_held(self, future: "Future[bytes]", sign: int = 1) -> None:
+        """Count a future that is done."""
         with self._held_lock:
             self._held += sign
             if not future.cancelled() and future.exception() is None:
@@ -203,8 +205,8 @@ class PrefixPool(ImagePool):
         try:
             return self._source.finish(source, begun)
         finally:
-            if begun:
-                self._count_held(begun.future, -1)
+            if begun:  # done now, unless there was no waiting for it
+                begun.future.add_done_callback(functools.partial(self._count_held, sign=-1))
             with self._lock:
                 self._ahead -= 1
             self._fetch_more()
