@@ -702,6 +702,8 @@ def test_entry_that_cannot_be_read_is_fetched_anew(serve, tmp_path):
 def test_full_disk_leaves_nothing_in_the_cache(serve, tmp_path, monkeypatch):
     """A disk that is full in the middle of an entry keeps nothing of it, and the image comes."""
     server = serve(send_image)
+    told = []
+    monkeypatch.setattr(cache, "say", told.append)  # stderr may be a file, too, and as full
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
@@ -711,6 +713,7 @@ def test_full_disk_leaves_nothing_in_the_cache(serve, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert entries(tmp_path / "cache") == []
+    assert len(told) == 1 and "is not kept in cache_path" in told[0]
 
 
 def test_cache_respects_an_opt_out(serve, tmp_path):
