@@ -273,7 +273,7 @@ def test_conversion_that_does_not_end_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def stop(model, tower, items, config):
-        if isinstance(tower, openvino_convert.TextTower):
+        if items[0].ndim == 2:  # captions, which come last
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(openvino_convert, "check_parity", stop)
