@@ -2421,7 +2421,7 @@ class Family:
         truncated: list[bool] = []
         for start, stop in _stretches_of_text(captions):
             heads = captions[start:stop]
-            if ADDONS.is_dir() and max(map(len, heads)) > 16 * self.context_length:  # else it only takes longer
+            if ADDONS.is_dir() and max(map(len, heads)) > LONG_CAPTION * self.context_length:
                 heads = addon("models.long_captions", "caption_column").take_heads(self, heads)
             prepared = [self.prepare(head) for head in heads]
             stretch = self.encode(prepared, truncation=True, max_length=self.context_length)
@@ -2474,6 +2474,9 @@ class Family:
 
 
 TEXT_CHARS = 250_000  # of captions that are tokenized at a time: their tokens take a hundred times as much
+
+
+LONG_CAPTION = 16  # characters for each token that the model reads, from which on a caption may be cut short before
 
 
 def _stretches_of_text(captions: list[str]) -> Iterator[tuple[int, int]]:

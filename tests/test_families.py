@@ -2,7 +2,6 @@
 
 The reference calls the family's own classes of transformers, one pair at a time, padded and masked as the model cards show.
 """
-import contextlib
 import json
 import re
 
@@ -13,6 +12,7 @@ import transformers
 from family_models import FAMILIES, FamilyShelf
 from models import CORPUS
 from PIL import Image
+from unfinished_run import ends_at_third_part
 
 import image_text_sim_clip as script
 from addons.measures.embeddings import read_embeddings
@@ -235,22 +235,13 @@ def test_a_word_about_every_family_that_is_not_read(family_shelf, run_main, shap
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_killed_and_resumed_gives_the_same_scores(name, score, model_of, run_main, tmp_path, monkeypatch):
+def test_killed_and_resumed_gives_the_same_scores(name, score, model_of, run_main, tmp_path):
     """A run that ends in its midst is finished by another one to the same bytes, saved embeddings too."""
     score(model_of(name), partition_rows=7, save_embeddings="float16")
     files = ["scores.csv", *(f"parts/{path.name}" for path in (tmp_path / "out/parts").glob("*.npz"))]
     assert len(files) == 1 + 4
     whole = {file: (tmp_path / "out" / file).read_bytes() for file in files}
-    commit = script.commit_part
-    commits = []
-
-    def commit_or_die(*values):
-        commits.append(1)
-        if len(commits) > 2:
-            raise script.Interrupted(15)
-        return commit(*values)
-    with monkeypatch.context() as patch, contextlib.suppress(script.Interrupted):
-        patch.setattr(script, "commit_part", commit_or_die)
+    with ends_at_third_part() as commits:
         run_main("--config", tmp_path / "config.yaml", "--fresh")
     assert len(commits) == 3 and not (tmp_path / "out/scores.csv").exists()
     outcome = run_main("--config", tmp_path / "config.yaml")

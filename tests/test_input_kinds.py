@@ -13,6 +13,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from unfinished_run import ends_at_third_part
 
 import image_text_sim_clip as script
 from addons import inputs
@@ -183,23 +184,14 @@ WITHOUT_LISTS = ("CSV", "compressed", "an imagefolder with metadata.csv", "a set
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed(tmp_path, score_input, picture_bytes, monkeypatch, kind):
+def test_killed_and_resumed(tmp_path, score_input, picture_bytes, kind):
     """A run that ends in the middle, again and again, ends with the bytes of one that did not."""
     csv_path = write_input(kind, tmp_path, make_rows(random.Random(3), 24, picture_bytes()))
     whole = score_input(csv_path, partition_rows=7)[0]
     assert whole.code == 0, whole.stderr
     expected = (tmp_path / "out/scores.csv").read_bytes()
-    real = script.commit_part
     for arguments in (("--fresh",), (), ()):
-        commits = []
-
-        def commit_or_die(*values, commits=commits):
-            commits.append(1)
-            if len(commits) > 2:
-                raise script.Interrupted(15)
-            return real(*values)
-        with monkeypatch.context() as patch, contextlib.suppress(script.Interrupted):
-            patch.setattr(script, "commit_part", commit_or_die)
+        with ends_at_third_part():
             score_input(csv_path, *arguments, partition_rows=7)
     outcome = score_input(csv_path, partition_rows=7)[0]
     assert outcome.code == 0 and (tmp_path / "out/scores.csv").read_bytes() == expected

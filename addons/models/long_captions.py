@@ -3,9 +3,7 @@
 What comes behind a space so far behind moves none of the tokens that are read, so that ids and scores are those of the whole
 caption, while a caption of megabytes costs no more than one of a page.
 """
-from image_text_sim_clip import Family
-
-CHARS_OF_TOKEN = 16  # a caption is long from so many characters on for each token that the model reads
+from image_text_sim_clip import LONG_CAPTION, Family
 
 
 def take_heads(family: Family, captions: list[str]) -> list[str]:
@@ -14,10 +12,10 @@ def take_heads(family: Family, captions: list[str]) -> list[str]:
     A long text without spaces is cut only where it is four times as long.
     """
     heads = list(captions)
-    chars = CHARS_OF_TOKEN * family.context_length
+    chars = LONG_CAPTION * family.context_length
     left = [place for place, caption in enumerate(captions) if len(caption) > chars]
     while left:
-        is_long = chars >= 4 * CHARS_OF_TOKEN * family.context_length
+        is_long = chars >= 4 * LONG_CAPTION * family.context_length
         for place in left:
             head = captions[place][:chars]
             end = head.rfind(" ", chars // 2)

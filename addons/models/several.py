@@ -6,12 +6,13 @@ captions with the others and adds their columns. On the way from loader to encod
 encoder gives are the embeddings of all models side by side, those of the first model last.
 """
 import dataclasses
-import json
 import math
 import pathlib
 import re
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
+
+import safetensors
 
 from addons.images.memory import machine_memory
 from image_text_sim_clip import (
@@ -222,9 +223,8 @@ def count_weights(files: ModelFiles, device: str, dtype: str) -> int:
 
 def count_values(path: pathlib.Path) -> int:
     """How many numbers a safetensors file holds, as its header says."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    with safetensors.safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
 
 
 def weights_of(scorer: Scorer) -> int:

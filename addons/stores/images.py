@@ -78,7 +78,7 @@ class PrefixSource:
             raise RowFailure("missing", "no file name")
         for name in names[skipped:]:
             key = self._key_of(name)
-            data = self._get(key) if key else None
+            data = self._get(self._path_of(key)) if key else None
             if data is not None:
                 return data
         raise RowFailure("missing", "no such file in image_path")
@@ -94,7 +94,7 @@ class PrefixSource:
         """The bytes of an image that was begun, waiting for them; raises as `fetch` does."""
         if begun is None:
             return self.fetch(source)
-        data = self._get(self._first_key(source), begun)
+        data = self._get(begun.path, begun)
         return self.fetch(source, skipped=1) if data is None else data
 
     def _first_key(self, source: str) -> str:
@@ -126,12 +126,12 @@ class PrefixSource:
         key = "/".join(steps)
         return key if is_text(key) and "\0" not in key and len(key.encode()) <= MOST_KEY_BYTES else ""
 
-    def _get(self, key: str, begun: Range | None = None) -> bytes | None:
+    def _get(self, path: str, begun: Range | None = None) -> bytes | None:
         """The object's bytes, which may be on their way; None if there is none."""
         try:
-            data = self._store.read_up_to(self._path_of(key), self._max_bytes + 1, begun)
+            data = self._store.read_up_to(path, self._max_bytes + 1, begun)
             if len(data) > self._max_bytes:
-                raise RowFailure("too_large", f"{self._store.stat(self._path_of(key)).bytes} bytes")
+                raise RowFailure("too_large", f"{self._store.stat(path).bytes} bytes")
         except FileNotFoundError:
             return None
         except ExpiredCredentials as error:
