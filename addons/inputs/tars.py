@@ -25,7 +25,6 @@ from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
 from addons.inputs.json_lines import Cells, NestedCaption, check_width, parse_object, parse_rows
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.parquet import ParquetFile
-from addons.stores import SCHEME
 from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_name, say
 
 if TYPE_CHECKING:
@@ -509,7 +508,7 @@ class TarRows(FileRows):
 
 def is_in_store(found: list[InputFile]) -> bool:
     """Whether the tars lie in an object store."""
-    return bool(found) and SCHEME.match(found[0].path) is not None
+    return bool(found) and found[0].in_store
 
 
 READER = TarReader()
