@@ -747,8 +747,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, write_config, picture_byte
     """The peak for 300,000 rows is at most 1.1 times that for 100,000, in partitions of the same size.
 
     Fewer would not do: a table of some megabytes fills all of staging's blocks, and after some twenty partitions the allocators
-    keep no more. Of three runs of each the least counts: which pages the allocators keep while staging's two threads hand blocks
-    over is chance, up to a tenth of the peak, whatever the number of rows; what grows with the rows is there in every run.
+    keep no more. Of up to three runs of each the least counts: which pages the allocators keep while staging's two threads
+    hand blocks over is chance, a tenth of the peak; what grows with the rows is there in every run.
     """
     (tmp_path / "pictures").mkdir()
     for i in range(20):
