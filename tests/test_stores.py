@@ -108,6 +108,23 @@ def test_images_below_a_prefix(bucket, score_bucket, picture):
     assert [row["status"] for row in scored] == [status for _, status in rows]
 
 
+@pytest.mark.parametrize("anon", [False, True])
+def test_steps_out_of_a_prefix(bucket, write_config, picture, anon):
+    """No step `..` in a URL of the store leads out of the prefix, though clients on the way would go there; `.` is no step."""
+    from addons.stores import images
+    for name in ("images/a.jpg", "images/deep/b.jpg", "other/z.jpg"):
+        bucket.fs.pipe_file(f"{bucket.name}/{name}", picture, ACL="public-read")
+    config = script.load_config(write_config(storage_options={"anon": anon}))
+    read = images.open_prefix(config, bucket.url("images"))
+    for name in ("../other/z.jpg", "deep/../../other/z.jpg", "deep/../a.jpg"):
+        with pytest.raises(script.RowFailure) as failure:
+            read(bucket.url(f"images/{name}"))
+        assert failure.value.status == "forbidden"
+    assert read(bucket.url("images/deep/b.jpg")) == picture
+    with pytest.raises(FileNotFoundError):
+        remote.STORE.read_range(bucket.url("images/../other/z.jpg"), 0, 10)
+
+
 def test_image_larger_than_allowed(bucket, score_bucket, picture):
     """An object larger than max_image_bytes is not read further, and its size is told."""
     bucket.put("images/a.jpg", picture + b"0" * 5000)

@@ -112,7 +112,10 @@ class PrefixSource:
         if SCHEME.match(name):
             if not name.startswith(self._prefix + "/"):
                 raise RowFailure("forbidden", "outside image_path")
-            return name[len(self._prefix) + 1:]
+            key = name[len(self._prefix) + 1:]
+            if ".." in key.split("/"):  # no folder to a store, but to some that are asked on the way
+                raise RowFailure("forbidden", "outside image_path")
+            return key
         steps: list[str] = []
         for step in name.split("/"):
             if step == ".." and not steps:

@@ -54,6 +54,8 @@ class S3Reader:
 
         Raises FileNotFoundError, and NotPlain for what s3fs is to try itself.
         """
+        if not {".", ".."}.isdisjoint(key.split("/")):  # urllib3 would take these for steps in folders, and ask for another
+            raise NotPlain
         headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         for attempt in range(TRIES):
             if attempt:
