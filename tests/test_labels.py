@@ -419,6 +419,17 @@ def test_recall_cuts_the_table(tmp_path, table, run_labels):
     assert "hold at least 90 % of all that fit" in outcome.stderr
 
 
+def test_all_that_fits(tmp_path, table, run_labels):
+    """min_recall: 1 with every row marked keeps every row that fits, and drops some others."""
+    similarities, fits, _ = table
+    scored = np.flatnonzero(~np.isnan(similarities))
+    write_labels(tmp_path / "labels.csv", scored, fits & (similarities > 0), similarities)
+    outcome = run_labels(min_recall=1)
+    assert outcome.code == 0 and "Warning" not in outcome.stderr, outcome.stderr
+    lowest = similarities[scored][(fits & (similarities > 0))[scored]].min()
+    assert np.nanmin(similarities) < outcome.result["labels"]["similarity"] <= lowest
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("row,label\n1,good\n", ["line 2", "fits | does_not_fit | unsure", "'good'"]),
     ("row,label\nx,fits\n", ["line 2", "whole number"]), ("row,label\n-1,fits\n", ["line 2"]),
