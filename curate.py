@@ -101,18 +101,21 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
         overlaps.add(failures)
         judged = rules.judge_failures(failures, len(similarities))
         fingerprints = np.zeros(len(judged), np.uint64)
-        if images and curation.needs_images:
+        contents = np.zeros(len(judged), np.uint64)
+        if images and rules.looks_at_images(curation, run.holds_images):
             perceptual = curation.duplicate_images == "perceptual"
-            judge_images(images, image_rules, images.locate(first_row, table), perceptual, judged, fingerprints)
+            judge_images(images, image_rules, images.locate(first_row, table), perceptual, judged, fingerprints, contents)
         if saved:  # whatever the files' own fingerprints are: the embeddings tell which images are alike
             fingerprints = saved.numbers_of(first_row, len(judged))
         verdicts[first_row:first_row + len(judged)] = judged
         if neighbour_rules:
             left = np.flatnonzero(judged == rules.KEPT)
-            sources = table[run.source_name].to_pylist()
+            names = table[run.source_name].to_pylist()
+            sources = np.array([duplicates.hash_bytes(names[i].encode()) for i in left], np.uint64)
+            if run.holds_images:  # where one name may be that of several images
+                sources ^= contents[left]
             captions = table[run.caption_name].to_pylist()
-            candidates.add(first_row + left, rules.order_keys(similarities[left]),
-                           [duplicates.hash_bytes(sources[i].encode()) for i in left],
+            candidates.add(first_row + left, rules.order_keys(similarities[left]), sources,
                            [duplicates.hash_bytes(captions[i].strip().encode()) for i in left], fingerprints[left])
     dropped = duplicates.find_duplicates(candidates.gather(), neighbour_rules)
     for rule, found in dropped.items():
@@ -121,8 +124,8 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
 
 
 def judge_images(images: RunImages, image_rules: Sequence[ImageRule], sources: list[str], perceptual: bool,
-                 judged: np.ndarray, fingerprints: np.ndarray) -> None:
-    """Judge the images, (n,) `sources`, of the rows that are kept so far: fills in `judged` and `fingerprints`, (n,)."""
+                 judged: np.ndarray, fingerprints: np.ndarray, contents: np.ndarray) -> None:
+    """Judge the images, (n,) `sources`, of the rows that are kept so far: fills in `judged` and, (n,), their hashes."""
     left = np.flatnonzero(judged == rules.KEPT)
     facts_of = images.measure_all((sources[i] for i in left), perceptual)
     for i in left:
@@ -130,6 +133,7 @@ def judge_images(images: RunImages, image_rules: Sequence[ImageRule], sources: l
         judged[i] = rules.judge_image(image_rules, facts)
         if facts:
             fingerprints[i] = facts.fingerprint
+            contents[i] = facts.content
 
 
 @contextlib.contextmanager
@@ -279,7 +283,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     folder = run.output / "curated"
     with contextlib.ExitStack() as stack:
         images = None
-        if curation.needs_images or curation.review or export.needs_images:
+        if rules.looks_at_images(curation, run.holds_images) or curation.review or export.needs_images:
             images = stack.enter_context(RunImages(config, run))
         proved = marks.find_proved_cut(curation, run)
         if proved:
@@ -298,6 +302,8 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
             saved = stack.enter_context(contextlib.closing(SavedImages(run, scratch, os.getpid())))
         overlaps, dropped = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
+        for of_another_choice in ("kept.parquet", "not_exported.csv"):
+            (folder / of_another_choice).unlink(missing_ok=True)
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
         exported = export.write(KeptRows(run, verdicts, curation, images, config.escape_formulas), folder)
         choice = describe_choice(curation, cuts, run, counts, overlaps, exported, proved)

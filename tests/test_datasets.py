@@ -99,3 +99,34 @@ def test_exports_keep_the_columns(tmp_path, score_and_export, kind, export):
     assert (found[0]["input_text"], found[0]["input_row"], found[0]["input_similarity"]) == ("t", "r", "s")
     assert isinstance(found[0]["similarity"], float) and found[0]["row"] == 0
     assert [row["mixed"] for row in found] == ([0, 1, 2] if kind == "parquet" else ["0", "1", "x" if kind == "jsonl" else "2"])
+
+
+@pytest.mark.slow
+def test_names_of_files_stay_text(tmp_path, datasets, score_and_export):
+    """Columns that `datasets` would take for paths of images come back as text, under other names."""
+    rows = [{"url": name, "caption": "a star", "file_name": f"COCO_{n}.jpg", "mask_file_name": "m.png", "file_names": "a b",
+             "profile_name": "p"} for n, name in enumerate(NAMES[:3])]
+    pa.csv.write_csv(pa.Table.from_pylist(rows), tmp_path / "t.csv")
+    _, exported = score_and_export(tmp_path / "t.csv", "imagefolder")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(exported), split="train")
+    names = ("filename", "mask_filename", "filenames", "profile_name", "url")
+    assert [loaded[1][name] for name in names] == ["COCO_1.jpg", "m.png", "a b", "p", NAMES[1]]
+
+
+@pytest.mark.parametrize("rules", [{"one_caption_per_image": True}, {"duplicate_images": "exact"}])
+def test_images_of_one_name_in_a_table(tmp_path, score_and_export, rules):
+    """Images inside a table are one by their path and bytes: `datasets` keeps of a path no more than the file's name."""
+    images = [0, 1, 0, 2, 2, 0]  # the third has another name, the fourth the first one's
+    paths = ["a.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
+    rows = [{"image": {"bytes": (SHAPES / NAMES[number]).read_bytes(), "path": path}, "caption": f"a red circle {n}"}
+            for n, (number, path) in enumerate(zip(images, paths, strict=True))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=2)
+    score_and_export(tmp_path / "t.parquet", "csv", url_column="image", image_path="nowhere",
+                     curate=rules, partition_rows=3)
+    kept = pyarrow.csv.read_csv(tmp_path / "out/curated/kept.csv").to_pylist()
+    found = [int(row["caption"].rpartition(" ")[2]) for row in kept]
+    groups = [{0, 5}, {1}, {2}, {3, 4}]
+    if "duplicate_images" in rules:  # the captions of one path and content stay, those of equal bytes elsewhere go
+        assert {1, 3, 4} <= set(found) and set(found) & {0, 2, 5} in ({0, 5}, {2})
+    else:
+        assert [len(group & set(found)) for group in groups] == [1, 1, 1, 1] and len(found) == 4

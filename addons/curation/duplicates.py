@@ -32,11 +32,13 @@ def hash_bytes(data: bytes) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFacts:
-    """What the rules need to know of an image: pixels, and a hash that equal (or, perceptually, similar) ones share."""
+    """What the rules need to know of an image: pixels, a hash that equal (or, perceptually, similar) ones share, and one of
+    its bytes."""
 
     width: int
     height: int
     fingerprint: int
+    content: int
 
 
 def measure_image(data: bytes, decode: "Callable[[bytes], Image.Image]", perceptual: bool,
@@ -56,10 +58,11 @@ def measure_image(data: bytes, decode: "Callable[[bytes], Image.Image]", percept
                     width, height = height, width
     except Exception:  # what lies around the pixels makes Pillow raise nearly anything; the scorer may read them all the same
         width, height = decode(data).size
+    content = hash_bytes(data)
     if not perceptual:
-        return ImageFacts(width, height, hash_bytes(data))
+        return ImageFacts(width, height, content, content)
     import imagehash
-    return ImageFacts(width, height, int(str(imagehash.phash(decode(data))), 16))
+    return ImageFacts(width, height, int(str(imagehash.phash(decode(data))), 16), content)
 
 
 class Neighbours(NamedTuple):
@@ -67,7 +70,7 @@ class Neighbours(NamedTuple):
 
     rows: np.ndarray  # int64: numbers in the input
     keys: np.ndarray  # uint32: order keys of the similarities
-    sources: np.ndarray  # uint64: hashes of URL or path
+    sources: np.ndarray  # uint64: hashes of URL or path; where the table holds the images, of path and bytes
     captions: np.ndarray  # uint64: hashes of the captions
     images: np.ndarray  # uint64: fingerprints of the images
 

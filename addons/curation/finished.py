@@ -63,6 +63,11 @@ class FinishedRun:
         return {shown_as[name]: kind for name, kind in of_input.items() if name in shown_as}
 
     @property
+    def holds_images(self) -> bool:
+        """Whether images lie in the table itself, as bytes."""
+        return bool(self.plan.manifest.get("holds_images"))
+
+    @property
     def output(self) -> pathlib.Path:
         """The folder of the scores."""
         return self.plan.output

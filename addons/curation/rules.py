@@ -93,10 +93,16 @@ class Curation:
             needed[self.by] = "by"
         return needed
 
-    @property
-    def needs_images(self) -> bool:
-        """Whether a rule looks at the images themselves, so that they are read again."""
-        return self.duplicate_images in ("exact", "perceptual") or bool(make_image_rules(self))
+
+def looks_at_images(curation: Curation, holds_images: bool) -> bool:
+    """Whether a rule looks at the images themselves, so that they are read again.
+
+    Where the table `holds_images`, their names may be no more than those of files in many folders, so their bytes tell
+    which rows are of one image.
+    """
+    if curation.duplicate_images in ("exact", "perceptual") or make_image_rules(curation):
+        return True
+    return holds_images and (curation.one_caption_per_image or curation.duplicate_images == "semantic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +171,7 @@ def check_columns(curation: Curation, measures: Json, columns: Sequence[Column])
             if name not in (measures.get(measure) or {}):
                 raise Trouble(EXIT_CONFIG, f"curate.{key}: {name!r} is none of these scores' {measure}: "
                                            f"{', '.join(measures.get(measure) or {}) or 'they have none'}")
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not math.isfinite(limit):
                 raise Trouble(EXIT_CONFIG, f"curate.{key}.{name} must be a number, got {limit!r}")
     if curation.by != "similarity" and curation.keep_fraction is None:
         raise Trouble(EXIT_CONFIG, f"curate.by: {curation.by} needs keep_fraction, the share to keep")
