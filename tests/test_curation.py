@@ -71,7 +71,7 @@ def test_no_column_hides_another():
     further = {"text": "t", "file_name": "f", "row": 1.0, "brightness": 0.5}
     described = Record(7, "a.png", "u", "c", 0.25, 0.75, columns, further).describe()
     assert described == {"text": "c", "row": 7, "url": "u", "similarity": 0.25, "dissimilarity": 0.75, "input_row": "r",
-                         "measure_text": "m", "source": "web", "measure_measure_text": "t", "measure_file_name": "f",
+                         "measure_text": "m", "source": "web", "measure_measure_text": "t", "filename": "f",
                          "measure_row": 1.0, "brightness": 0.5}
 
 

@@ -176,6 +176,33 @@ def test_another_choice_never_mixes_with_the_last(finished, run_curate_main, tmp
     assert tree_of(folder / "imagefolder") == before
 
 
+def test_tables_of_another_choice_go(finished, run_curate_main, tmp_path):
+    """kept.parquet and not_exported.csv are of the rows in kept.csv: those of an earlier choice are not left next to it."""
+    (tmp_path / "pictures/c.webp").unlink()
+    folder = tmp_path / "out/curated"
+    run_curate_main(finished, export="imagefolder")
+    assert (folder / "not_exported.csv").exists()
+    run_curate_main(finished, export="parquet", min_similarity=0.3)
+    assert (folder / "kept.parquet").exists() and not (folder / "not_exported.csv").exists()
+    run_curate_main(finished, min_similarity=0.5)
+    assert not (folder / "kept.parquet").exists()
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
+def test_export_behind_a_link(finished, run_curate_main, tmp_path, kind):
+    """An export's folder may be a link to another disk: the link stays, and what lies behind it is of one choice alone."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out/curated").mkdir()
+    (tmp_path / "out/curated" / kind).symlink_to(tmp_path / "disk")
+    assert run_curate_main(finished, export=kind)["exported"] == 7
+    assert run_curate_main(finished, export=kind, min_similarity=0.5)["exported"] == 4
+    assert (tmp_path / "out/curated" / kind).is_symlink()
+    linked = tree_of(tmp_path / "disk")
+    (tmp_path / "out/curated" / kind).unlink()
+    run_curate_main(finished, export=kind, min_similarity=0.5)
+    assert tree_of(tmp_path / "out/curated" / kind) == linked
+
+
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
 def test_image_that_is_gone(finished, run_curate_main, tmp_path, kind):
     """A kept row whose image is gone is listed in not_exported.csv, and exported once it is back."""
@@ -308,3 +335,22 @@ def test_export_that_is_not_as_it_was_is_written_anew(finished, run_curate_main,
         state.write_text(state.read_text().replace('"exported": 7', '"exported": 8'))
     assert run_curate_main(finished, export="imagefolder")["exported"] == 7
     assert tree_of(folder) == wanted
+
+
+def test_an_export_in_a_bucket_is_looked_at_by_listing(finished, run_curate_main, tmp_path, bucket, monkeypatch):
+    """Whether an export in a store is complete takes a listing, and no request for each of its files."""
+    import curate
+    from addons.stores import remote
+    bucket.put_folder(tmp_path / "out", "out")
+    keys = ["--config", str(finished), "--set", f"output_path={bucket.url('out')}", "--set", "curate.export=imagefolder"]
+    monkeypatch.setattr(curate, "draw_plots", lambda *_: None)
+    assert curate.main(keys) == 0
+    asked = []
+    stat = remote.RemoteStore.stat
+    monkeypatch.setattr(remote.RemoteStore, "stat", lambda self, path: asked.append(path) or stat(self, path))
+    assert curate.main(keys) == 0
+    assert [path for path in asked if "/imagefolder/" in path] == []
+    (image, *_) = [name for name in bucket.names("out/curated/imagefolder") if name.endswith(".png")]
+    bucket.fs.rm_file(f"{bucket.name}/{image}")
+    assert curate.main(keys) == 0
+    assert image in bucket.names("out/curated/imagefolder")

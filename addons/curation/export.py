@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
           b"II+\0": "tiff", b"MM\0+": "tiff"}
 BOX_STARTS = {b"WEBP": "webp", b"avif": "avif", b"avis": "avif", b"mif1": "avif"}  # at the ninth byte, of RIFF and ISO files
+FILE_NAME = re.compile(r"(?<![^_])file_name(s?)\Z")  # how the columns end that an imagefolder takes for paths
 FOLDER_ROWS = 10_000  # images in one folder of an imagefolder
 
 Cell = float | bool | str | None  # of a further measure's column
@@ -71,14 +73,15 @@ class Record:
     def describe(self) -> dict[str, Cell]:
         """What goes into metadata.jsonl and the tars' JSON files.
 
-        A column of the table that clashes becomes input_<name>, one of a measure measure_<name>.
+        A column of the table that clashes becomes input_<name>, one of a measure measure_<name>; `file_name`, or what ends so,
+        is called filename, because `datasets` would take its cells for paths of images.
         """
         described: dict[str, Cell] = {"text": self.caption, "row": self.row, "url": self.url,
                                       "similarity": self.similarity, "dissimilarity": self.dissimilarity}
         reserved = {*described, "file_name", "image"}
         for prefix, columns in (("input_", self.columns), ("measure_", self.further)):
             for name, value in columns.items():
-                shown = name
+                shown = FILE_NAME.sub(r"filename\1", name)
                 while shown in reserved or shown in described:
                     shown = prefix + shown
                 described[shown] = value
@@ -267,6 +270,12 @@ class ExportState:
         if in_store(self.target):
             for path in self.target.rglob("*"):
                 path.unlink()
+        elif self.target.is_symlink():  # which the user has laid to another disk, so it stays
+            for path in self.target.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         elif self.target.exists():
             self.target.rename(self._removed)
             shutil.rmtree(self._removed)
@@ -281,7 +290,11 @@ class ExportState:
 
 def describe_files(folder: pathlib.Path) -> dict[str, int]:
     """How many files lie in the folder and below, and how many bytes they have together."""
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    if in_store(folder):  # where a request for each would take minutes
+        from addons.stores.paths import StorePath
+        sizes = [info.bytes for _, info in StorePath(folder).walk_objects()]
+    else:
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return {"count": len(sizes), "bytes": sum(sizes)}
 
 

@@ -91,14 +91,18 @@ class StorePath(pathlib.PosixPath):
 
     def rglob(self, pattern: str) -> Generator[Self, None, None]:
         """The objects in this folder and below whose names fit."""
+        yield from (path for path, _ in self.walk_objects() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def walk_objects(self) -> Generator[tuple[Self, FileInfo], None, None]:
+        """The objects in this folder and below, each with what the listing says of it."""
         with asking(self):
             found = remote.STORE.list_folder(str(self))
         for path, info in found:
             name = path.rstrip("/").rpartition("/")[2]
             if info is None:
-                yield from (self / name).rglob(pattern)
-            elif fnmatch.fnmatchcase(name, pattern):
-                yield self / name
+                yield from (self / name).walk_objects()
+            else:
+                yield self / name, info
 
     # ── Read ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
