@@ -1,4 +1,5 @@
 """Datasets as the library `datasets` lays them out are scored, curated and exported to what it loads; tables keep columns."""
+import io
 import json
 import pathlib
 import tarfile
@@ -111,6 +112,51 @@ def test_names_of_files_stay_text(tmp_path, datasets, score_and_export):
     loaded = datasets.load_dataset("imagefolder", data_dir=str(exported), split="train")
     names = ("filename", "mask_filename", "filenames", "profile_name", "url")
     assert [loaded[1][name] for name in names] == ["COCO_1.jpg", "m.png", "a b", "p", NAMES[1]]
+
+
+def test_a_folder_of_images_is_read_again(tmp_path, score_and_export):
+    """Of a folder of images, these are exported, whatever lies under the same names in `image_path`."""
+    for folder, names in (("in", NAMES[:3]), ("pictures", NAMES[3:6])):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        for number, name in enumerate(names):
+            (tmp_path / folder / f"deep/{number}.png").write_bytes((SHAPES / name).read_bytes())
+            (tmp_path / folder / f"deep/{number}.txt").write_text(f"a red circle {number}")
+    _, exported = score_and_export(tmp_path / "in", "imagefolder", image_path=str(tmp_path / "pictures"))
+    images = [path.read_bytes() for path in sorted(exported.rglob("*.png"))]
+    assert images == [(SHAPES / name).read_bytes() for name in NAMES[:3]]
+
+
+def write_tar_of(path, order):
+    with tarfile.open(path, "w") as tar:
+        for number in order:
+            for ending, content in (("png", (SHAPES / NAMES[number]).read_bytes()), ("txt", b"a red circle %d" % number)):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_parquet_of(path, order):
+    images = [{"bytes": (SHAPES / NAMES[number]).read_bytes(), "path": f"{number}.png"} for number in order]
+    rows = [{"image": image, "caption": f"a red circle {number}"} for image, number in zip(images, order, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+
+
+@pytest.mark.parametrize(("name", "write"), [("t.tar", write_tar_of), ("t.parquet", write_parquet_of)])
+def test_images_of_another_input_are_not_exported(tmp_path, score_and_export, name, write):
+    """Images that are found by their place in an input are not read from another one: neither replaced nor named since."""
+    write(tmp_path / name, range(4))
+    write(tmp_path / f"other-{name}", [3, 1, 2, 0])
+    _, exported = score_and_export(tmp_path / name, "imagefolder", url_column="image", image_path="nowhere")
+    written = sorted(exported.rglob("*"))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--set", "curate.export=webdataset"]
+    with pytest.raises(script.Trouble, match="is not what was scored") as trouble:
+        curate.main([*arguments, "--set", f"csv_path={tmp_path / f'other-{name}'}"])
+    assert trouble.value.exit_code == script.EXIT_INPUT
+    (tmp_path / f"other-{name}").replace(tmp_path / name)
+    with pytest.raises(script.Trouble, match="is not what was scored"):
+        curate.main(arguments)
+    assert sorted(exported.rglob("*")) == written and not (tmp_path / "out/curated/webdataset").exists()
+    assert curate.main([*arguments, "--set", "curate.export=parquet"]) == 0
 
 
 @pytest.mark.parametrize("rules", [{"one_caption_per_image": True}, {"duplicate_images": "exact"}])

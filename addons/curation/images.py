@@ -1,13 +1,17 @@
 """The images of finished rows, read again the way the scoring script reads them: several at a time and in order."""
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from addons.curation.duplicates import ImageFacts, measure_image
 from addons.curation.finished import FinishedRun
+from addons.inputs import image_folders
 from image_text_sim_clip import (
+    EXIT_INPUT,
     Config,
     LoaderPool,
     RowFailure,
+    Trouble,
     decode_image,
     find_reader,
     loader_threads,
@@ -27,13 +31,25 @@ FETCHES_AHEAD = 64  # threads that wait for URLs; in order, so that some late on
 def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
     """The rows of an input that brings its images along, such as tars; None where the images are elsewhere.
 
-    Trouble (exit 3) for an input that is gone, unless it is a staged table without images, of which nothing more is read.
+    Trouble (exit 3) for an input that is gone, unless it is a staged table without images, of which nothing more is read, and
+    for another one than was scored where images are found by their place in it.
     """
     manifest = run.plan.manifest
-    if "staged" in manifest and "holds_images" not in manifest:
+    is_staged = "staged" in manifest
+    if is_staged and "holds_images" not in manifest and manifest["kind"] != image_folders.READER.kind:
         return None
-    rows = find_reader(config.csv_path).open(run.plan.manifest, config, run.output)
-    return rows if rows.brings_images else None
+    scored_with = dataclasses.replace(run.plan.config, image_path=config.image_path)  # which may be another place by now
+    reader = find_reader(config.csv_path)
+    differences = [] if reader.kind == manifest["kind"] else [f"it was {manifest['kind']}, now {reader.kind}"]
+    rows = None if differences else reader.open(manifest, scored_with, run.output)
+    if rows is not None and not rows.brings_images:
+        return None
+    if not is_staged:
+        differences = differences or reader.differences(manifest, scored_with)
+    if differences or rows is None:
+        raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is not what was scored ({'; '.join(differences)}), so the "
+                                  f"images of the scores in {run.output} cannot be read again")
+    return rows
 
 
 class RunImages:
