@@ -1109,7 +1109,7 @@ def open_staged(manifest: Json, output: pathlib.Path) -> StagedRows:
 
 FORMAT = 2  # of the output folder; 0.1 wrote format 1, whose parts were two files
 RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
-             "memory-time.png")
+             "memory-time.png", "curated/curated.json")
 STAGED_FILES = ("pairs.parquet", "bad_rows.csv")  # what staging writes; manifest.json has the sha256 of each
 
 
@@ -1502,7 +1502,8 @@ def remove_path(path: pathlib.Path) -> None:
     if not in_store(path) and path.is_dir() and not path.is_symlink():
         path.rmdir()
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # below a file, where nothing can be
+            path.unlink(missing_ok=True)
 
 
 # ── Images: find and decode ───────────────────────────────────────────────────────────────────────────────────────────
@@ -2998,7 +2999,7 @@ class PartitionRun:
         finish: Callable[[pa.Table], pa.Table] = lambda table: table  # noqa: E731
         part = _part_to_retry(plan, partition) if retry else None
         if part:
-            rows, finish = addon("results.retry", "--retry-failed").failed_rows(rows, part.table)
+            rows, finish = addon("results.retry", "--retry-failed").failed_rows(plan.output, rows, part.table)
         if plan.table.brings_images:
             all_sources = plan.table.sources(partition.start, partition.stop)
             sources = [all_sources[place] for place in rows.index]

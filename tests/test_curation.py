@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import typing
@@ -472,3 +473,29 @@ def test_command_line(tmp_path, write_config):
     done = run("--config", config, "--set", "curate.min_similarity=0.4")
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["kept"] == 1
+
+
+@pytest.mark.parametrize("how", ["--retry-failed", "--fresh"])
+def test_what_was_made_of_other_scores_is_not_finished(write_config, write_table, run_main, run_curate, picture_bytes, tmp_path,
+                                                       monkeypatch, how):
+    """When a run is discarded, or a part of it replaced, curated.json goes: what lies next to it is of the scores before."""
+    config = write_config()
+    write_table("url,caption\n1.png,x\n2.png,y\n")
+    for number in (1, 2):
+        (tmp_path / f"pictures/{number}.png").write_bytes(picture_bytes())
+
+    def open_late_source(config, threads):
+        def read(source):
+            raise script.RowFailure("timeout", "")
+        return read
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "open_source", open_late_source)
+        assert run_main("--config", config).result["failed"] == {"timeout": 2}
+    curated = tmp_path / "out/curated"
+    assert run_curate(config).code == 0
+    assert run_main("--config", config).code == 0 and (curated / "curated.json").exists()
+    assert run_main("--config", config, how).result["failed"] == {}
+    assert not (curated / "curated.json").exists() and (curated / "kept.csv").exists()
+    shutil.rmtree(curated)
+    curated.write_text("somebody's own")
+    assert run_main("--config", config, "--fresh").code == 0 and curated.read_text() == "somebody's own"

@@ -19,6 +19,7 @@ from image_text_sim_clip import (
     output_disk,
     read_footer,
     read_part_metadata,
+    remove_path,
     write_bytes,
 )
 
@@ -53,12 +54,15 @@ def may_pass_in(plan: Plan, partition: Partition) -> bool:
         return True
 
 
-def failed_rows(rows: "pd.DataFrame", part_table: "pa.Table") -> "tuple[pd.DataFrame, Callable[[pa.Table], pa.Table]]":
+def failed_rows(output: pathlib.Path, rows: "pd.DataFrame",
+                part_table: "pa.Table") -> "tuple[pd.DataFrame, Callable[[pa.Table], pa.Table]]":
     """The rows to score again (the index still tells their places), and `merge`, which puts their results into the part.
 
     `rows` are all the rows of the partition, (n, columns), `part_table` is its part. `merge` takes the table that the rows
     were scored to, in their order, and returns a table of all n rows.
     """
+    with output_disk(output):
+        remove_path(output / "curated/curated.json")  # what curate.py made of the scores as they were is not finished any more
     again = may_pass(part_table)  # (n,)
     # where each row's results stand once the new ones follow the old: the k-th row scored again is at n + k
     places = np.where(again, len(part_table) - 1 + np.cumsum(again), np.arange(len(part_table)))
