@@ -736,40 +736,6 @@ def csv_records(lines: Iterator[str], separator: str, number: int = 1, quoting: 
         feed.begin()
 
 
-class LiteralQuotes:
-    """Where `quoting: auto` reads quotes as text: in a table separated by tabs, where they would swallow rows.
-
-    Most programs that write .tsv know no quoting. A quoted field that swallows lines which would each be a whole row is none,
-    and a line whose quotes do not balance, but which is a whole row without them, is that row. `lines` counts such rows.
-    """
-
-    def __init__(self, config: "Config") -> None:
-        self.separator = separator_of(config)
-        self.is_possible = self.separator == "\t" and config.quoting == "auto"
-        self.lines = 0
-
-    def reread(self, records: Iterable[Record], width: int) -> Iterator[Record]:
-        """The records, those line by line that are none; a row has `width` fields."""
-        for record in records:
-            pieces = self._split(record, width) if self.is_possible and '"' in record.raw else []
-            yield from pieces or [record]
-
-    def _split(self, record: Record, width: int) -> list[Record]:
-        """The record's physical lines as records, their quotes as text; [] where the record is right as it is."""
-        pieces: list[Record] = []
-        for number, line in enumerate(io.StringIO(record.raw, newline=""), record.line):
-            text = line.rstrip("\r\n")
-            if text:
-                pieces.append(Record(number, text.split(self.separator), line, settled=False))
-        rows = sum(len(piece.fields or ()) == width for piece in pieces)
-        is_row = record.fields is not None and len(record.fields) == width
-        if (is_row and (len(pieces) == 1 or rows < len(pieces))) or not rows:
-            return []
-        self.lines += rows
-        pieces[-1] = pieces[-1]._replace(settled=record.settled)
-        return pieces
-
-
 def careful_batches(records: Iterable[Record], columns: list[str], until: Callable[[], bool]) -> Iterator[Batch]:
     """Sort records into rows and malformed ones; stop when `until()` is true and a record has ended for sure."""
     rows: list[list[str]] = []
@@ -876,10 +842,18 @@ class CsvReader:
         columns = name_columns(fields if is_text("".join(fields)) else [], config)
         if isinstance(config.url_column, int):  # no header: the first record is a row, too
             lines = Lines(path, config.encoding)
-        literal = LiteralQuotes(config)
-        records = literal.reread(csv_records(lines, separator, lines.taken + 1, config.quoting, escape), len(columns))
-        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path),
-                         lambda: literal.lines)
+        records = csv_records(lines, separator, lines.taken + 1, config.quoting, escape)
+        if separator == "\t" and config.quoting == "auto":
+            records = self._without_quotes(records)
+        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path))
+
+    @staticmethod
+    def _without_quotes(records: Iterator[Record]) -> Iterator[Record]:
+        """The records; Trouble (exit 2) at the first quote: most programs that write tabs know no quoting."""
+        for record in records:
+            if '"' in record.raw:
+                addon("inputs.literal_quotes", "a table separated by tabs with quotes in it (unless quoting is none)")
+            yield record
 
     def open(self, manifest: Json, config: Config, output: pathlib.Path) -> "StagedRows":
         """The staged rows by number."""
@@ -1259,8 +1233,9 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
         if ADDONS.is_dir():
             addon("results.retry", "--retry-failed").finish_commits(output)
         manifest = read_manifest(output)
-        if manifest is not None or has_parts(output):
-            manifest = _check_manifest(manifest, config, output, staged)
+        if (manifest is not None or has_parts(output)) and not is_this_run(manifest, config, staged):
+            manifest = addon("results.earlier_run", "an output_path that holds another run").check(
+                manifest, config, output, staged)
         if manifest is None:
             manifest = _write_manifest(config, output)
         with output_disk(output):
@@ -1303,63 +1278,24 @@ def has_parts(output: pathlib.Path) -> bool:
     return any((output / "parts").glob("part-*.parquet"))
 
 
-def refuse_other_format(manifest: Json, output: pathlib.Path) -> None:
-    """Raise Trouble (exit 2) for a folder that another version wrote in another format."""
-    if manifest.get("format") != FORMAT:
-        raise Trouble(EXIT_CONFIG, f"{output} was written by version {manifest.get('version', 'unknown')}, whose parts this "
-                                   f"version ({__version__}) does not read: use that version, discard the folder with --fresh, "
-                                   "or write elsewhere with --set output_path=...")
-
-
-def _settings_of(config: Config) -> Json:
+def settings_of(config: Config) -> Json:
     """The keys that decide a score or a status."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS_KEYS}
 
 
-def _check_manifest(manifest: Json | None, config: Config, output: pathlib.Path,
-                    staged: dict[str, str]) -> Json | None:
-    """The manifest of `output` if it describes this very run; None where another one can be planned without a loss.
+def is_this_run(manifest: Json | None, config: Config, staged: dict[str, str]) -> bool:
+    """Whether `manifest` describes this very run and `staged`, the sha256 of what staging has left, is as it was written.
 
-    `staged` is what staging has left in `output`; where that is not what had been written, the table is staged again.
+    What becomes of anything else is decided, and said, in addons/results/earlier_run.py.
     """
-    elsewhere = "discard it with --fresh, or write elsewhere with --set output_path=..."
-    if manifest is None:
-        raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: {elsewhere}")
-    if not has_parts(output) and manifest.get("format") != FORMAT:
-        return None
-    refuse_other_format(manifest, output)
-    differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
-                   for key, value in json.loads(json.dumps(_settings_of(config))).items()
-                   if manifest["settings"].get(key) != value]
-    try:
+    if manifest is None or manifest.get("format") != FORMAT:
+        return False
+    has_these_settings = manifest["settings"] == json.loads(json.dumps(settings_of(config)))
+    with contextlib.suppress(Trouble):  # there is no input any more
         reader = find_reader(config.csv_path)
-        if reader.kind == manifest["kind"]:
-            differences += reader.differences(manifest, config)
-        else:
-            differences.append(f"the input was {manifest['kind']}, now {reader.kind}")
-    except Trouble as trouble:  # there is no input any more
-        differences.append(str(trouble))
-    if differences and has_parts(output):
-        raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): {elsewhere}")
-    if differences:
-        return None  # nothing scored yet, so nothing is lost by planning anew
-    if "staged" in manifest and manifest["staged"] not in (staged, describe_staged(output)):
-        _stage_again(manifest, config, output)
-    return manifest
-
-
-def _stage_again(manifest: Json, config: Config, output: pathlib.Path) -> None:
-    """Write what staging writes once more, for a run that goes on; Trouble (exit 2) where the input gives other rows now."""
-    say(f"{' and '.join(STAGED_FILES)} in {output} are not what had been written: the table is staged again")
-    with output_disk(output):
-        for name in STAGED_FILES:
-            if (output / name).is_dir():
-                remove_path(output / name)
-        described = find_reader(config.csv_path).describe(config, output)
-    if fingerprint_of(manifest | described) != fingerprint_of(manifest):
-        raise Trouble(EXIT_CONFIG, f"{config.csv_path} has changed while it was staged again; run the same command again")
-    manifest["staged"] = describe_staged(output)
-    write_sealed(output / "manifest.json", manifest)
+        return (has_these_settings and reader.kind == manifest["kind"] and not reader.differences(manifest, config)
+                and manifest.get("staged", staged) == staged)
+    return False
 
 
 def describe_staged(output: pathlib.Path) -> dict[str, str]:
@@ -1387,7 +1323,7 @@ def _write_manifest(config: Config, output: pathlib.Path) -> Json:
         size = max(1, described["rows"])  # a tar is one partition
     elif size == "auto":
         size = min(10_000, max(256, described["rows"] // 200))
-    manifest = {"version": __version__, "format": FORMAT, "settings": _settings_of(config), **described, "partition_rows": size}
+    manifest = {"version": __version__, "format": FORMAT, "settings": settings_of(config), **described, "partition_rows": size}
     if (output / "pairs.parquet").exists():
         manifest["staged"] = describe_staged(output)
     if in_store(output):
@@ -1407,62 +1343,18 @@ def settle(plan: Plan, scorer: "Scorer | None") -> None:
             raise _planned_anew(plan.output)
         recorded = manifest.get("resolved")
         may_change = plan.begins and not has_parts(plan.output)
-        if scorer and scorer.config.batch_size == "auto":
-            _settle_batch_size(scorer, recorded or {}, may_change)
+        if scorer and scorer.config.batch_size == "auto" and ADDONS.is_dir():
+            addon("models.batch_size", "batch_size: auto").settle_batch_size(scorer, recorded or {}, may_change)
         resolved = scorer.identity() if scorer else {}
-        if not may_change:
-            refuse_other_model(plan.output, resolved, recorded)
-            if recorded and "libraries" in resolved:
-                plan.other_libraries = name_other_libraries(recorded["libraries"], resolved["libraries"])
-                resolved["libraries"] = recorded["libraries"]  # those of the run's beginning, so that its parts still fit
+        if not may_change and recorded not in (None, resolved):
+            resolved = addon("results.earlier_run", "a run begun with another model").go_on_with(plan, resolved, recorded)
         plan.resolve(resolved)
         if resolved != recorded:
             write_sealed(plan.output / "manifest.json", manifest | {"resolved": resolved})
         forget_results(plan.output)
 
 
-def _settle_batch_size(scorer: "Scorer", recorded: Json, may_change: bool) -> None:
-    """Take the batch size that was found before; unless there is none, or `may_change` and the model or device is another."""
-    own = scorer.batch_size
-    if "batch_size" in recorded:
-        scorer.batch_size = recorded["batch_size"]
-        is_same = scorer.identity() | {"libraries": None} == recorded | {"libraries": None}
-        if not may_change or is_same:
-            return
-    scorer.batch_size = own
-    scorer.batch_size = scorer.find_batch_size()
-
-
 DECISIVE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
-
-
-def name_other_libraries(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Warn where a run goes on with other libraries than it was begun with; returns what differs, in words."""
-    differences = [f"{name} was {before.get(name)}, now {now.get(name)}"
-                   for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if differences:
-        say(f"warning: this run was begun with other libraries ({'; '.join(differences)}): scores may differ a little")
-    return differences
-
-
-def refuse_other_model(output: pathlib.Path, resolved: Json, recorded: Json | None) -> None:
-    """Trouble (exit 2) where a run was begun with another model or device than the one loaded now; changed files by name."""
-    if recorded is None:
-        return
-    differences = name_changed_files(recorded.get("files", {}), resolved.get("files", {}))
-    ignored = {"files", "libraries", *(["weights"] if differences else [])}
-    differences += [f"{key} was {recorded.get(key)!r}, now {value!r}"
-                    for key, value in resolved.items() if key not in ignored and recorded.get(key) != value]
-    if differences:
-        raise Trouble(EXIT_CONFIG, f"{output} was begun with another model or device ({'; '.join(differences)}): "
-                                   "discard it with --fresh, or write elsewhere with --set output_path=...")
-
-
-def name_changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What became of the files of a model, given as name -> sha256: one entry for each that is not what it was."""
-    words = {(True, True): "has changed", (True, False): "is gone", (False, True): "is new"}
-    return [f"{name} {words[name in before, name in now]}" for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)]
 
 
 def refuse_changed_files(plan: Plan) -> None:
@@ -1470,13 +1362,9 @@ def refuse_changed_files(plan: Plan) -> None:
     recorded = plan.manifest.get("resolved", {}).get("files")
     if not recorded or not has_parts(plan.output):
         return
-    named = (plan.config.measures or {}).get("further_models", [])
-    folders = {"": plan.config.pretrained_model} | {f"{name}/": model for name, model in named[1:]}
-    for prefix, model in folders.items():
-        if pathlib.Path(model).is_dir():
-            digests = {prefix + name: digest for name, digest in hash_decisive_files(pathlib.Path(model)).items()}
-            own = {name: digest for name, digest in recorded.items() if name == prefix + name.rpartition("/")[2]}
-            refuse_other_model(plan.output, {"files": digests}, {"files": own})
+    folder = pathlib.Path(plan.config.pretrained_model)
+    if not folder.is_dir() or hash_decisive_files(folder) != recorded:
+        addon("results.earlier_run", "a run begun with another model").refuse_changed_files(plan, recorded)
 
 
 def forget_results(output: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from test_hub import DRIVER, ROOT, Evil, FakeHub, environment
 
 import image_text_sim_clip as script
 from addons.models.open_clip_config import read_config
+from addons.results import earlier_run
 
 
 @pytest.fixture(scope="module")
@@ -475,4 +476,4 @@ def test_the_second_repository_is_pinned_for_a_run(tmp_path):
     """A run begun with one commit of the tokenizer is refused with another, by its name."""
     recorded = {"tokenizer": f"timm/ViT-B-16-SigLIP@{'a' * 40}"}
     with pytest.raises(script.Trouble, match="tokenizer was"):
-        script.refuse_other_model(tmp_path, {"tokenizer": f"timm/ViT-B-16-SigLIP@{'b' * 40}"}, recorded)
+        earlier_run.refuse_other_model(tmp_path, {"tokenizer": f"timm/ViT-B-16-SigLIP@{'b' * 40}"}, recorded)

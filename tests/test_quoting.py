@@ -1,13 +1,13 @@
 """Quotes in tables separated by tabs: where they would swallow rows they are text, and `quoting: none` has them all be text."""
-import pathlib
 from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_staging import block_sizes, read_fast
+from test_staging import block_sizes, read_carefully, read_fast
 
 import image_text_sim_clip as script
+from addons.inputs.literal_quotes import LiteralQuotes
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,6 @@ def folder(tmp_path_factory):
         yield tmp_path_factory.mktemp("quoting")
 
 
-@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize(("table", "rows", "bad", "literal"), [
     ('a\t"Starry night over\nb\tcalm\nc\tthe Rhone"\nd\t"hello" said\ne\tplain\n',
      [["a", '"Starry night over'], ["b", "calm"], ["c", 'the Rhone"'], ["d", '"hello" said'], ["e", "plain"]], [], 4),
@@ -31,11 +30,9 @@ def folder(tmp_path_factory):
     ('a\t"b\nc\td\te"\tf\ng\th\n', [["a", '"b'], ["g", "h"]], ["3"], 1),  # no row as a field, nor the 2nd line
     ('a\t5" pipe\nb\tthe "best"\n', [["a", '5" pipe'], ["b", 'the "best"']], [], 0),
 ])
-def test_quotes_that_would_swallow_rows(folder, table, rows, bad, literal, alone):
+def test_quotes_that_would_swallow_rows(folder, table, rows, bad, literal):
     """In a TSV a quoted field that swallows whole rows is none, and the run says how many lines that concerns."""
-    alone_or_not = mock.patch.object(script, "ADDONS", pathlib.Path("nowhere") if alone else script.ADDONS)
-    with alone_or_not:
-        described, found, malformed = read_fast(folder, b"url\tcaption\n" + table.encode(), "t.tsv")
+    described, found, malformed = read_fast(folder, b"url\tcaption\n" + table.encode(), "t.tsv")
     assert found == rows and [line for line, *_ in malformed] == bad
     assert described["literal_lines"] == literal
 
@@ -80,9 +77,9 @@ def test_blocks_and_records_agree(folder, pieces, rows, quoting, block):
     data = b"url\tcaption\n" + b"".join(pieces)
     with block_sizes(*block, rows):
         described, *fast = read_fast(folder, data, "t.tsv", quoting=quoting)
-    with mock.patch.object(script, "ADDONS", pathlib.Path("nowhere")), block_sizes(1, 1, rows):
-        alone, *careful = read_fast(folder, data, "t.tsv", quoting=quoting)
-    assert fast == careful and described["literal_lines"] == alone["literal_lines"]
+    literal = LiteralQuotes(script.Config(csv_path="t.tsv", quoting=quoting))
+    careful = read_carefully(data, 2, "\t", quoting=quoting, revise=lambda records: literal.reread(records, 2))
+    assert tuple(fast) == careful and described["literal_lines"] == literal.lines
     if quoting == "none":
         lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[1:]
         assert len(fast[0]) + len(fast[1]) == sum(bool(line) for line in lines)

@@ -8,6 +8,7 @@ import numpy as np
 
 from addons.measures import random_pairs
 from addons.measures.further_models import FurtherModels
+from addons.results.earlier_run import refuse_other_format
 from image_text_sim_clip import (
     EXIT_INPUT,
     EXIT_VERIFY,
@@ -28,7 +29,6 @@ from image_text_sim_clip import (
     output_names,
     read_manifest,
     read_sealed,
-    refuse_other_format,
     result_columns,
     result_tables,
 )

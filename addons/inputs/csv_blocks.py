@@ -14,12 +14,12 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from addons.inputs.escapes import ESCAPE, EscapedQuotes, find_escape
+from addons.inputs.literal_quotes import LiteralQuotes
 from addons.inputs.text import Text, is_utf8
 from image_text_sim_clip import (
     MAX_RECORD_CHARS,
     Batch,
     Config,
-    LiteralQuotes,
     Malformed,
     TextTable,
     careful_batches,

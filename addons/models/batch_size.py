@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from image_text_sim_clip import Scorer, say
+from image_text_sim_clip import Json, Scorer, say
 
 CANDIDATES = (64, 128, 256, 512, 1024, 2048)
 GOOD_ENOUGH = 0.97  # of the best rate: a smaller batch leaves memory to others, and waits less at a partition's edges
@@ -76,3 +76,15 @@ def _measure_rate(scorer: Scorer, batch: int, allowed_bytes: float) -> float | N
         scorer.oom_halvings = halvings_before
         return None
     return rounds * batch / took_s
+
+
+def settle_batch_size(scorer: Scorer, recorded: Json, may_change: bool) -> None:
+    """Take the batch size that was found before; unless there is none, or `may_change` and the model or device is another."""
+    own = scorer.batch_size
+    if "batch_size" in recorded:
+        scorer.batch_size = recorded["batch_size"]
+        is_same = scorer.identity() | {"libraries": None} == recorded | {"libraries": None}
+        if not may_change or is_same:
+            return
+    scorer.batch_size = own
+    scorer.batch_size = scorer.find_batch_size()

@@ -6,6 +6,7 @@
     memory_curve.py  memory-time.png
     cost.py          --plan: what the whole input will cost
     verify.py        --verify: is everything still as it was written?
+    earlier_run.py   an output folder that holds another run: what differs, and whether it may go on
     retry.py         --retry-failed: which rows to score again
 
 To write another kind of results, put a file <name>.py with `FORMAT = "<name>"` and a function `write` (see `Writer`) here
