@@ -73,6 +73,7 @@ def test_remote_model_is_told(home, path, write_config, run_main):
 @pytest.mark.parametrize(("key", "path", "says"), [
     ("output_path", "S3:/bucket/x", "with two slashes"), ("cache_path", "gs:/b", "with two slashes"),
     ("output_path", "https://example.org/x", "nothing can be written there"), ("csv_path", "s3://", "names no bucket"),
+    ("output_path", "s3://bucket/out?versionId=3", "is one version of an object"),
     ("output_path", "file:///x", "are not read yet"), ("csv_path", "what://b/t.csv", "are not read yet"),
     ("image_path", "https://example.org/images", "image_path: url"),
     ("csv_path", "https://u:geheim@example.org/t.csv", "password"),

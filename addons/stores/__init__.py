@@ -111,6 +111,8 @@ def check_url(key: str, url: str) -> None:
             raise Trouble(EXIT_CONFIG, f"image_path {url!r}: set image_path: url to fetch each row's http(s) URL")
         if key in WRITTEN_KEYS:
             raise Trouble(EXIT_CONFIG, f"{key} {url!r}: nothing can be written there")
+    if key in WRITTEN_KEYS and "versionId=" in query:  # a client would write every file to the object of which it is a version
+        raise Trouble(EXIT_CONFIG, f"{key} {url!r} is one version of an object: nothing can be written there")
     if not place[scheme.end():].strip("/"):
         raise Trouble(EXIT_CONFIG, f"{key} {url!r} names no bucket")
     try:
