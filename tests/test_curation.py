@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import curate
 import image_text_sim_clip as script
 from addons.curation import duplicates, rules
-from addons.curation.export import EXPORTS, Record
+from addons.curation.export import EXPORTS, Record, none_for_nan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULT_NAMES = script.column_names(script.RESULT_COLUMNS)
@@ -70,6 +70,7 @@ def test_no_column_hides_another():
     """A column of the table or of a measure that is called like one of ours is exported under another name."""
     columns = {"row": "r", "measure_text": "m", "source": "web"}
     further = {"text": "t", "file_name": "f", "row": 1.0, "brightness": 0.5}
+    assert [none_for_nan(cell) for cell in (0.5, np.nan, np.inf, -np.inf, "nan")] == [0.5, None, None, None, "nan"]
     described = Record(7, "a.png", "u", "c", 0.25, 0.75, columns, further).describe()
     assert described == {"text": "c", "row": 7, "url": "u", "similarity": 0.25, "dissimilarity": 0.75, "input_row": "r",
                          "measure_text": "m", "source": "web", "measure_measure_text": "t", "filename": "f",

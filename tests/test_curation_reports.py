@@ -80,6 +80,15 @@ def test_a_plot_of_any_values(tmp_path, values):
         assert image.size[0] > 800
 
 
+@pytest.mark.parametrize("text", ["it costs $5 or $10", "$ $", r"$\frac$", "a_b^c", "\\"])
+def test_a_plot_of_any_prompt(tmp_path, text):
+    """A prompt stands in the plot as it is: what lies between two dollars is no formula."""
+    chunk = np.array([0.1, 0.2], np.float32)
+    with (tmp_path / "plot.png").open("wb") as file:
+        plots.draw_measure(lambda: iter([(chunk, chunk > 0.15)]), [0.1], script.Column(text, "float", text), file)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 # ── In a run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture

@@ -165,8 +165,8 @@ READ_TYPES: dict[str, Callable[[str], Cell]] = {"int": int, "float": read_number
 
 
 def none_for_nan(cell: Cell) -> Cell:
-    """The cell as JSON can hold it: None instead of NaN."""
-    return None if isinstance(cell, float) and math.isnan(cell) else cell
+    """The cell as JSON can hold it: None for a number that is not finite."""
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

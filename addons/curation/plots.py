@@ -21,6 +21,7 @@ def _make_axes(height: float) -> "tuple[Figure, Axes]":
     """A plot nine inches wide; ImportError without matplotlib."""
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # the prompts of labels are titles: a $ in them is a dollar
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(9, height), layout="constrained")
 
