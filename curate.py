@@ -32,7 +32,7 @@ from typing import NoReturn
 import numpy as np
 
 from addons.curation import ImageRule, duplicates, examples, marks, plots, review, rules
-from addons.curation.export import EXPORTS, Exported, KeptRows
+from addons.curation.export import EXPORTS, Exported, KeptRows, remove_tables_of_other_rows
 from addons.curation.finished import FinishedRun, open_run, read_similarities, read_values
 from addons.curation.images import RunImages
 from addons.curation.overlaps import Overlaps
@@ -302,9 +302,8 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
             saved = stack.enter_context(contextlib.closing(SavedImages(run, scratch, os.getpid())))
         overlaps, dropped = judge_all(run, curation, cuts, images, saved, verdicts)
         (folder / "curated.json").unlink(missing_ok=True)  # until all that it tells of is written
-        for of_another_choice in ("kept.parquet", "not_exported.csv"):
-            (folder / of_another_choice).unlink(missing_ok=True)
         counts = write_tables(run, verdicts, folder, config.escape_formulas)
+        remove_tables_of_other_rows(folder)
         exported = export.write(KeptRows(run, verdicts, curation, images, config.escape_formulas), folder)
         choice = describe_choice(curation, cuts, run, counts, overlaps, exported, proved)
         draw_plots(run, choice, folder)

@@ -182,8 +182,15 @@ def test_tables_of_another_choice_go(finished, run_curate_main, tmp_path):
     folder = tmp_path / "out/curated"
     run_curate_main(finished, export="imagefolder")
     assert (folder / "not_exported.csv").exists()
+    run_curate_main(finished, export="parquet")
+    assert (folder / "not_exported.csv").exists()
     run_curate_main(finished, export="parquet", min_similarity=0.3)
     assert (folder / "kept.parquet").exists() and not (folder / "not_exported.csv").exists()
+    run_curate_main(finished, min_similarity=0.3)
+    assert (folder / "kept.parquet").exists()
+    run_curate_main(finished, min_similarity=0.5)
+    assert not (folder / "kept.parquet").exists()
+    (folder / "kept.parquet").write_bytes(b"none of ours")
     run_curate_main(finished, min_similarity=0.5)
     assert not (folder / "kept.parquet").exists()
 

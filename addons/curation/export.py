@@ -46,6 +46,8 @@ BOX_STARTS = {b"WEBP": "webp", b"avif": "avif", b"avis": "avif", b"mif1": "avif"
 FILE_NAME = re.compile(r"(?<![^_])file_name(s?)\Z")  # how the columns end that an imagefolder takes for paths
 FOLDER_ROWS = 10_000  # images in one folder of an imagefolder
 
+OF_ROWS = "kept_sha256"  # what tells of which rows an export is: of kept.csv
+
 Cell = float | bool | str | None  # of a further measure's column
 Item = TypeVar("Item")
 
@@ -204,12 +206,33 @@ class Parquet:
         """Write `folder`/kept.parquet."""
         import pyarrow.parquet as pq
         exported = Exported()
-        schema = kept.run.schema
+        schema = kept.run.schema.with_metadata({OF_ROWS: file_sha256(folder / "kept.csv")})
         with atomic_file(folder / "kept.parquet") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for table in kept.tables():
                 writer.write_table(table)
                 exported.count += table.num_rows
         return exported
+
+
+def remove_tables_of_other_rows(folder: pathlib.Path) -> None:
+    """Remove kept.parquet and not_exported.csv if they are not of the rows in kept.csv, but of an earlier choice."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    table = folder / "kept.parquet"
+    missing = folder / "not_exported.csv"
+    if not table.exists() and not missing.exists():
+        return
+    sha256 = file_sha256(folder / "kept.csv")
+    states = [read_sealed(folder / f"{name}.json") for name in (ImageFolder.name, WebDataset.name)]
+    if all(state is None or state.get(OF_ROWS) != sha256 for state in states):
+        missing.unlink(missing_ok=True)
+    try:
+        with table.open("rb") as file:
+            is_of_these_rows = (pq.read_schema(file).metadata or {}).get(OF_ROWS.encode()) == sha256.encode()
+    except (FileNotFoundError, pa.ArrowException):
+        is_of_these_rows = False
+    if not is_of_these_rows:
+        table.unlink(missing_ok=True)
 
 
 # ── Images ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +274,7 @@ class ExportState:
         self.target = folder / name
         self._path = folder / f"{name}.json"
         self._removed = folder / f".{name}.removed"
-        self._wanted = {"kept_sha256": file_sha256(folder / "kept.csv"), **parameters}
+        self._wanted = {OF_ROWS: file_sha256(folder / "kept.csv"), **parameters}
         held = read_sealed(self._path) or {}
         self.exported = held.pop("exported", 0)
         files = held.pop("files", None)
