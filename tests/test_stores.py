@@ -9,7 +9,7 @@ from test_inputs import sample, write_parquet, write_tar
 import image_text_sim_clip as script
 from addons import stores
 from addons.images.cache import Cache
-from addons.stores import remote
+from addons.stores import local, remote
 from addons.stores.paths import StorePath
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -123,6 +123,19 @@ def test_steps_out_of_a_prefix(bucket, write_config, picture, anon):
     assert read(bucket.url("images/deep/b.jpg")) == picture
     with pytest.raises(FileNotFoundError):
         remote.STORE.read_range(bucket.url("images/../other/z.jpg"), 0, 10)
+
+
+@pytest.mark.parametrize("pattern", ["*.csv", "*", "**/*.csv", "*/*.csv", ".*", ".hidden/*.csv", "d/.*.csv", "*/.b.csv",
+                                     "[a-z.]*.csv", "?hidden.csv", ".hidden/.*"])
+def test_wildcards_name_what_they_name_on_a_disk(bucket, tmp_path, pattern):
+    """A wildcard stands for the same files in a store as on a disk: for hidden ones only where the pattern says so."""
+    for name in ("a.csv", ".hidden.csv", "d/b.csv", "d/.b.csv", ".hidden/c.csv", ".hidden/.d.csv", "d/e/f.csv", "d/.g/h.csv"):
+        bucket.put(f"in/{name}", b"x")
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    on_disk = [path for path in local.STORE.glob(f"{tmp_path}/in/{pattern}") if pathlib.Path(path).is_file()]
+    in_store = [path for path in remote.STORE.glob(bucket.url(f"in/{pattern}")) if remote.STORE.info(path)]
+    assert [path.removeprefix(bucket.url()) for path in in_store] == [path.removeprefix(str(tmp_path)) for path in on_disk]
 
 
 def test_image_larger_than_allowed(bucket, score_bucket, picture):

@@ -362,11 +362,17 @@ class RemoteStore:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def glob(self, pattern: str) -> list[str]:
-        """URLs that fit the pattern (`*`, `?`, `[a-z]`, and `**` for folders in folders), sorted."""
+        """URLs that fit the pattern (`*`, `?`, `[a-z]`, and `**` for folders in folders), sorted.
+
+        As on a disk, no wildcard stands for a name that begins with a dot, unless a step of the pattern begins with one.
+        """
         system, inner = open_file_system(pattern)
         try:
             with calling(pattern):
-                return sorted(self._with_scheme(pattern, name) for name in system.glob(inner))
+                found = sorted(self._with_scheme(pattern, name) for name in system.glob(inner))
+            written_out = len(re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]) + 1
+            asks_for_hidden = "/." in pattern[written_out - 1:]
+            return [path for path in found if asks_for_hidden or "/." not in path[written_out - 1:]]
         except FileNotFoundError:
             return []
         except OSError as error:
