@@ -28,6 +28,24 @@ def test_no_permission(remote_run, proxied, where, code):  # noqa: F811
     told_once(remote_run(), code, "no permission")
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_table_that_cannot_be_read_today(remote_run, bucket, proxied, missing):  # noqa: F811
+    """A finished run whose table cannot be looked at is not called another run, to be discarded: exit 3."""
+    assert remote_run().code == 0
+    names = bucket.names("out/parts")
+    if missing:
+        table = bucket.read("table.csv")
+        bucket.fs.rm_file(f"{bucket.name}/table.csv")
+        outcome = remote_run()
+        told_once(outcome, 3, "no such file")
+        bucket.put("table.csv", table)
+    else:
+        proxied(1, ("403",), lambda method, path: "table.csv" in path)
+        outcome = remote_run()
+        told_once(outcome, 3, "no permission")
+    assert "--fresh" not in outcome.stderr and bucket.names("out/parts") == names
+
+
 def test_no_permission_to_write(remote_run, bucket, proxied):  # noqa: F811
     """A prefix that may be read alone is told before the table is staged, and by a run that has planned before."""
     proxy = proxied(1, ("403",), lambda method, path: method in ("PUT", "POST") and "/out" in path)

@@ -59,7 +59,10 @@ class Reader(Protocol):
         """The rows of the input that `manifest` describes."""
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
-        """What differs between the input described, of this kind, and the one that is there now, in words; [] for nothing."""
+        """What differs between the input described, of this kind, and the one that is there now, in words; [] for nothing.
+
+        Raises Trouble (exit 3) where there is none now.
+        """
 
 
 def find_reader(csv_path: str) -> Reader:

@@ -449,10 +449,7 @@ class InPlaceReader:
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
         """See Reader."""
-        try:
-            found = list_files(config.csv_path, self)
-        except Trouble as trouble:
-            return [str(trouble)]
+        found = list_files(config.csv_path, self)
         entries = manifest["files"]
         with listing([file.path for file in found]):
             return name_differences(entries, found[:len(entries)] if config.limit else found, self._has_changed)

@@ -225,10 +225,7 @@ class TextReader:
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
         """See Reader. An input of one file may have another name."""
         from addons.inputs.staging import has_changed
-        try:
-            found = self.find_files(config)
-        except Trouble as trouble:
-            return [str(trouble)]
+        found = self.find_files(config)
         entries = manifest["files"]
         if len(entries) == len(found) == 1:
             return [f"{found[0].name} has changed"] if has_changed(found[0], entries[0]) else []
