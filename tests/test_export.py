@@ -14,6 +14,7 @@ import threading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import BUNDLED_MODEL
 from finished_run import last_json, write_finished_run
 
@@ -361,3 +362,20 @@ def test_an_export_in_a_bucket_is_looked_at_by_listing(finished, run_curate_main
     bucket.fs.rm_file(f"{bucket.name}/{image}")
     assert curate.main(keys) == 0
     assert image in bucket.names("out/curated/imagefolder")
+
+
+def test_images_in_a_bucket_are_read_side_by_side(finished, run_curate_main, tmp_path, bucket, monkeypatch):
+    """As many images of a store are waited for at a time as URLs: not one for each core."""
+    from addons.stores import images
+    bucket.put_folder(tmp_path / "pictures", "images")
+    fetch = images.PrefixSource.fetch
+    together = threading.Barrier(2, timeout=20)
+
+    def fetch_together(self, source):
+        if source in ("a.png", "b.jpg"):  # of the first partition
+            together.wait()
+        return fetch(self, source)
+    monkeypatch.setattr(images.PrefixSource, "fetch", fetch_together)
+    config = yaml.safe_load(finished.read_text())
+    finished.write_text(yaml.safe_dump(config | {"image_path": bucket.url("images"), "loader_threads": 1}))
+    assert run_curate_main(finished, duplicate_images="exact", min_similarity=0.65)["kept"] == 3

@@ -8,6 +8,7 @@ from addons.curation.finished import FinishedRun
 from addons.inputs import image_folders
 from image_text_sim_clip import (
     EXIT_INPUT,
+    URL,
     Config,
     LoaderPool,
     RowFailure,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from addons.inputs import Rows
 
-FETCHES_AHEAD = 64  # threads that wait for URLs; in order, so that some late ones do not hold all
+FETCHES_AHEAD = 64  # threads that wait for URLs, or for a store; in order, so that some late ones do not hold all
 
 
 def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
@@ -59,7 +60,8 @@ class RunImages:
         """Open the source of images that the config names. Trouble (exit 3) for a folder or an input that is not there."""
         self._config = config
         self._source_name = run.source_name
-        threads = FETCHES_AHEAD if config.image_path == "url" else loader_threads(config)
+        is_far = config.image_path == "url" or URL.match(config.image_path)
+        threads = FETCHES_AHEAD if is_far else loader_threads(config)
         self._rows = open_rows_with_images(config, run)
         self._read = self._rows.read_bytes if self._rows else open_source(config, threads)
         if self._rows is None and config.image_path == "url" and not config.cache_path:
