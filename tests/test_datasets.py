@@ -1,4 +1,5 @@
 """Datasets as the library `datasets` lays them out are scored, curated and exported to what it loads; tables keep columns."""
+import base64
 import io
 import json
 import pathlib
@@ -112,6 +113,17 @@ def test_names_of_files_stay_text(tmp_path, datasets, score_and_export):
     loaded = datasets.load_dataset("imagefolder", data_dir=str(exported), split="train")
     names = ("filename", "mask_filename", "filenames", "profile_name", "url")
     assert [loaded[1][name] for name in names] == ["COCO_1.jpg", "m.png", "a b", "p", NAMES[1]]
+
+
+def test_data_uris_next_to_urls_are_not_fetched_again(tmp_path, score_and_export, monkeypatch):
+    """one_caption_per_image looks at no image where each has a name of its own, as the data: URIs of a text table have."""
+    uri = "data:image/png;base64," + base64.b64encode((SHAPES / NAMES[0]).read_bytes()).decode()
+    rows = [{"url": url, "caption": f"a red circle {n}"} for n, url in enumerate([uri, NAMES[1], NAMES[1], uri])]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(curate, "judge_images", None)
+    score_and_export(tmp_path / "t.jsonl", "csv", curate={"one_caption_per_image": True})
+    kept = pyarrow.csv.read_csv(tmp_path / "out/curated/kept.csv").to_pylist()
+    assert [row["url"] for row in kept] == ["0", NAMES[1], "3"]
 
 
 def test_a_folder_of_images_is_read_again(tmp_path, score_and_export):

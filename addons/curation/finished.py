@@ -64,8 +64,8 @@ class FinishedRun:
 
     @property
     def holds_images(self) -> bool:
-        """Whether images lie in the table itself, as bytes."""
-        return bool(self.plan.manifest.get("holds_images"))
+        """Whether images lie in the table itself, as bytes; the data: URIs of a staged table have names of their own."""
+        return "holds_images" in self.plan.manifest and "staged" not in self.plan.manifest
 
     @property
     def output(self) -> pathlib.Path:
