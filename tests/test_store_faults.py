@@ -159,6 +159,14 @@ def test_unfinished_uploads_go_when_a_run_ends(remote_run, bucket, monkeypatch):
     assert sorted(bucket.uploads()) == sorted(others)
 
 
+def test_unfinished_uploads_in_a_bucket_of_its_own(bucket):
+    """They go as well where `output_path` is the bucket itself."""
+    for key in ("scores.csv", "of-somebody.bin"):
+        begin_upload(bucket, key)
+    leases.abort_uploads(StorePath(bucket.url()))
+    assert bucket.uploads() == ["of-somebody.bin"]
+
+
 def test_uploads_that_may_not_be_listed(remote_run, bucket, proxied):  # noqa: F811
     """Who may not list unfinished uploads finishes the run all the same."""
     begin_upload(bucket, "out/scores.csv")

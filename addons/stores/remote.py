@@ -501,7 +501,7 @@ class RemoteStore:
         more: Json = {}
         while True:
             with calling(folder):
-                page = system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
+                page = system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/".lstrip("/"), **more)
             for found in page.get("Uploads", []):
                 path = self._with_scheme(folder, f"{bucket}/{found['Key']}")
                 yield Upload(path, found["UploadId"], found["Initiated"].timestamp())
