@@ -33,7 +33,7 @@ import numpy as np
 
 from addons.curation import ImageRule, duplicates, examples, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows, remove_tables_of_other_rows
-from addons.curation.finished import FinishedRun, open_run, read_similarities, read_values
+from addons.curation.finished import FinishedRun, check_embeddings, open_run, read_similarities, read_values
 from addons.curation.images import RunImages
 from addons.curation.overlaps import Overlaps
 from addons.curation.semantic import SavedImages
@@ -278,6 +278,8 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     for key, value in (("export", "clip-retrieval"), ("duplicate_images", "semantic")):
         if getattr(curation, key) == value and run.plan.config.save_embeddings == "none":
             raise Trouble(EXIT_CONFIG, f"curate.{key}: {value} needs the embeddings: score with save_embeddings first")
+        if getattr(curation, key) == value:
+            check_embeddings(run)
     rules.check_columns(curation, run.plan.config.measures or {}, run.further_columns)
     export = EXPORTS[curation.export]
     folder = run.output / "curated"

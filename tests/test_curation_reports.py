@@ -100,6 +100,20 @@ def scored(shapes, run_main):
     return config
 
 
+@pytest.mark.parametrize("key", ["export=clip-retrieval", "duplicate_images=semantic"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_damaged_embeddings_are_not_used(scored, tmp_path, key, damage):
+    """Embeddings that are not what had been written are one line, exit 7, for what needs them, and nothing is written."""
+    path = tmp_path / "out/parts/part-00001.npz"
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data[:-50] if damage == "cut" else data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    with pytest.raises(script.Trouble, match=r"part-00001\.npz is not what had been written") as trouble:
+        curate.main(["--config", str(scored), f"--set=curate.{key}"])
+    assert trouble.value.exit_code == script.EXIT_VERIFY and not (tmp_path / "out/curated").exists()
+
+
 @pytest.mark.slow
 def test_a_plot_of_each_measure(scored, run_curate, tmp_path):
     """Each column of a measure gets a plot, whatever its name; plots of an earlier choice are replaced."""

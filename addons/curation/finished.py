@@ -1,4 +1,5 @@
 """The finished scores as curation reads them: parts in input order, chunk by chunk, and what is known of the whole."""
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from image_text_sim_clip import (
     column_name,
     column_names,
     cut_rows,
+    file_sha256,
     output_names,
     read_manifest,
     read_sealed,
@@ -227,7 +229,21 @@ def _verify_parts(snapshot: Snapshot) -> list[Json]:
             # histograms are some kB a part, and there may be ten thousand parts
             parts.append({key: value for key, value in part.metadata.items() if key != "measures"})
     except FlawedPart as flaw:
-        raise Trouble(EXIT_VERIFY, f"{snapshot.plan.output / 'parts' / flaw.name} is not what had been written: run "
-                                   "image_text_sim_clip.py with this config and --verify, which removes it, and then "
-                                   "without") from None
+        raise _tell_flaw(snapshot.plan.output, flaw.name) from None
     return parts
+
+
+def check_embeddings(run: FinishedRun) -> None:
+    """Read the embeddings that the run saved of its first model. Trouble (exit 7) for a file that is not what was written."""
+    for partition, metadata in run.snapshot.metadata():
+        written = metadata["files"].get(partition.embeddings.name)
+        found = ""
+        with contextlib.suppress(FileNotFoundError):
+            found = file_sha256(partition.embeddings)
+        if written and written["sha256"] != found:
+            raise _tell_flaw(run.output, partition.embeddings.name)
+
+
+def _tell_flaw(output: pathlib.Path, name: str) -> Trouble:
+    return Trouble(EXIT_VERIFY, f"{output / 'parts' / name} is not what had been written: run image_text_sim_clip.py with this "
+                                "config and --verify, which removes it, and then without")
