@@ -6,7 +6,7 @@ SOURCES := image_text_sim_clip.py curate.py addons challenge_set examples readme
 .PHONY: help demo test quick fuzz lint bench bench-scale bench-web bench-stores bench-gpu figures model finetuned finetuned-flow clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/ready  ## score the bundled drawings with the bundled model, without a download of either
 	$(BIN)/python image_text_sim_clip.py --config challenge_set/demo.yaml
@@ -55,8 +55,8 @@ finetuned: .venv/ready-for-tests  ## fine-tune a tiny text-to-image pipeline wit
 finetuned-flow: .venv/ready-for-tests  ## the same for a pipeline of flow matching, with one teacher and with two
 	$(BIN)/python examples/demonstrate_finetuning.py --kind flow
 
-clean:  ## remove the virtual environment, caches and the demo's results
-	rm -rf .venv scores .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the virtual environment, caches and the results of demo and bench; other runs stay
+	rm -rf .venv scores/demo scores/bench scores/bench-several .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'

@@ -1,1 +1,1 @@
-"""Optional parts of image_text_sim_clip, each imported only where its config key asks for it."""
+"""What only some runs of image_text_sim_clip need: a room for each role, whose first lines say how one is added."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-SIZES = {"small": (0.10, 0.13), "large": (0.19, 0.23)}  # radius as a share of the picture's side
+SIZES = {"small": (0.10, 0.13), "large": (0.19, 0.23)}  # radius as a share of the image's side
 COLOURS = {
     "red": (215, 35, 35), "orange": (245, 135, 25), "yellow": (240, 220, 40), "green": (40, 150, 60),
     "cyan": (50, 205, 215), "blue": (35, 70, 205), "purple": (130, 45, 165), "pink": (245, 150, 190),
@@ -84,12 +84,12 @@ def _polygon(shape: str, x: float, y: float, radius: float, turn: float) -> list
 
 
 def draw(scene: Scene, side: int, rng: random.Random, supersample: int = 2) -> Image.Image:
-    """The scene as a square RGB picture of `side` pixels."""
+    """The scene as a square RGB image of `side` pixels."""
     def tint(colour: tuple[int, int, int]) -> tuple[int, ...]:
         return tuple(min(255, max(0, level + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for level in colour)
     canvas = side * supersample
-    picture = Image.new("RGB", (canvas, canvas), tint(BACKGROUNDS[scene.background]))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (canvas, canvas), tint(BACKGROUNDS[scene.background]))
+    pen = ImageDraw.Draw(image)
     for thing, (cx, cy) in zip(scene.things, _centres(scene, rng), strict=True):
         radius, x, y = rng.uniform(*SIZES[thing.size]) * canvas, cx * canvas, cy * canvas
         fill, box = tint(COLOURS[thing.colour]), (x - radius, y - radius, x + radius, y + radius)
@@ -99,7 +99,7 @@ def draw(scene: Scene, side: int, rng: random.Random, supersample: int = 2) -> I
             pen.ellipse(box, outline=fill, width=max(2, round(radius * 0.36)))
         else:
             pen.polygon(_polygon(thing.shape, x, y, radius, rng.uniform(-0.15, 0.15)), fill=fill)
-    return picture.reduce(supersample)
+    return image.reduce(supersample)
 
 
 def held_out_scenes(singles: int = 60, doubles: int = 140) -> list[Scene]:

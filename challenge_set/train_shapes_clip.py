@@ -25,7 +25,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def mirrored(scene: Scene) -> Scene:
-    """The same picture told from its other shape: 'a left of b' becomes 'b right of a'."""
+    """The same image told from its other shape: 'a left of b' becomes 'b right of a'."""
     return scene._replace(things=scene.things[::-1], relation=OPPOSITE[scene.relation])
 
 

@@ -3,7 +3,7 @@
     python readme_imgs/draw_figures.py             # all of them: `make figures`
     python readme_imgs/draw_figures.py clip2 q3    # the two diagrams only
 
-Each picture is written next to this script; memory, memory-time, scores, review and labels come from real runs on the
+Each figure is written next to this script; memory, memory-time, scores, review and labels come from real runs on the
 bundled drawings, the last two as a headless Chromium shows it (with tests/requirements.txt, and `apt-get install chromium`).
 Diagrams are laid out in pixels, with the origin at the lower left.
 """
@@ -52,8 +52,8 @@ def save(axes: Axes, out: pathlib.Path, colours: int | None = None) -> None:
     """Write the sheet as a PNG of exactly its own size; a palette of a few colours keeps it small."""
     sheet = axes.figure.canvas
     sheet.draw()
-    picture = Image.frombuffer("RGBA", sheet.get_width_height(), sheet.buffer_rgba()).convert("RGB")
-    (picture.quantize(colours) if colours else picture).save(out, optimize=True)
+    image = Image.frombuffer("RGBA", sheet.get_width_height(), sheet.buffer_rgba()).convert("RGB")
+    (image.quantize(colours) if colours else image).save(out, optimize=True)
     plt.close(axes.figure)
 
 
@@ -109,9 +109,9 @@ def embedding(axes: Axes, middle: Point, kind: str, label: str) -> None:
 def draw_clip2(out: pathlib.Path) -> None:
     """How CLIP scores one pair of an image and a caption."""
     axes, top, bottom, middle = canvas(560), 430, 170, 300
-    picture = plt.imread(PHOTO)
-    high = 200 * picture.shape[0] / picture.shape[1]
-    axes.imshow(picture, extent=(30, 230, top - high / 2, top + high / 2), aspect="auto", interpolation="lanczos")
+    photo = plt.imread(PHOTO)
+    high = 200 * photo.shape[0] / photo.shape[1]
+    axes.imshow(photo, extent=(30, 230, top - high / 2, top + high / 2), aspect="auto", interpolation="lanczos")
     axes.set(xlim=(0, WIDTH), ylim=(0, 560))
     caption = "\u201ca close-up of the face of a tabby cat with green eyes\u201d"
     box(axes, (130, bottom), (200, 130), textwrap.fill(caption, 16))
@@ -178,7 +178,7 @@ def largest_increments(lines: list[str], count: int = 3) -> set[int]:
 
 
 def draw_memory_table(text: str, out: pathlib.Path) -> None:
-    """The plain text as a picture in monospace; the lines that grew the memory most are tinted."""
+    """The plain text as a figure in monospace; the lines that grew the memory most are tinted."""
     lines, margin = textwrap.dedent(text.expandtabs(4)).strip("\n").splitlines(), 30
     tinted = largest_increments(lines)
     letter = (WIDTH - 2 * margin) // max(100, *map(len, lines))  # whole pixels, as hinted letters are set

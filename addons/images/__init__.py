@@ -22,6 +22,7 @@ What lives here:
     guard.py         a time limit around decoding; doubtful images, and all after a crash, go to child processes
     memory.py        how much memory the images of a run may take together
     inside.py        opens a file of `image_path` so that no link leads out of it
+    spellings.py     other spellings of a name that is not there
     costs.py         what a file will cost to decode, told from its structure
     isolate.py       decodes in a child process with limits of time and memory
     exif.py          which way up an image is, and what is said of one whose EXIF cannot be honoured

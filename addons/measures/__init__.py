@@ -5,9 +5,9 @@
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
     captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
-    contrast.py       the similarity less what image and caption score with everything else
     further_models.py the scores of further models in the same pass (`pretrained_model` as a mapping)
     thresholds.py     where others have cut this model's scores, and how many rows pass there
+    contrast.py       the similarity less what image and caption score with everything else
     labels.py         what an image shows, by prompts alone
     heads.py          small networks on the image's embedding, such as an aesthetics predictor
     target_embeddings.py    how near each image is to the images of another run

@@ -5,8 +5,7 @@ are padded, how its two encoders are called, and whether a cosine tells a probab
 `Family`, or of `Clip` or `Siglip` where only some of that differs. A run chooses it by `model_type` in the model's
 config.json: `clip` and `siglip` are the script's own, any other is looked for in the file of that name in this folder. What a
 family reads, beyond the methods that it overrides: `image_settings` (how images are resized), `stack` and `features_of_bytes`
-(where images have no common size), `describe` (what the manifest and
-profile.json say of it).
+(where images have no common size), `describe` (what the manifest and profile.json say of it).
 
 To add one, drop one file into this folder, named after its model_type with `-` written as `_`:
 
@@ -40,6 +39,7 @@ What only some model folders need, and the script asks for:
     adapters.py     adapters of peft, merged into their base model
     words.py        words that were added to a tokenizer stay whole
     long_captions.py   captions of any length take the time of those that are read
+    several.py      several models in one pass: one loader, an image for each model
 
 The shortcuts, each imported only where its config key asks for it; the first two need a model with CLIP's two towers:
 
