@@ -127,7 +127,7 @@ EXIT_MODEL = 6
 EXIT_VERIFY = 7
 
 STATUSES = ("ok", "missing", "forbidden", "timeout", "dns", "connect", "http_4xx", "http_5xx", "too_large", "not_image",
-            "unsupported", "corrupt", "bomb", "empty_caption", "opted_out", "non_finite", "oom", "crashed", "not_tried")
+            "unsupported", "corrupt", "bomb", "empty_caption", "opted_out", "non_finite", "crashed", "not_tried")
 
 
 class Trouble(Exception):
@@ -800,7 +800,9 @@ def name_columns(first: Sequence[str], config: Config) -> list[str]:
         wanted = column_name(getattr(config, key))
         if names.count(wanted) != 1:
             problem = "has no column" if wanted not in names else "has more than one column"
-            raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}")
+            cure = "the separator" if len(names) == 1 else f"{key} (by number, from 0, where there is no header)"
+            raise Trouble(EXIT_INPUT, f"{config.csv_path} {problem} {wanted!r} ({key}); its columns: {', '.join(names)[:300]}; "
+                                      f"set {cure}")
     unique: dict[str, None] = {}
     taken = set(names)
     for name in names:

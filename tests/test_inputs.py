@@ -509,8 +509,7 @@ def touch(path):
     (lambda s: (s / "b.parquet").unlink(), ["b.parquet is gone"]),
     (lambda s: write_parquet(s / "c.parquet"), ["c.parquet is new"]),
     (lambda s: [write_parquet(s / f"{n}.parquet") for n in range(9)], ["is new", "and 6 more"]),
-    (lambda s: write_tar(s / "0.tar", []), ["was parquet, now tar"]),
-    (lambda s: [p.unlink() for p in s.iterdir()], ["names no"])])
+    (lambda s: write_tar(s / "0.tar", []), ["was parquet, now tar"])])
 def test_a_changed_input_is_refused(tmp_path, score_input, change, words):
     """A finished run goes on where nothing changed, and is refused, naming the file, where one changed, came or went."""
     (tmp_path / "s").mkdir()
@@ -524,6 +523,16 @@ def test_a_changed_input_is_refused(tmp_path, score_input, change, words):
     assert outcome.code == 2 and len(outcome.stderr.splitlines()) == 1
     for word in words:
         assert word in outcome.stderr
+
+
+def test_an_input_that_is_gone_is_not_another(tmp_path, score_input):
+    """Where all files are gone, that is what is said (exit 3): nobody is told to discard the run for it."""
+    (tmp_path / "s").mkdir()
+    write_parquet(tmp_path / "s/a.parquet")
+    assert score_input("s")[0].code == 0
+    (tmp_path / "s/a.parquet").unlink()
+    outcome = score_input("s")[0]
+    assert outcome.code == 3 and "names no" in outcome.stderr and "--fresh" not in outcome.stderr
 
 
 def test_a_changed_tar_is_refused(tmp_path, score_input, picture):

@@ -394,7 +394,8 @@ def test_changed_content_is_refused(small, run_main, write_table, tmp_path):
     assert outcome.code == 2 and f"{path.name} has changed" in outcome.stderr
     path.unlink()
     outcome = run_main("--config", config)
-    assert outcome.code == 2 and "no such file" in outcome.stderr
+    assert outcome.code == 3 and "no such file" in outcome.stderr
+    assert "--fresh" not in outcome.stderr  # it may come back, and nothing says that the run is another
 
 
 def test_other_model_or_device_is_refused(small, run_main, tmp_path):

@@ -227,6 +227,14 @@ def test_header_is_case_sensitive_and_named(rows_of):
         assert hint in outcome.stderr
 
 
+@pytest.mark.parametrize(("text", "cure"), [("a.png,a star\nb.png,b\n", "set url_column (by number, from 0, where there is no "),
+                                            ("url;caption\na.png;a\n", "set the separator")])
+def test_missing_column_says_what_to_set(rows_of, text, cure):
+    """The line about a missing column names the key to set: the column's, or the separator where there is one column alone."""
+    outcome, rows, _ = rows_of(text)
+    assert outcome.code == 3 and cure in outcome.stderr and len(outcome.stderr.splitlines()) == 1 and rows is None
+
+
 def test_other_column_names(rows_of):
     """url_column and caption_column name the columns, which may be one and the same."""
     outcome, rows, _ = rows_of("TEXT,URL\nhello,../x\n", url_column="URL", caption_column="TEXT")

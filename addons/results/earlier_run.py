@@ -10,7 +10,6 @@ from image_text_sim_clip import (
     EXIT_CONFIG,
     FORMAT,
     STAGED_FILES,
-    URL,
     Config,
     Json,
     Plan,
@@ -41,7 +40,8 @@ def check(manifest: Json | None, config: Config, output: pathlib.Path, staged: d
     """The manifest of `output` if it describes this very run; None where another one can be planned without a loss.
 
     `staged` is what staging has left in `output`; where that is not what had been written, the table is staged again. Raises
-    Trouble (exit 2) for another run of which something is scored.
+    Trouble (exit 2) for another run of which something is scored; exit 3 where there is no input, or its disk or store does not
+    let us in: that may pass, and is no reason to discard a run.
     """
     elsewhere = "discard it with --fresh, or write elsewhere with --set output_path=..."
     if manifest is None:
@@ -52,16 +52,11 @@ def check(manifest: Json | None, config: Config, output: pathlib.Path, staged: d
     differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
                    for key, value in json.loads(json.dumps(settings_of(config))).items()
                    if manifest["settings"].get(key) != value]
-    try:
-        reader = find_reader(config.csv_path)
-        if reader.kind == manifest["kind"]:
-            differences += reader.differences(manifest, config)
-        else:
-            differences.append(f"the input was {manifest['kind']}, now {reader.kind}")
-    except Trouble as trouble:  # there is no input any more
-        if URL.match(config.csv_path):  # or its store does not let us in, today, and that is no reason to discard a run
-            raise
-        differences.append(str(trouble))
+    reader = find_reader(config.csv_path)
+    if reader.kind == manifest["kind"]:
+        differences += reader.differences(manifest, config)
+    else:
+        differences.append(f"the input was {manifest['kind']}, now {reader.kind}")
     if differences and has_parts(output):
         raise Trouble(EXIT_CONFIG, f"{output} holds another run ({'; '.join(differences)}): {elsewhere}")
     if differences:
