@@ -334,6 +334,14 @@ def require_libraries(curation: rules.Curation) -> None:
                                        "(pip install -r addons/requirements.txt)") from None
 
 
+def refuse_rules_without_section(overrides: Sequence[str]) -> None:
+    """Trouble (exit 2) for a key of the section `curate` that --set names without it."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in rules.Curation.__dataclass_fields__:
+            raise Trouble(EXIT_CONFIG, f"unknown key {key!r}; did you mean 'curate.{key}'?")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Config -> curated/. Returns the exit code; the last line on stdout is one JSON object."""
     parser = Parser(prog="curate.py", description=(__doc__ or "").split("\n")[0],
@@ -342,6 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key: curate.keep_fraction=0.3")
     options = parser.parse_args(arguments)
+    refuse_rules_without_section(options.set)
     config = load_config(options.config, options.set)
     try:
         choice, folder = curate(config)

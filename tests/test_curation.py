@@ -97,6 +97,14 @@ def test_a_mistake_in_the_section_is_one_line(run_curate, keys, words):
     assert all(word in outcome.stderr for word in words)
 
 
+def test_a_rule_without_its_section_is_told_where_it_stands(write_config):
+    """`--set min_similarity=0.3` is exit code 2 and names `curate.min_similarity`; the keys of the config are none of these."""
+    with pytest.raises(script.Trouble, match=r"did you mean 'curate\.min_similarity'") as caught:
+        curate.main(["--config", str(write_config()), "--set", "min_similarity=0.3"])
+    assert caught.value.exit_code == 2
+    assert not rules.Curation.__dataclass_fields__.keys() & script.Config.__dataclass_fields__.keys()
+
+
 def test_section_is_harmless_to_the_scores(tmp_path, write_config, write_table, run_main):
     """A finished run is not refused because `curate` has changed since, nor for what is in it."""
     write_table([["url", "caption"], ["a.png", "a"]])
