@@ -111,7 +111,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from addons.measures import Measure, Measured
+from addons.measures import Measure, Measured, kept_by
 from image_text_sim_clip import Column, PartitionRun, Scored
 
 
@@ -125,7 +125,7 @@ class CaptionWords(Measure):
 
     @classmethod
     def add_up(cls, parts):
-        return sum(part["measures"][cls.name]["total"] for part in parts)
+        return sum((kept_by(cls, part) or {"total": 0})["total"] for part in parts)
 
     @classmethod
     def describe(cls, total):
@@ -141,7 +141,8 @@ MEASURE = CaptionWords
 
 
 def test_a_measure_with_a_column_is_one_file(house, run):
-    """Its column arrives in scores.csv, scores.parquet, kept.csv, an imagefolder's metadata and the review page."""
+    """Its column arrives in scores.csv, scores.parquet, kept.csv, an imagefolder's metadata and the review page; a dry run
+    leaves it empty."""
     (house / "addons/measures/caption_words.py").write_text(MEASURE, encoding="utf-8")
     asked = {"measures": {"caption_words": {}}}
     run("image_text_sim_clip.py", **asked)
@@ -158,6 +159,8 @@ def test_a_measure_with_a_column_is_one_file(house, run):
     metadata = (house / "out/curated/imagefolder/train/metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["words"] for line in metadata] == [float(row["words"]) for row in kept]
     assert '"words"' in (house / "out/curated/review.html").read_text(encoding="utf-8")
+    run("image_text_sim_clip.py", output_path="dry", pretrained_model="none", **asked)
+    assert {row["words"] for row in rows_of(house / "dry/scores.csv")} == {""}
 
 
 FAMILY = '''

@@ -35,10 +35,10 @@ To add one, drop one file into this folder:
 
 That is all for a column that each row has for itself. Settings are a dataclass: `settings = CaptionLengthSettings` has the keys
 between the braces checked, and `read_settings` gives them. A measure that says something of the whole run puts numbers
-into `Measured.kept`, which are stored in the part; `add_up` makes a total of all parts' numbers, `describe` its entry in
-profile.json, `tell` its line on the screen, and `complete` fills columns that depend on all rows. Files of its own go into
-`Measured.files`, named after the part (`partition.folder / "part-00012.npz"`): the part's metadata holds their sha256, and a
-part without its files is not done.
+into `Measured.kept`, which are stored in the part; `add_up` makes a total of all parts' numbers (`kept_by` reads those of one
+part, and is None in a dry run, where nothing is measured), `describe` its entry in profile.json, `tell` its line on the screen,
+and `complete` fills columns that depend on all rows. Files of its own go into `Measured.files`, named after the part
+(`partition.folder / "part-00012.npz"`): the part's metadata holds their sha256, and a part without its files is not done.
 """
 import difflib
 import pathlib
@@ -150,7 +150,10 @@ class Measure:
 
     @classmethod
     def add_up(cls, parts: Iterable[Json]) -> Total | None:
-        """The total of what the parts keep, given as the metadata of all of them; None where there is nothing to add up."""
+        """The total of what the parts keep, given as the metadata of all of them; None where there is nothing to add up.
+
+        `kept_by(cls, part)` is what one part keeps: None in a dry run, unless the measure needs no model.
+        """
         return None
 
     @classmethod
