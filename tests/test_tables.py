@@ -227,7 +227,7 @@ def test_header_is_case_sensitive_and_named(rows_of):
         assert hint in outcome.stderr
 
 
-@pytest.mark.parametrize(("text", "cure"), [("a.png,a star\nb.png,b\n", "set url_column (by number, from 0, where there is no "),
+@pytest.mark.parametrize(("text", "cure"), [("a.png,a star\nb.png,b\n", "set url_column (by number, from 0, where there is no"),
                                             ("url;caption\na.png;a\n", "set the separator")])
 def test_missing_column_says_what_to_set(rows_of, text, cure):
     """The line about a missing column names the key to set: the column's, or the separator where there is one column alone."""
