@@ -1113,11 +1113,6 @@ class Partition:
         """With save_embeddings: the embeddings of its images and captions; written before the part."""
         return self.folder / f"part-{self.index:05d}.npz"
 
-    @property
-    def trying(self) -> pathlib.Path:
-        """Exists while a worker is at the partition; one left behind tells of a worker that was killed or hung."""
-        return self.folder / f"part-{self.index:05d}.trying"
-
 
 @dataclasses.dataclass
 class Plan:
@@ -1229,7 +1224,8 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
         addon("stores.leases", "output_path").check_workers(config, output)
     staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
     with locked(output):
-        remove_leftovers(output)
+        if ADDONS.is_dir():
+            addon("results.earlier_run", "output_path").remove_leftovers(output)
         if fresh:
             discard_run(output)
         if ADDONS.is_dir():
@@ -2887,9 +2883,9 @@ class PartitionRun:
             plan.check_still_there()  # the table may be another run's by now, which is the better reason
             raise
         finish: Callable[[pa.Table], pa.Table] = lambda table: table  # noqa: E731
-        part = _part_to_retry(plan, partition) if retry else None
-        if part:
-            rows, finish = addon("results.retry", "--retry-failed").failed_rows(plan.output, rows, part.table)
+        part: Part | None = None
+        if retry:
+            rows, finish, part = addon("results.retry", "--retry-failed").choose_rows(plan, partition, rows, finish)
         if plan.table.brings_images:
             all_sources = plan.table.sources(partition.start, partition.stop)
             sources = [all_sources[place] for place in rows.index]
@@ -2907,16 +2903,6 @@ class PartitionRun:
 def clean_caption(caption: str, config: Config) -> str:
     """The caption as `caption_clean` has it: `unescape` undoes HTML's entities, twice, as the tokenizers of OpenAI do."""
     return caption if config.caption_clean == "none" else html.unescape(html.unescape(caption))
-
-
-def _part_to_retry(plan: Plan, partition: Partition) -> "Part | None":
-    """The part whose failed rows are tried again; one that is damaged is removed, and the partition is done anew."""
-    try:
-        return read_part(plan, partition, thorough=True)
-    except FlawedPart as flaw:
-        say(str(flaw))
-        remove_flawed_part(plan, partition, thorough=True)
-        return None
 
 
 @dataclasses.dataclass
@@ -3165,12 +3151,12 @@ def _name_this_process_space() -> str:
     return hashlib.sha256(" ".join(known).encode()).hexdigest()[:12]
 
 
-_HOST = _name_this_process_space()
+HOST = _name_this_process_space()
 
 
 def name_of_mine(path: pathlib.Path) -> pathlib.Path:
-    """A name next to `path` that tells whose it is: `remove_leftovers` takes it away once this process has ended."""
-    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    """A name next to `path` that tells whose it is: the next run takes it away once this process has ended."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -3251,26 +3237,6 @@ def file_sha256(path: pathlib.Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-LEFTOVER_AGE_S = 7 * 86_400  # a file that nobody has written to for so long is nobody's, whatever its name says
-
-
-def remove_leftovers(output: pathlib.Path) -> None:
-    """Remove what killed processes left half-written.
-
-    Of those whose number cannot be looked up here nobody knows whether they are at work: theirs stay until they are old. An
-    empty one may be a mark that somebody waits for.
-    """
-    import psutil
-    for leftover in itertools.chain((output / "parts").glob(".part-*.tmp"), output.glob(".*.tmp")):
-        *_, host, pid, _ = leftover.name.rsplit(".", 3)
-        with contextlib.suppress(OSError, ValueError):
-            info = leftover.stat()
-            is_dead = host == _HOST and not psutil.pid_exists(int(pid))
-            is_old = info.st_size > 0 and time.time() - info.st_mtime > LEFTOVER_AGE_S
-            if is_dead or is_old:
-                leftover.unlink()
 
 
 COMMIT_LOCK = ".commit.lock"
@@ -3584,52 +3550,34 @@ class Worker:
             on_loaded: Callable[[], None] = lambda: None) -> Iterator[PartSummary]:
         """Score and commit each partition, loading images ahead across their edges; yields what became of each."""
         pool = self.open_pool(self.threads)
-        marked: set[Partition] = set()
         INTERRUPTION.deferred = True
         try:
-            if len(todo) > 1 and in_store(self.plan.output):  # one list instead of thousands of requests
-                left_behind = {path.name for path in todo[0].folder.glob("part-*.trying")}
-            else:
-                left_behind = {partition.trying.name for partition in todo if partition.trying.exists()}
-            if left_behind.intersection(partition.trying.name for partition in todo):
-                self._isolate_all()
+            if self._guard:
+                self.loader = self._guard.look_back(todo, self.loader)
             since = time.perf_counter()
-            begun = (self._begin(partition, retry, marked) for partition in todo)
+            begun = (self._begin(partition, retry) for partition in todo)
             for run, images in pool.embed_partitions(begun, self.scorer, self.clock, on_loaded):
                 scored = score_partition(self.scorer, run, images, self.clock)
                 summary = self._finish(run, scored, since)
-                marked.discard(run.partition)
                 since = time.perf_counter()
                 yield summary
                 INTERRUPTION.check()  # a partition without an image to load has not looked
         finally:
             INTERRUPTION.deferred = False
             pool.close()
-            self._close()
-            if not pool.hangs:  # only what is killed, or hung until it was stopped, leaves its marks
-                for partition in marked:
-                    with contextlib.suppress(OSError):  # a disk that is gone; the run has ended, or has said so itself
-                        partition.trying.unlink(missing_ok=True)
+            for measure in self.measures:
+                measure.close()
+            if self._guard:
+                self._guard.close(pool.hangs)
 
-    def _begin(self, partition: Partition, retry: bool, marked: set[Partition]) -> Begun:
-        """Open the partition and mark it as being tried."""
+    def _begin(self, partition: Partition, retry: bool) -> Begun:
+        """Open the partition."""
         run = PartitionRun.open(self.plan, partition, retry)
         for measure in self.measures:
             measure.begin(run)
-        if not partition.trying.exists():
-            with output_disk(partition.trying):
-                partition.trying.touch()  # before the first image is decoded, which may be the one that kills
-            marked.add(partition)
+        if self._guard:
+            self._guard.marks.begin(partition)  # before the first image is decoded, which may be the one that kills
         return Begun(run, self.loader)
-
-    def _isolate_all(self) -> None:
-        """An earlier run died or hung here: from now on every image is decoded in a child process."""
-        if self._guard is None:
-            addon("images.guard", "a partition left behind")
-        elif not self._guard.isolates_all:
-            say("an earlier run ended in the middle of a partition: images are decoded in processes of their own")
-            self._guard.isolates_all = True
-        self.loader = dataclasses.replace(self.loader, on_gpu=None)
 
     def _finish(self, run: PartitionRun, scored: Scored, since: float) -> PartSummary:
         """Have the measures add theirs, commit the part, and keep its times."""
@@ -3663,8 +3611,8 @@ class Worker:
         if self.report:
             times["fetching"] = self.report(self.plan, run, table)
         write_times(run.partition, times)
-        with output_disk(run.partition.trying):
-            remove_path(run.partition.trying)
+        if self._guard:
+            self._guard.marks.finish(run.partition)
         return summary
 
     def _take_halvings(self) -> int:
@@ -3674,12 +3622,6 @@ class Worker:
         halvings = self.scorer.oom_halvings
         self.scorer.oom_halvings = 0
         return halvings
-
-    def _close(self) -> None:
-        for measure in self.measures:
-            measure.close()
-        if self._guard:
-            self._guard.close()
 
 
 JUDGED_FROM_ROWS = 1000
@@ -4105,9 +4047,8 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
         if stored["finished"]:
             if in_store(plan.output):
                 addon("stores.leases", "output_path").remove_probes(plan.output)
-            for marker in (plan.output / "parts").glob("*.trying"):
-                with contextlib.suppress(OSError):
-                    remove_path(marker)  # of a worker that was killed when its part had been written, by it or by another
+            if ADDONS.is_dir():
+                addon("images.marks", "output_path").remove_marks((plan.output / "parts").glob("*.trying"))
     print_summary(job.config, stored)
     keys = ("rows", *INPUT_ROWS, "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
     shown = {key: stored[key] for key in keys if key in stored}

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 import image_text_sim_clip as script
+from addons.results import earlier_run
 
 ROOT = pathlib.Path(script.__file__).parent
 ROUNDS = int(os.environ.get("DAMAGE_ROUNDS", "300"))
@@ -211,7 +212,7 @@ def test_leftovers_of_others_go_when_they_are_old(tmp_path):
         path.write_bytes(content)
         if name != "new":
             os.utime(path, (1, 1))
-    script.remove_leftovers(tmp_path)
+    earlier_run.remove_leftovers(tmp_path)
     assert sorted(path.name.split(".")[1] for path in (tmp_path / "parts").iterdir()) == ["part-mark", "part-new"]
 
 

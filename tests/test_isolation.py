@@ -16,6 +16,7 @@ import pytest
 
 import image_text_sim_clip as script
 from addons.images import isolate
+from addons.images.marks import mark_of
 
 ROOT = pathlib.Path(script.__file__).parent
 
@@ -325,14 +326,14 @@ def test_marker_is_there_before_the_first_image(worker, monkeypatch):
 def test_marker_of_an_earlier_run_outlives_an_interruption(worker):
     """A run that is stopped before it comes to a partition left behind does not forget that partition."""
     first, second, third = worker.plan.partitions
-    third.trying.touch()
+    mark_of(third).touch()
     summaries = worker.run(worker.plan.partitions)
     next(summaries)
     script.INTERRUPTION._on_signal(signal.SIGTERM, None)
     with pytest.raises(script.Interrupted):
         next(summaries)
     assert first.parquet.exists() and not second.parquet.exists()
-    assert list(third.folder.glob("*.trying")) == [third.trying]
+    assert list(third.folder.glob("*.trying")) == [mark_of(third)]
 
 
 def test_stopped_while_an_image_hangs(worker, monkeypatch):
@@ -353,7 +354,7 @@ def test_stopped_while_an_image_hangs(worker, monkeypatch):
     threading.Thread(target=interrupt).start()
     with pytest.raises(script.Interrupted):
         next(worker.run(worker.plan.partitions))
-    assert worker.plan.partitions[0].trying.exists()
+    assert mark_of(worker.plan.partitions[0]).exists()
 
 
 def test_captions_without_images_can_be_interrupted(worker, write_table):

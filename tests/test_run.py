@@ -840,7 +840,7 @@ def test_leftovers_of_a_killed_run_are_removed(small, run_main, tmp_path):
     config, out = small(), tmp_path / "out"
     (out / "parts").mkdir(parents=True)
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
-    host, pid = script._HOST, int(ended.stdout)
+    host, pid = script.HOST, int(ended.stdout)
     for name in ("parts/.part-00000.parquet", ".scores.csv", ".pairs.parquet"):
         (out / f"{name}.{host}.{pid}.tmp").write_bytes(b"half")
     kept = [out / "mine.tmp", out / f".scores.csv.another-machine.{pid}.tmp", out / f".scores.csv.{host}.{os.getpid()}.7.tmp",

@@ -19,6 +19,7 @@ What lives here:
                      they come, exchange.py is one attempt, http_client.py HTTP, targets.py what a URL means, names.py
                      names and addresses, hosts.py and suspicion.py what each host will bear, cache.py `cache_path`,
                      web_report.py what the summary tells
+    marks.py         marks of the partitions being tried, by which a run that an image has killed is found out
     guard.py         a time limit around decoding; doubtful images, and all after a crash, go to child processes
     memory.py        how much memory the images of a run may take together
     inside.py        opens a file of `image_path` so that no link leads out of it

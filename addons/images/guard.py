@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from addons.images import costs
 from addons.images.isolate import IsolatedDecoder
+from addons.images.marks import Marks, are_left_behind
 from addons.images.memory import Account, image_memory, open_account
 from image_text_sim_clip import (
     PROFILED,
@@ -23,6 +24,7 @@ from image_text_sim_clip import (
     ImageDecoder,
     ImageLoader,
     ImageSettings,
+    Partition,
     RowFailure,
     compute_in_one_thread,
     say,
@@ -48,6 +50,7 @@ class Guard:
         self.limit_s = config.decode_timeout_s
         self.max_pixels = config.max_image_pixels
         self.isolates_all = False
+        self.marks = Marks()
         self._memory = image_memory(config.memory_budget_mib)
         self._config = config
         self._settings = settings
@@ -62,6 +65,15 @@ class Guard:
         """A copy of the loader that is guarded. A line profiler wants all in one thread, which no other can watch."""
         return dataclasses.replace(loader, decode=self.decode, watch=None if PROFILED else self.watch,
                                    open_account=functools.partial(open_account, self._memory))
+
+    def look_back(self, partitions: list[Partition], loader: ImageLoader) -> ImageLoader:
+        """The loader for these partitions: where an earlier run died or hung in one, all images go to child processes."""
+        if not are_left_behind(partitions):
+            return loader
+        if not self.isolates_all:
+            self.isolates_all = True
+            say("an earlier run ended in the middle of a partition: images are decoded in processes of their own")
+        return dataclasses.replace(loader, on_gpu=None)
 
     def decode(self, data: bytes, account: Account | None) -> "Image.Image":
         """Do what ImageDecoder does, in this process or in a child; raises RowFailure."""
@@ -96,11 +108,16 @@ class Guard:
             self.isolates_all = True
             say("an image was not decoded in time: from here on images are decoded in processes of their own")
 
-    def close(self) -> None:
-        """End the children and the threads that are not at work. The guard may be used again."""
+    def close(self, hangs: bool = False) -> None:
+        """End the children and the threads that are not at work. The guard may be used again.
+
+        Where the run was stopped because it `hangs`, the partitions that were not finished stay marked.
+        """
         self._children.close()
         self._helpers.close()
         self._open()
+        if not hangs:
+            self.marks.forget_rest()
 
 
 @contextlib.contextmanager

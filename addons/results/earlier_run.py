@@ -3,12 +3,18 @@
 The script comes here only where its manifest is not that of this very run, or where the model is not the one that the run was
 begun with. Nothing that is scored is ever thrown away here: it is refused, or planned anew while nothing is scored.
 """
+import contextlib
+import itertools
 import json
 import pathlib
+import time
+
+import psutil
 
 from image_text_sim_clip import (
     EXIT_CONFIG,
     FORMAT,
+    HOST,
     STAGED_FILES,
     Config,
     Json,
@@ -131,3 +137,24 @@ def refuse_changed_files(plan: Plan, recorded: dict[str, str]) -> None:
             digests = {prefix + name: digest for name, digest in hash_decisive_files(pathlib.Path(model)).items()}
             own = {name: digest for name, digest in recorded.items() if name == prefix + name.rpartition("/")[2]}
             refuse_other_model(plan.output, {"files": digests}, {"files": own})
+
+
+# ── What killed processes left ────────────────────────────────────────────────────────────────────────────────────────────
+
+LEFTOVER_AGE_S = 7 * 86_400  # a file that nobody has written to for so long is nobody's, whatever its name says
+
+
+def remove_leftovers(output: pathlib.Path) -> None:
+    """Remove what killed processes left half-written.
+
+    Of those whose number cannot be looked up here nobody knows whether they are at work: theirs stay until they are old. An
+    empty one may be a mark that somebody waits for.
+    """
+    for leftover in itertools.chain((output / "parts").glob(".part-*.tmp"), output.glob(".*.tmp")):
+        *_, host, pid, _ = leftover.name.rsplit(".", 3)
+        with contextlib.suppress(OSError, ValueError):
+            info = leftover.stat()
+            is_dead = host == HOST and not psutil.pid_exists(int(pid))
+            is_old = info.st_size > 0 and time.time() - info.st_mtime > LEFTOVER_AGE_S
+            if is_dead or is_old:
+                leftover.unlink()

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 
 from image_text_sim_clip import (
     COMMIT_LOCK,
+    FlawedPart,
     Json,
+    Part,
     Partition,
     Plan,
     file_sha256,
@@ -18,8 +20,11 @@ from image_text_sim_clip import (
     metadata_in,
     output_disk,
     read_footer,
+    read_part,
     read_part_metadata,
+    remove_flawed_part,
     remove_path,
+    say,
     write_bytes,
 )
 
@@ -54,22 +59,39 @@ def may_pass_in(plan: Plan, partition: Partition) -> bool:
         return True
 
 
-def failed_rows(output: pathlib.Path, rows: "pd.DataFrame",
-                part_table: "pa.Table") -> "tuple[pd.DataFrame, Callable[[pa.Table], pa.Table]]":
-    """The rows to score again (the index still tells their places), and `merge`, which puts their results into the part.
+Merge = Callable[["pa.Table"], "pa.Table"]
 
-    `rows` are all the rows of the partition, (n, columns), `part_table` is its part. `merge` takes the table that the rows
-    were scored to, in their order, and returns a table of all n rows.
+
+def choose_rows(plan: Plan, partition: Partition, rows: "pd.DataFrame",
+                keep: Merge) -> "tuple[pd.DataFrame, Merge, Part | None]":
+    """The rows to score again (the index still tells their places), `merge`, which puts their results into the part, and that.
+
+    `rows` are all the rows of the partition, (n, columns). `merge` takes the table that the rows were scored to, in their
+    order, and returns a table of all n rows. Where there is no part, or a damaged one (it is removed): all rows, `keep`, None.
     """
-    with output_disk(output):
-        remove_path(output / "curated/curated.json")  # what curate.py made of the scores as they were is not finished any more
+    part = _read_sound_part(plan, partition)
+    if part is None:
+        return rows, keep, None
+    with output_disk(plan.output):
+        remove_path(plan.output / "curated/curated.json")  # what curate.py made of the scores as they were is finished no more
+    part_table = part.table
     again = may_pass(part_table)  # (n,)
     # where each row's results stand once the new ones follow the old: the k-th row scored again is at n + k
     places = np.where(again, len(part_table) - 1 + np.cumsum(again), np.arange(len(part_table)))
 
     def merge(table: "pa.Table") -> "pa.Table":
         return pa.concat_tables([part_table, table]).take(places).combine_chunks()
-    return rows[again], merge
+    return rows[again], merge, part
+
+
+def _read_sound_part(plan: Plan, partition: Partition) -> Part | None:
+    """The part whose failed rows are tried again; one that is damaged is removed, and the partition is done anew."""
+    try:
+        return read_part(plan, partition, thorough=True)
+    except FlawedPart as flaw:
+        say(str(flaw))
+        remove_flawed_part(plan, partition, thorough=True)
+        return None
 
 
 # ── Replacing a part and its files ────────────────────────────────────────────────────────────────────────────────────
