@@ -39,6 +39,7 @@ from addons.curation.overlaps import Overlaps
 from addons.curation.semantic import SavedImages
 from addons.measures import random_pairs
 from addons.results.csv_rows import ArrowCsvRows
+from addons.results.formulas import escape_formula, escape_table
 from image_text_sim_clip import (
     EXIT_CONFIG,
     EXIT_VERIFY,
@@ -158,15 +159,16 @@ def write_tables(run: FinishedRun, verdicts: np.ndarray, folder: pathlib.Path, e
     dropped.csv has one column more, `dropped_by`. Trouble (exit 7) unless kept + dropped = all.
     """
     import pyarrow as pa
-    results = len(run.result_columns)
     columns = [*run.names, *column_names(run.result_columns)]
     reason = find_free_name("dropped_by", columns)
     counts = np.zeros(len(rules.RULES), np.int64)
     rule_names = pa.array(rules.RULES, pa.string())
     with atomic_file(folder / "kept.csv") as kept_file, atomic_file(folder / "dropped.csv") as dropped_file:
-        kept = ArrowCsvRows(kept_file, columns, escape, results)
-        dropped = ArrowCsvRows(dropped_file, [*columns, reason], escape, results + 1)
-        for _, table, judged in run.judged_chunks(verdicts):
+        shown = [escape_formula(name) for name in columns] if escape else columns
+        kept = ArrowCsvRows(kept_file, shown)
+        dropped = ArrowCsvRows(dropped_file, [*shown, reason])
+        for _, chunk, judged in run.judged_chunks(verdicts):
+            table = escape_table(chunk) if escape else chunk
             counts += np.bincount(judged, minlength=len(counts))
             is_kept = judged == rules.KEPT
             kept.write(table.filter(pa.array(is_kept)))

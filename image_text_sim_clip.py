@@ -71,7 +71,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import platform
 import re
 import signal
@@ -954,7 +953,9 @@ class BadRows:
         self.count += 1
         self.undecodable += not is_text(raw)
         text = raw[:1000]
-        self._writer.writerow((*self.place, line, reason, escape_formula(text) if self._escape else text))
+        if self._escape:
+            text = addon("results.formulas", "escape_formulas").escape_formula(text)
+        self._writer.writerow((*self.place, line, reason, text))
 
 
 def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> Json:
@@ -2433,19 +2434,6 @@ class Siglip(Family):
 FAMILIES: dict[str, type[Family]] = {"clip": Clip, "siglip": Siglip}
 
 
-UNWELCOME_ADVICE = ("trust_remote_code", "ignore_mismatched_sizes", "weights_only", "pip install", "upgrade", "report",
-                    "force_download", "from_tf", "from_flax", "huggingface.co", "https://", "issue")
-
-
-def reason_of(error: Exception) -> str:
-    """The text of a library's error, without the sentences that recommend what this program never does, or has silenced."""
-    if "trust_remote_code" in str(error):
-        return "it asks for code of its own, which is never run"
-    sentences = re.split(r"(?<=[.!?:])\s+|\n+", str(error))
-    unwelcome = re.compile("|".join(map(re.escape, UNWELCOME_ADVICE)), re.I)
-    return " ".join(sentence for sentence in sentences if not unwelcome.search(sentence))[:300]
-
-
 @contextlib.contextmanager
 def telling_of_model(name: str) -> Iterator[None]:
     """Turn what libraries raise over the files of a broken model, which is nearly anything, into one line and exit 6."""
@@ -2453,10 +2441,9 @@ def telling_of_model(name: str) -> Iterator[None]:
         yield
     except Trouble:
         raise
-    except pickle.UnpicklingError:  # torch's own text recommends weights_only=False
-        raise Trouble(EXIT_MODEL, f"cannot load {name}: its pytorch_model.bin holds more than weights") from None
     except Exception as error:
-        raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}: {reason_of(error)}") from error
+        reason = f": {addon('models.faults', 'pretrained_model').reason_of(error)}" if ADDONS.is_dir() else ""
+        raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}{reason}") from error
 
 
 def check_weights(loading: Json, name: str) -> None:
@@ -3832,33 +3819,14 @@ def _untried_table(plan: Plan, partition: Partition) -> "pa.Table":
     return result_table(plan, rows, Scored.nothing(len(rows), "not_tried"))
 
 
-def escape_formula(cell: str) -> str:
-    r"""A cell that a spreadsheet would run as a formula, made plain text by a leading '.
-
-    To undo it, take one ' away from each cell that matches ^'+[=+\-@\t\r].
-    """
-    return "'" + cell if re.match(r"'*[=+\-@\t\r]", cell) else cell
-
-
-def space_out_minus(number: str) -> str:
-    """A number that does not begin with the minus that begins a formula, too."""
-    return " " + number if number.startswith("-") else number
-
-
 class CsvRows:
-    """A CSV being written, of pyarrow tables: floats in the shortest digits that read back the same float32, '' for nothing.
+    """A CSV being written, of pyarrow tables: floats in the shortest digits that read back the same float32, '' for nothing."""
 
-    With `escape`, formulas in the names of columns, in all but the last `results` columns and in text are made plain text, and
-    a negative number gets a space before it, which whoever reads numbers skips.
-    """
-
-    def __init__(self, file: BinaryIO, names: list[str], escape: bool, results: int) -> None:
+    def __init__(self, file: BinaryIO, names: list[str]) -> None:
         self._text = io.TextIOWrapper(file, "utf-8", newline="")
-        self._escapes = escape
-        self._escaped = len(names) - results
         self._plain = csv.writer(self._text, lineterminator="\n")
         self._quoted = csv.writer(self._text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        self._write_row([*map(escape_formula, names)] if escape else names)
+        self._write_row(names)
 
     def _write_row(self, cells: Sequence[str]) -> None:
         # csv.writer leaves a lone carriage return unquoted, which breaks the row for whoever reads it
@@ -3871,12 +3839,7 @@ class CsvRows:
         import pyarrow.compute as pc
         columns = [column.cast(pa.string()).fill_null("") for column in table.columns]
         has_returns = any(pc.any(pc.match_substring(column, "\r")).as_py() for column in columns)
-        cells = [column.to_pylist() for column in columns]
-        for place in range(len(cells) if self._escapes else 0):
-            is_text = place < self._escaped or pa.types.is_string(table.schema.types[place])
-            escape = escape_formula if is_text else space_out_minus
-            cells[place] = [escape(cell) for cell in cells[place]]
-        rows = zip(*cells, strict=True)
+        rows = zip(*(column.to_pylist() for column in columns), strict=True)
         if not has_returns:
             self._plain.writerows(rows)
             return
@@ -3891,11 +3854,13 @@ class CsvRows:
 def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     """Stream all results as CSV."""
     plan = snapshot.plan
-    results = column_names(result_columns(plan.config))
-    names = [*output_names(plan.manifest["columns"], results), *results]
+    tables = result_tables(snapshot)
+    if plan.config.escape_formulas:
+        tables = map(addon("results.formulas", "escape_formulas").escape_table, tables)
+    first = next(tables)
     writer: type[CsvRows] = addon("results.csv_rows", "scores.csv").ArrowCsvRows if ADDONS.is_dir() else CsvRows
-    rows = writer(file, names, plan.config.escape_formulas, len(results))
-    for table in result_tables(snapshot):
+    rows = writer(file, first.column_names)
+    for table in itertools.chain([first], tables):
         rows.write(table)
     rows.close()
 

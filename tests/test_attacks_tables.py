@@ -14,6 +14,7 @@ import yaml
 import image_text_sim_clip as script
 from addons.inputs import columnar, json_lines, tars
 from addons.inputs.files import InputFile, as_text
+from addons.results.formulas import escape_table
 
 
 @pytest.fixture
@@ -271,11 +272,14 @@ def test_header_and_malformed_lines_are_escaped_too(tmp_path, image, write_table
 
 
 def test_negative_scores_stay_numbers(tmp_path):
-    """A negative number gets a space, which those who read numbers skip."""
+    """A negative number gets a space, which those who read numbers skip; no value stays none, a name is a text."""
+    columns = [pa.array(["-x", None]), pa.array([-0.25, None], pa.float32()), pa.array(["y", "z"])]
+    table = pa.Table.from_arrays(columns, ["=caption", "similarity", "'=caption"])
+    escaped = escape_table(table)
     with (tmp_path / "t.csv").open("wb") as file:
-        rows = script.CsvRows(file, ["caption", "similarity"], True, 1)
-        rows.write(pa.table({"caption": ["-x"], "similarity": pa.array([-0.25], pa.float32())}))
+        rows = script.CsvRows(file, escaped.column_names)
+        rows.write(escaped)
         rows.close()
-    assert (tmp_path / "t.csv").read_text() == "caption,similarity\n'-x, -0.25\n"
+    assert (tmp_path / "t.csv").read_text() == "'=caption,similarity,''=caption\n'-x, -0.25,y\n,,z\n"
     import pandas
-    assert pandas.read_csv(tmp_path / "t.csv")["similarity"].tolist() == [-0.25]
+    assert pandas.read_csv(tmp_path / "t.csv")["similarity"].tolist()[0] == -0.25

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import image_text_sim_clip as script
 from addons.inputs.text import Text
+from addons.results.formulas import escape_formula
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@\t\r\n\"',;\0"), max_size=12)
 
@@ -15,7 +16,7 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@
 @given(CELLS)
 def test_escaped_formulas_can_be_turned_back(cell):
     """Escaped, no cell starts like a formula; taking one ' away where the rule says so gives the cell back."""
-    escaped = script.escape_formula(cell)
+    escaped = escape_formula(cell)
     assert not escaped.startswith(("=", "+", "-", "@", "\t", "\r"))
     assert (escaped[1:] if re.match(r"'+[=+\-@\t\r]", escaped) else escaped) == cell
 

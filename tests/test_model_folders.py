@@ -11,7 +11,7 @@ from models import as_pickle, change_config, change_weights
 from safetensors.torch import load_file, save_file
 
 import image_text_sim_clip as script
-from addons.models import folders
+from addons.models import faults, folders
 
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "challenge_set/shapes_clip"
 LIBRARY_ADVICE = ("trust_remote_code", "pip install --upgrade", "ignore_mismatched", "above report", "weights_only=False",
@@ -332,4 +332,4 @@ def test_a_repository_of_transformers_is_taken(names):
     ("File is broken", "File is broken"), ("", "")])
 def test_advice_of_libraries_is_left_out(text, kept):
     """Of a library's text what it recommends against this program's rules is not passed on."""
-    assert script.reason_of(ValueError(text)) == kept
+    assert faults.reason_of(ValueError(text)) == kept

@@ -24,11 +24,11 @@ from addons.curation.finished import FinishedRun
 from addons.curation.images import RunImages
 from addons.curation.rules import KEPT, Curation
 from addons.measures.embeddings import read_embeddings
+from addons.results.formulas import escape_formula
 from image_text_sim_clip import (
     Partition,
     RowFailure,
     atomic_file,
-    escape_formula,
     file_sha256,
     in_store,
     read_sealed,

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from addons.models.faults import reason_of
 from image_text_sim_clip import (
     ADAPTER,
     EXIT_MODEL,
@@ -22,7 +23,6 @@ from image_text_sim_clip import (
     Trouble,
     find_in_folder,
     find_on_hub,
-    reason_of,
 )
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Results: what a run can do with its parts besides writing scores.csv, and what it shows on its way there.
 
     csv_rows.py      the fast writer of scores.csv and of what curate.py writes; the same bytes as the script's own
+    formulas.py      `escape_formulas`: what a spreadsheet would run becomes plain text
     parquet.py       `output_format: parquet`: scores.parquet instead of scores.csv
     progress.py      the progress bar, or lines in a log
     memory_curve.py  memory-time.png

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 ROWS_AT_A_TIME = 1 << 14  # whose text is held a second time
 QUOTED_FOR = (",", '"', "\n")  # a cell with one of these in it is quoted
-FORMULA = r"^('*[=+\-@\t\r])"  # what escape_formula puts a ' before
 
 
 class ArrowCsvRows(CsvRows):
     """Writes tables as CsvRows does, to the same bytes, in a thread of its own: the caller reads the next one meanwhile."""
 
-    def __init__(self, file: BinaryIO, names: list[str], escape: bool, results: int) -> None:
-        super().__init__(file, names, escape, results)
+    def __init__(self, file: BinaryIO, names: list[str]) -> None:
+        super().__init__(file, names)
         self._text.flush()
         self._file = file
         self._thread = ThreadPoolExecutor(1, "csv")
@@ -56,11 +55,6 @@ class ArrowCsvRows(CsvRows):
             super().write(table)
             self._text.flush()
             return
-        for place in range(len(columns) if self._escapes else 0):
-            if place < self._escaped or pa.types.is_string(table.schema.types[place]):
-                columns[place] = pc.replace_substring_regex(columns[place], FORMULA, r"'\1")
-            else:
-                columns[place] = pc.replace_substring_regex(columns[place], "^-", " -")
         cells = [quote(column) for column in columns]
         nothing, end, comma = (pa.scalar(text, pa.large_string()) for text in ("", "\n", ","))
         cells[-1] = pc.binary_join_element_wise(cells[-1], nothing, end)
