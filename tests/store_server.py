@@ -88,7 +88,8 @@ class Bucket:
 
 
 REFUSALS = {"503": (503, "SlowDown", "Please reduce your request rate."), "403": (403, "AccessDenied", "Access Denied"),
-            "expired": (400, "ExpiredToken", "The provided token has expired.")}
+            "expired": (400, "ExpiredToken", "The provided token has expired."),
+            "501": (501, "NotImplemented", "A header you provided implies functionality that is not implemented")}
 
 
 class FaultyProxy:

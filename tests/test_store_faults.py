@@ -78,6 +78,18 @@ def test_token_that_expires(remote_run, bucket, tmp_path, proxied, where):  # no
     assert results_in(bucket, "out") == results_of(tmp_path / "local")
 
 
+def test_store_that_does_not_know_conditional_writes(remote_run, bucket, proxied, monkeypatch):  # noqa: F811
+    """A store that answers a conditional write with 501 works for one worker, as one that overwrites does."""
+    proxy = proxied(1, ("501",), lambda method, path: method == "PUT" and "/.create-" in path)
+    leases.can_create.cache_clear()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    told_once(remote_run(), 2, "one worker alone")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert remote_run().code == 0 and proxy.met["501"]
+    assert not [name for name in bucket.names("out") if "lock" in name]
+    leases.can_create.cache_clear()
+
+
 def test_cache_in_no_bucket(bucket, capfd):
     """A cache that cannot be written is said once, and loses no image."""
     cache = Cache("s3://no-such-bucket-of-ours/cache", 1000, respect_opt_out=True)

@@ -142,6 +142,9 @@ def can_create(folder: str) -> bool:
             probe.create(b"")
     except FileExistsError:
         return True
+    except OSError as error:
+        if "not implemented" not in str(error):  # as some stores answer that know no conditional writes
+            raise
     finally:
         probe.unlink(missing_ok=True)
     return False
