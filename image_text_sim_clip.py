@@ -126,7 +126,8 @@ EXIT_MODEL = 6
 EXIT_VERIFY = 7
 
 STATUSES = ("ok", "missing", "forbidden", "timeout", "dns", "connect", "http_4xx", "http_5xx", "too_large", "not_image",
-            "unsupported", "corrupt", "bomb", "empty_caption", "opted_out", "non_finite", "crashed", "not_tried")
+            "unsupported", "corrupt", "bomb", "empty_caption", "opted_out", "non_finite", "oom", "crashed", "not_tried")
+# oom is kept for engines that give a row up where this one halves its batch, down to a row, before it gives the run up
 
 
 class Trouble(Exception):

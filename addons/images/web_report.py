@@ -24,7 +24,7 @@ HOSTS_IN_ALL = 20_000
 WORST_HOSTS = 10
 SAMPLED_URLS = 20_000  # of a whole run; with fewer rows every URL is in the sample
 OWN_STATUSES = ("ok", "empty_caption", "not_tried")  # that say nothing about a host
-IMAGE_STATUSES = ("not_image", "unsupported", "corrupt", "bomb", "crashed", "non_finite")  # nor whether it answers
+IMAGE_STATUSES = ("not_image", "unsupported", "corrupt", "bomb", "crashed", "non_finite", "oom")  # nor whether it answers
 
 
 class Report(TypedDict):
