@@ -1,6 +1,7 @@
 """Tables and images in object stores: read through fsspec, to the same bytes as from a disk."""
 import json
 import pathlib
+import unicodedata
 
 import pytest
 import store_server
@@ -105,6 +106,17 @@ def test_images_below_a_prefix(bucket, score_bucket, picture):
             ("y" * 1100, "missing"), ("s3://another/a.jpg", "forbidden")]
     outcome, scored = score_bucket(rows, bucket.url("images"))
     assert outcome.code == 0, outcome.stderr
+    assert [row["status"] for row in scored] == [status for _, status in rows]
+
+
+def test_names_spelled_otherwise(bucket, score_bucket, picture):
+    """A name that is not there as the table has it is looked for as in a folder, in other spellings."""
+    composed = unicodedata.normalize("NFC", "é.jpg")
+    for name in ("a b.jpg", f"deep/{unicodedata.normalize('NFD', composed)}", "c%20d.jpg"):
+        bucket.put(f"images/{name}", picture)
+    rows = [("a%20b.jpg", "ok"), (f"deep\\{composed}", "ok"), (f"http://h/x/deep/{composed}", "ok"), ("c%20d.jpg", "ok"),
+            ("c d.jpg", "missing"), ("%2e%2e/t.csv", "forbidden")]
+    scored = score_bucket(rows, bucket.url("images"))[1]
     assert [row["status"] for row in scored] == [status for _, status in rows]
 
 

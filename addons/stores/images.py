@@ -1,9 +1,9 @@
 """`image_path: s3://bucket/images` and its like: images from a prefix of an object store.
 
 A row's image is found as in a folder: by its relative path below the prefix, or by the longest ending of its URL's path that
-exists there; a URL of the store itself, such as s3://bucket/images/a.png, is that object. Objects are fetched ahead, many at
-a time, and given to the loaders in the order of the rows, so that batches, and with them the scores' last digits, are those of
-a folder with the same files.
+exists there, and if there is none, by another spelling of it; a URL of the store itself, such as s3://bucket/images/a.png, is
+that object. Objects are fetched ahead, many at a time, and given to the loaders in the order of the rows, so that batches, and
+with them the scores' last digits, are those of a folder with the same files.
 """
 import collections
 import functools
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from addons.images.memory import reserve_for_image
+from addons.images.spellings import other_spellings
 from addons.stores import SCHEME
 from addons.stores.remote import STORE, ExpiredCredentials, Range, RemoteStore
 from image_text_sim_clip import (
@@ -76,7 +77,7 @@ class PrefixSource:
         names = names_in_folder(source)
         if not names:
             raise RowFailure("missing", "no file name")
-        for name in names[skipped:]:
+        for name in itertools.chain(names[skipped:], other_spellings(names)):
             key = self._key_of(name)
             data = self._get(self._path_of(key)) if key else None
             if data is not None:
