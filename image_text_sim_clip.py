@@ -4099,7 +4099,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(addon("results.cost", "--plan").tell_cost(job))
     find_measures(config)  # an unknown one is told before any work
     if not ADDONS.is_dir():
-        say("the folder addons/ is not next to the script: no progress bar, percentiles, score passport or memory-time.png")
+        say("the folder addons/ is not next to the script: no progress bar, percentiles, score passport, memory-time.png "
+            "or watch over images that crash")
     stopped: Trouble | None = None
     curve = start_memory_curve(job.clock)
     try:

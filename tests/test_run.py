@@ -876,6 +876,33 @@ def test_script_alone(run_cli, read_table, tmp_path):
 
 
 @pytest.mark.slow
+def test_script_alone_goes_on(run_cli, tmp_path):
+    """Copied alone the script does what is left of its own run, and refuses, in one line, to go on with another model."""
+    shutil.copy(ROOT / "image_text_sim_clip.py", tmp_path)
+    shutil.copytree(ROOT / "challenge_set/shapes_clip", tmp_path / "model")
+    keys = {"csv_path": str(ROOT / "challenge_set/shapes.csv"), "image_path": str(ROOT / "challenge_set/shapes"), "limit": 40,
+            "use_cuda": False, "pretrained_model": "model", "partition_rows": 10, "output_path": "out"}
+    (tmp_path / "c.yaml").write_text(json.dumps(keys))
+
+    def run():
+        return run_cli("--config", "c.yaml", script_path=tmp_path / "image_text_sim_clip.py", env={"PYTHONPATH": None})
+    assert run().code == 0
+    expected = (tmp_path / "out/scores.csv").read_bytes()
+    parts = sorted((tmp_path / "out/parts").glob("*.parquet"))
+    parts[1].unlink()
+    times = [path.stat().st_mtime_ns for path in parts if path.exists()]
+    (tmp_path / "out/scores.csv").unlink()
+    outcome = run()
+    assert outcome.code == 0 and outcome.result["scored"] == 40
+    assert (tmp_path / "out/scores.csv").read_bytes() == expected
+    assert [path.stat().st_mtime_ns for path in parts if path != parts[1]] == times
+    (tmp_path / "model/processor_config.json").write_text(
+        (tmp_path / "model/processor_config.json").read_text().replace("bicubic", "bilinear") + "\n")
+    outcome = run()
+    assert outcome.code == 2 and "another model" in outcome.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_memory_profiler(shapes, run_cli):
     """Under `python -m memory_profiler` the run ends well and prints a line-by-line table for each main function."""
     pytest.importorskip("memory_profiler")
