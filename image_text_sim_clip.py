@@ -747,7 +747,8 @@ def careful_batches(records: Iterable[Record], columns: list[str], until: Callab
         if fields is not None and len(fields) == len(columns) and is_text("".join(fields)):
             rows.append(fields)
         else:
-            reason = why_malformed(fields, len(columns))
+            is_long = fields is None and len(record.raw) > MAX_RECORD_CHARS
+            reason = f"longer than {MAX_RECORD_CHARS} characters" if is_long else why_malformed(fields, len(columns))
             malformed.append((len(rows), record.line, reason, record.raw.rstrip("\r\n")))
         done = record.settled and until()
         if done or len(rows) == BATCH_ROWS or len(malformed) == BATCH_ROWS or chars > STAGE_BYTES:
@@ -1426,14 +1427,16 @@ MAX_PATH_CHARS = 4096  # of a URL's path that is looked up: no file system has l
 def names_in_folder(source: str) -> list[str]:
     """The paths inside `image_path` at which the image of `source` may lie; the first that exists is the one.
 
-    A relative path, or a file:// URI, is that path and no other. The path of an http(s) URL is looked up by its endings, the
-    longest first (a/b/1.png, b/1.png, 1.png), each as it stands and with its %20 and the like decoded. [] for no name at all.
+    A relative path, or a file:// URI, is that path and no other; blanks around a path may be its own. The path of an http(s)
+    URL is looked up by its endings, the longest first (a/b/1.png, b/1.png, 1.png), each as it stands and with its %20 and the
+    like decoded. [] for no name at all.
     """
-    scheme = source.partition("://")[0].lower() if "://" in source else ""
+    plain = source.strip()
+    scheme = plain.partition("://")[0].lower() if "://" in plain else ""
     if scheme not in ("http", "https", "file"):
-        return [] if source.endswith("/") else [source]
+        return [name for name in dict.fromkeys((source, plain)) if not name.endswith("/")]
     try:
-        url = urllib.parse.urlsplit(source)
+        url = urllib.parse.urlsplit(plain)
     except ValueError:
         return []
     if scheme == "file":
@@ -1808,13 +1811,13 @@ class ImageLoader:
         clock = Clock(loaded.seconds)
         with self.open_account() as account:
             try:
-                self._load(source.strip(), loaded, clock, account)
+                self._load(source, loaded, clock, account)
             except RowFailure as failure:
                 loaded.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes
         return loaded
 
     def _load(self, source: str, loaded: Loaded, clock: "Clock", account: "Account | None") -> None:
-        if not source:
+        if not source.strip():
             raise RowFailure("missing", "no URL")
         with clock.stage("fetch"):
             data = self.read(source)

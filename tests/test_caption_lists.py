@@ -145,3 +145,14 @@ def test_split_list():
     assert caption_lists.split_list(["a", None, True]) == ["a", "", "true"]
     with pytest.raises(ValueError, match="a list with an object in it"):
         caption_lists.split_list(["a", {}])
+
+
+def test_own_index_of_one_file_alone(tmp_path, score_input):
+    """A column `caption_index` that only one file of a set has is empty in the rows of the others."""
+    (tmp_path / "d").mkdir()
+    for number, columns in enumerate([{"caption_index": [7]}, {}, {"caption_index": [9]}]):
+        captions = ["c"] if number == 2 else [["a", "b"]]
+        pq.write_table(pa.table({"url": [f"{number}.png"], "caption": captions, **columns}), tmp_path / f"d/{number}.parquet")
+    rows = score_input("d")[1]
+    assert [(row["url"], row["caption_index"], row["input_caption_index"]) for row in rows] == [
+        ("0.png", "0", "7"), ("0.png", "1", "7"), ("1.png", "0", ""), ("1.png", "1", ""), ("2.png", "0", "9")]

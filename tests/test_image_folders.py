@@ -5,6 +5,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_inputs import write_tar
 
 import image_text_sim_clip as script
 from addons import inputs
@@ -178,3 +179,29 @@ def test_scores_of_a_folder_are_those_of_a_table(tmp_path, run_main, write_confi
         assert run_main("--config", config).code == 0
         found.append((tmp_path / "out" / name / "scores.csv").read_bytes())
     assert found[0] == found[1]
+
+
+def test_texts_in_other_encodings(tmp_path, folder, score_input, picture_bytes):
+    """Texts with the mark of UTF-16 are read so, others by `encoding`, in a folder as in a tar; flawed ones are counted."""
+    texts = {"a.txt": "é".encode("utf-16"), "b.txt": "é".encode("latin-1"), "c.txt": "é\r\n".encode(),
+             "d.json": '{"caption": "é"}'.encode(), "e.txt": "é".encode("utf-8-sig")}
+    members = [(f"{name[0]}.png", picture_bytes()) for name in texts]
+    folder(**{f"{name[0]}_DOT_png": None for name in texts})
+    for name, text in texts.items():
+        (tmp_path / "f" / name).write_bytes(text)
+    write_tar(tmp_path / "t.tar", [*members, *texts.items()])
+    for csv_path in ("f", "t.tar"):
+        outcome, rows, _, _ = score_input(csv_path, "--fresh")
+        assert [row["caption"].strip() for row in rows] == ["é", "\ufffd", "é", "é", "é"]
+        assert "1 texts in " in outcome.stderr and "are not utf-8" in outcome.stderr
+        outcome, rows, _, _ = score_input(csv_path, "--fresh", encoding="latin-1")
+        assert [row["caption"].strip() for row in rows] == ["é", "é", "Ã©", "é", "ï»¿Ã©"] and "texts in" not in outcome.stderr
+
+
+def test_metadata_below_a_folder_spelled_with_a_dot(tmp_path, folder, score_input):
+    """Metadata files are told apart by their names from the folder on, so that a changed one is refused by its name."""
+    for number, name in enumerate(("aa", "ba")):
+        folder(**{f"{name}__0_DOT_png": None, f"{name}__metadata_DOT_csv": f"file_name,caption\n0.png,c{number}\n"})
+    assert [file["name"] for file in score_input("./f")[3]["files"]] == ["aa/metadata.csv", "ba/metadata.csv"]
+    (tmp_path / "f/aa/metadata.csv").write_text("file_name,caption\n0.png,C0\n")
+    assert "aa/metadata.csv has changed" in score_input("./f")[0].stderr

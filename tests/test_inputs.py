@@ -307,6 +307,8 @@ def test_truncated_tar_costs_its_own_rows(tmp_path, score_input, picture, cut):
 
 def test_no_tar_at_all(tmp_path, score_input, monkeypatch):
     """A single file that is no tar, or may not be read, is exit 3; among others it is named and costs its own rows."""
+    (tmp_path / "a.tar").write_bytes(gzip.compress(b"no tar"))
+    assert_refused(score_input("a.tar")[0], "a.tar cannot be read as a tar: it is compressed (gzip)")
     (tmp_path / "a.tar").write_bytes(b"no tar")
     assert_refused(score_input("a.tar")[0], "a.tar cannot be read as a tar")
     write_tar(tmp_path / "b.tar", [("1.txt", b"x")])

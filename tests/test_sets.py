@@ -229,3 +229,58 @@ def test_several_kinds_of_tables(tmp_path):
     write(tmp_path / "d", b_jsonl="")
     with pytest.raises(files.Trouble, match="several kinds"):
         inputs.find_reader(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("csv_path", ["d", "./d", "././d//", "d/../d"])
+def test_names_do_not_depend_on_how_the_folder_is_spelled(tmp_path, score_input, csv_path):
+    """What lies in a folder is named from there, on the screen and in the manifest, however csv_path spells it."""
+    write(tmp_path / "d", aa__t_csv="url,caption\nu1,c1\n", ba__t_csv="url,caption\nu2,c2\nragged\n", notes_txt="x")
+    _, rows, bad, manifest = score_input(csv_path)
+    assert len(rows) == 2 and [row["file"] for row in bad] == ["ba/t.csv"]
+    assert manifest["left_aside"] == {"files ending in .txt": {"count": 1, "first": "notes.txt"}}
+    assert [file["name"] for file in manifest["files"]] == ["aa/t.csv", "ba/t.csv"]
+
+
+@pytest.mark.parametrize("csv_path", ["d", "d/*", "d/t.csv{,.gz}"])
+def test_a_table_that_is_there_compressed_too(tmp_path, score_input, csv_path):
+    """A table next to its compressed self is told, because its rows would be scored twice."""
+    write(tmp_path / "d", t_csv="url,caption\nu1,c1\n")
+    (tmp_path / "d/t.csv.gz").write_bytes(gzip.compress((tmp_path / "d/t.csv").read_bytes()))
+    outcome = score_input(csv_path)[0]
+    assert outcome.code == 3 and "t.csv and t.csv.gz are one table, compressed and not" in outcome.stderr
+    assert [row["url"] for row in score_input("d/t.csv")[1]] == ["u1"]
+
+
+@pytest.mark.parametrize("log", ["_delta_log", ".hoodie"])
+def test_tables_that_are_told_by_a_log(tmp_path, score_input, log):
+    """A folder whose log tells which files count is refused: files that were replaced lie there, too; a pattern reads all."""
+    (tmp_path / "d" / log).mkdir(parents=True)
+    for number in range(2):
+        pq.write_table(pa.table({"url": ["u"], "caption": [f"c{number}"]}), tmp_path / f"d/{number}.parquet")
+    outcome = score_input("d")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and f"{log}/ alone tells" in outcome.stderr
+    assert len(score_input("d/*.parquet")[1]) == 2
+
+
+def test_what_datasets_saves(tmp_path, score_input):
+    """What `save_to_disk` writes is told as what it is; the notes that `datasets` lays next to tables are no tables."""
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict({"url": ["u1"], "caption": ["c1"]})
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "saved")
+    for csv_path in ("saved", "saved/train", "saved/train/*.arrow"):
+        outcome = score_input(csv_path)[0]
+        assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and ".arrow" in outcome.stderr
+    assert "load_from_disk" in score_input("saved")[0].stderr
+    write(tmp_path / "d", t_jsonl=jsonl({"url": "u1", "caption": "c1"}))
+    (tmp_path / "d/dataset_infos.json").write_text('{\n"default": {}}')
+    _, rows, _, manifest = score_input("d")
+    assert [row["url"] for row in rows] == ["u1"] and manifest["left_aside"]["files ending in .json"]["count"] == 1
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".zst", "zstd"), (".lz4", "lz4")])
+def test_frames_that_are_skipped(tmp_path, score_input, suffix, codec):
+    """What pzstd and others put between compressed stretches is skipped, also at the beginning of the file."""
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0size"
+    stretches = [pa.compress(text, codec, asbytes=True) for text in (b"url,caption\n", b"u1,c1\n")]
+    (tmp_path / f"t.csv{suffix}").write_bytes(skipped + skipped.join(stretches))
+    assert pairs(score_input(f"t.csv{suffix}")[1]) == [("u1", "c1")]

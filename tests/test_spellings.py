@@ -85,3 +85,32 @@ def test_the_cache_of_the_hub(tmp_path, write_config, write_table, run_main, rea
     write_table([("url", "caption"), *((f"{n}.png", "c") for n in range(4))])
     assert run_main("--config", write_config(image_path=str(snapshot))).code == 0
     assert [row["status"] for row in read_table(tmp_path / "out/scores.csv")] == ["ok", "forbidden", "forbidden", "missing"]
+
+
+def test_blanks_around_a_name(tmp_path, write_config, write_table, run_main, read_table, picture_bytes):
+    """Blanks around a path are the file's own where there is such a file, and else nothing; around a URL they are nothing."""
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "pictures" / name).write_bytes(picture_bytes())
+    for name in (" a.png", "a.png ", " c.png"):
+        (tmp_path / "pictures" / name).write_bytes(b"another file")
+    rows = {"a.png": "ok", " a.png": "not_image", "a.png ": "not_image", " b.png ": "ok", " c.png": "not_image",
+            "c.png": "missing", " http://x/a.png ": "ok", " ": "missing", "b.png/ ": "missing"}
+    write_table([("url", "caption"), *((name, "c") for name in rows)])
+    assert run_main("--config", write_config()).code == 0
+    found = read_table(tmp_path / "out/scores.csv")
+    assert [(row["url"], row["status"]) for row in found] == list(rows.items())
+
+
+def test_a_name_that_is_no_utf8(tmp_path, score_input, picture_bytes):
+    """A file's name with bytes that are no UTF-8 is shown with \\xe9 for such a byte, and its image is read."""
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name, data in ((b"caf\xe9.png", picture_bytes()), (b"caf\xe9.txt", b"x"), (b"b.png", b"no image"), (b"b.txt", b"y")):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(data)
+    rows = score_input("f")[1]
+    assert [(row["url"], row["caption"], row["status"]) for row in rows] == [
+        ("b.png", "y", "not_image"), ("caf\\xe9.png", "x", "ok")]
+    (tmp_path / "t.csv").write_text("url,caption\ncaf\\xe9.png,c\n")
+    assert [row["status"] for row in score_input("t.csv", "--fresh", image_path=str(folder))[1]] == ["ok"]

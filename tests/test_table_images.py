@@ -207,3 +207,17 @@ def test_data_uris_among_other_sources(tmp_path, score_images, picture_bytes, na
     assert [row["status"] for row in rows] == [elsewhere[0], "ok", "corrupt", elsewhere[1], "corrupt"], outcome.stderr
     assert [row["image"] for row in rows] == ["a.png", "1", "2", "nowhere.png", "4"]
     assert score_images(name, image_path=source)[0].result == outcome.result
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.null()])
+def test_paths_of_each_type_of_text(tmp_path, score_images, picture_bytes, kind):
+    """The path of a struct is read whatever type of text it has (polars writes large strings), or none at all."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(picture_bytes())
+    paths = [None, None, None] if pa.types.is_null(kind) else ["a.png", "b.png", "none.png"]
+    cells = [{"bytes": data, "path": path} for data, path in zip([None, picture_bytes(), None], paths, strict=True)]
+    images = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", kind)]))
+    pq.write_table(pa.table({"image": images, "text": ["x", "y", "z"]}), tmp_path / "t.parquet")
+    rows = score_images("t.parquet")[1]
+    assert [row["image"] for row in rows] == [path or str(number) for number, path in enumerate(paths)]
+    assert [row["status"] for row in rows] == ["ok" if paths[0] else "missing", "ok", "missing"]

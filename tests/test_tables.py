@@ -133,7 +133,7 @@ def test_field_of_sixteen_megabytes_is_bad_but_harmless(rows_of):
     """A line beyond the limit goes to bad_rows.csv, cut to 1,000 characters; its neighbours stay."""
     _, rows, bad = rows_of("url,caption\na," + "x" * 16_000_001 + "\nb,y\n")
     assert captions(rows) == ["y"]
-    assert [(b["line"], len(b["text"])) for b in bad] == [("2", 1000)]
+    assert [(b["line"], b["reason"], len(b["text"])) for b in bad] == [("2", "longer than 16000000 characters", 1000)]
 
 
 def test_ragged_rows(rows_of):
@@ -280,9 +280,11 @@ def test_utf16_is_said_clearly(rows_of, encoding):
     assert "UTF-16" in outcome.stderr and "encoding: utf-16" in outcome.stderr
 
 
-def test_utf16_with_the_key(rows_of):
-    """encoding: utf-16 reads it."""
-    _, rows, _ = rows_of("url,caption\na,ß→\n".encode("utf-16"), encoding="utf-16")
+@pytest.mark.parametrize(("encoding", "bom"), [("utf-16", ""), ("utf-16-le", ""), ("utf-16-le", "\ufeff"),
+                                               ("utf-16-be", "\ufeff"), ("utf-32-le", "\ufeff")])
+def test_utf16_with_the_key(rows_of, encoding, bom):
+    """encoding: utf-16 reads it; where the order of the bytes is named, too, a BOM is no part of the first column's name."""
+    _, rows, _ = rows_of(f"{bom}url,caption\na,ß→\n".encode(encoding), encoding=encoding)
     assert captions(rows) == ["ß→"]
 
 

@@ -88,7 +88,7 @@ class RunImages:
 
     def _read_or_fail(self, source: str) -> bytes | RowFailure:
         try:
-            return self._read(source.strip())
+            return self._read(source)
         except RowFailure as failure:
             return RowFailure(failure.status, failure.detail)
 

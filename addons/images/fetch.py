@@ -156,7 +156,7 @@ class Fetcher:
         lent: Outcome | None = getattr(self._here, "lent", None)
         if lent is None:
             answer: Future[Outcome] = Future()
-            self.submit([(url, answer.set_result)])
+            self.submit([(url.strip(), answer.set_result)])
             outcome = answer.result()
             self.release(outcome)
         else:

@@ -526,12 +526,11 @@ class BlockRows(FileRows):
         """The rows of a piece with all columns as text."""
         table = piece.table
         folder_columns = dict(self.files[number].folder_columns)
+        has_own_name = self.has_lists and not self._is_list_file(opened)  # of a column caption_index of its own
         cells = []
         for name in self.columns:
-            stored = name
-            if self.has_lists and name == OWN_INDEX and OWN_INDEX not in table.column_names:
-                stored = CAPTION_INDEX
-            if name == CAPTION_INDEX and self.has_lists and not self._is_list_file(opened):
+            stored = CAPTION_INDEX if has_own_name and name == OWN_INDEX and name not in table.column_names else name
+            if name == CAPTION_INDEX and has_own_name:
                 cells.append(constant_cells("0", len(table)))
             elif stored in table.column_names:
                 cells.append(to_text(table[stored]))

@@ -2,6 +2,7 @@
 import bz2
 import gzip
 import lzma
+import re
 import zlib
 from typing import BinaryIO, NamedTuple
 
@@ -23,6 +24,7 @@ class Magic(NamedTuple):
 
 COMPRESSED = (Magic(b"\x1f\x8b", "gzip"), Magic(b"\xfd7zXZ\0", "xz"), Magic(b"\x28\xb5\x2f\xfd", "zstd"),
               Magic(b"\x04\x22\x4d\x18", "lz4"))
+SKIPPABLE = re.compile(rb"[P-_]\*M\x18")  # begins what zstd and lz4 skip; pzstd puts some before each stretch
 BZIP2_START = b"BZh"  # a digit and six bytes that are pi follow
 BZIP2_BLOCK = b"1AY&SY"
 BZIP2_EMPTY = b"\x17\x72\x45\x38\x50\x90"
@@ -34,6 +36,8 @@ REFUSED = (Magic(b"PK\x03\x04", "a zip archive (or an Excel workbook), which is 
            Magic(b"PAR1", "a Parquet file under another name: call it .parquet"),
            Magic(b"ARROW1", "an Arrow (Feather) file, which is not read: write it as Parquet "
                             "(pandas.read_feather(...).to_parquet(...))"),
+           Magic(b"\xff\xff\xff\xff", "an Arrow stream, as save_to_disk of datasets writes it, which is not read: write it as "
+                                      "Parquet (datasets.load_from_disk(...).to_parquet(...))"),
            Magic(b"FEA1", "a Feather file of version 1, which is not read: write it as Parquet"))
 
 
@@ -58,6 +62,8 @@ def name_compression(start: bytes, path: str) -> str:
             raise Trouble(EXIT_INPUT, f"{path} is {magic.name}")
     if start.startswith(BZIP2_START) and start[4:10] in (BZIP2_BLOCK, BZIP2_EMPTY):
         return "bz2"
+    if SKIPPABLE.match(start):
+        return "lz4" if path.lower().endswith(".lz4") else "zstd"
     return next((magic.name for magic in COMPRESSED if start.startswith(magic.start)), "")
 
 

@@ -9,6 +9,7 @@ import glob
 import itertools
 import os
 import pathlib
+import posixpath
 import re
 import typing
 import urllib.parse
@@ -16,7 +17,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from addons.inputs import Manifest, Reader, Rows
-from addons.inputs.compression import plain_suffix, strip_compression
+from addons.inputs.compression import MAGIC_BYTES, name_compression, plain_suffix, strip_compression
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.stores import SCHEME, FileInfo, Store, find_store
 from image_text_sim_clip import EXIT_INPUT, Config, Trouble
@@ -32,6 +33,9 @@ NUMBERS = re.compile(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,9}))?")  # first, la
 BRACES = re.compile(r"\{(\d{1,18}\.\.\d{1,18}(?:\.\.\d{1,9})?|[^{}]*,[^{}]*)\}")
 RUN_MARK = re.compile(r"\.lock(-\d+)?")  # a folder with such a file is what a run writes, and none of its input
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # what Hive and Spark name the folder of NULL
+NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` says of its tables
+LOGS = ("_delta_log", ".hoodie")  # of tables (Delta Lake, Hudi) some of whose files may have been replaced by others
+MOST_LOOKED_INTO = 100  # of files that no reader fits
 WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -91,7 +95,9 @@ def expand_path(csv_path: str) -> list[str]:
     if store.info(csv_path):
         return [csv_path]
     if store.is_folder(csv_path):
-        return list_below(csv_path).files
+        below = list_below(csv_path)
+        _refuse_log(csv_path, below.hidden_folders)
+        return below.files
     paths = expand_braces(csv_path)
     if paths and WILDCARD.search(paths[0]):
         found = list(itertools.chain.from_iterable(map(store.glob, paths)))
@@ -187,6 +193,11 @@ def list_below(folder: str) -> Below:
     return below
 
 
+def name_inside(folder: str, path: str) -> str:
+    """The path of what lies in a folder, counted from there, however the folder is spelled (`./data`, `data//`)."""
+    return posixpath.relpath(path, folder)
+
+
 def _list_folder(store: Store, folder: str) -> tuple[list[str], list[str]]:
     """The files in a folder itself, and the folders in it, both sorted; one request to a store that tells both at once."""
     list_both: Callable[[str], list[tuple[str, FileInfo | None]]] | None = getattr(store, "list_folder", None)
@@ -235,6 +246,7 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
         paths = fitting(reader, paths)
     if not paths:
         raise _name_nothing(csv_path, [reader])
+    _refuse_twins(paths)
     with listing(paths):
         absent = [path for path in paths if find_store(path).info(path) is None]
     if absent:
@@ -246,6 +258,26 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
         return [InputFile(csv_path.rpartition("/")[2], csv_path)]
     fixed = count_fixed_folders(csv_path)
     return [InputFile("/".join(path.split("/")[shared:]), path, folder_columns(fixed, path)) for path in paths]
+
+
+def _refuse_log(folder: str, hidden_folders: list[str]) -> None:
+    """Raise Trouble (exit 3) for a folder whose files alone do not tell which of their rows count."""
+    for log in hidden_folders:
+        if log.rpartition("/")[2] in LOGS:
+            name = name_inside(folder, log)
+            raise Trouble(EXIT_INPUT, f"csv_path {folder!r} holds a table of which {name}/ alone tells what files count, and "
+                                      "it is not read: write the table anew as Parquet, or name files with a pattern such as "
+                                      f"{folder.rstrip('/')}/*.parquet to read them all")
+
+
+def _refuse_twins(paths: list[str]) -> None:
+    """Raise Trouble (exit 3) for a file that is there compressed, too: its rows would be read twice."""
+    plain: dict[str, str] = {}
+    for path in paths:
+        twin = plain.setdefault(strip_compression(path), path)
+        if twin != path and twin.lower() != path.lower():
+            first, second = (name.rpartition("/")[2] for name in (twin, path))
+            raise Trouble(EXIT_INPUT, f"{first} and {second} are one table, compressed and not: name the one that is meant")
 
 
 def find_left_aside(csv_path: str, reader: Reader, used: Container[str] = ()) -> LeftAside:
@@ -262,15 +294,14 @@ def find_left_aside(csv_path: str, reader: Reader, used: Container[str] = ()) ->
     side_suffixes = reader.side_suffixes if isinstance(reader, InPlaceReader) else ()
     read = set(fitting(reader, below.files))
     stems = {path.rpartition(".")[0] for path in read}
-    start = len(csv_path.rstrip("/")) + 1
     for path in below.files:
         belongs = path.lower().endswith(side_suffixes) and path.rpartition(".")[0] in stems
         if path not in read and not belongs and path not in used:
-            left_aside.add(kind_by_ending(path), path[start:])
+            left_aside.add(kind_by_ending(path), name_inside(csv_path, path))
     for path in below.hidden_files:
-        left_aside.add("hidden files", path[start:])
+        left_aside.add("hidden files", name_inside(csv_path, path))
     for path in below.hidden_folders:
-        left_aside.add("hidden folders", path[start:] + "/")
+        left_aside.add("hidden folders", name_inside(csv_path, path) + "/")
     return left_aside
 
 
@@ -307,8 +338,8 @@ def fits(reader: Reader, path: str) -> bool:
 
 
 def fitting(reader: Reader, paths: list[str]) -> list[str]:
-    """The files of a folder that fit the reader; a .txt is a note where there are tables besides."""
-    fit = [path for path in paths if fits(reader, path)]
+    """The files of a folder that fit the reader; a .txt is a note where there are tables besides, and NOTES always are."""
+    fit = [path for path in paths if fits(reader, path) and path.rpartition("/")[2] not in NOTES]
     tables = [path for path in fit if plain_suffix(path) != ".txt"]
     return tables or fit
 
@@ -350,13 +381,15 @@ def _choose_in_folder(csv_path: str, paths: list[str], readers: Sequence[Reader]
         claims = getattr(reader, "claims", None)
         if claims and claims(paths):
             return reader
-    found = [reader for reader in readers if not hasattr(reader, "claims") and any(fits(reader, path) for path in paths)]
+    found = [reader for reader in readers if not hasattr(reader, "claims") and fitting(reader, paths)]
     in_place = _in_place(found)
     side_suffixes = set(itertools.chain.from_iterable(reader.side_suffixes for reader in in_place))
     main = [reader for reader in in_place if not side_suffixes.intersection(reader.suffixes)]
     tables = [reader for reader in found if any(fits(reader, path) and plain_suffix(path) != ".txt" for path in paths)]
     candidates: Sequence[Reader] = main or in_place or tables or found
     if not candidates:
+        for path in paths[:MOST_LOOKED_INTO]:  # raises Trouble for Arrow's files, workbooks and archives
+            name_compression(InputFile(path, path).read_range(0, MAGIC_BYTES), path)
         raise _name_nothing(csv_path, readers)
     if len(candidates) > 1:
         example = f"*{candidates[0].suffixes[0]}"

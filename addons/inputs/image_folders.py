@@ -31,7 +31,7 @@ from addons.inputs.files import InputFile, as_text
 from addons.inputs.json_lines import Cells, check_width
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.staging import OpenTable, describe_file, hash_file
-from addons.inputs.tars import IMAGES, MAX_TEXT_BYTES, read_cells
+from addons.inputs.tars import IMAGES, JSON_ENCODING, MAX_TEXT_BYTES, decode_text, read_cells, tell_flawed
 from addons.inputs.text import TextReader
 from addons.stores import SCHEME, FileInfo, find_store
 from image_text_sim_clip import (
@@ -43,6 +43,7 @@ from image_text_sim_clip import (
     Trouble,
     addon,
     column_name,
+    names_in_folder,
     read_file,
     to_table,
 )
@@ -107,19 +108,22 @@ def find_metadata(csv_path: str) -> list[InputFile]:
     """The metadata files of the folder."""
     if not find_store(csv_path).is_folder(csv_path):
         return []
-    start = len(csv_path.rstrip("/")) + 1
     fixed = files.count_fixed_folders(csv_path)
-    return [InputFile(path[start:], path, files.folder_columns(fixed, path)) for path in files.expand_path(csv_path)
-            if path.rpartition("/")[2].lower() in METADATA_NAMES]
+    found = [path for path in files.expand_path(csv_path) if path.rpartition("/")[2].lower() in METADATA_NAMES]
+    return [InputFile(files.name_inside(csv_path, path), path, files.folder_columns(fixed, path)) for path in found]
 
 
-def read_text(path: str | None) -> str:
-    """The text of a caption's file, without the line's end behind it; "" for none, or one that is too long for a caption."""
+def read_text(path: str | None, encoding: str) -> tuple[str, bool]:
+    """The text of a caption's file, without the line's end behind it, and whether bytes of it are no text.
+
+    "" for no file, or one that is too long for a caption.
+    """
     info = find_store(path).info(path) if path else None
     if path is None or info is None or info.bytes > MAX_TEXT_BYTES:
-        return ""
+        return "", False
     with find_store(path).open(path) as file:
-        return file.read().decode("utf-8-sig", "replace").rstrip("\r\n")
+        text, has_flaw = decode_text(file.read(), encoding)
+    return text.rstrip("\r\n"), has_flaw
 
 
 class ImageFolderReader(TextReader):
@@ -161,10 +165,9 @@ class ImageFolderReader(TextReader):
                 left_aside.add(UNNAMED, as_text(name))
         if find_store(config.csv_path).is_folder(config.csv_path):
             below = files.list_below(config.csv_path)
-            start = len(config.csv_path.rstrip("/")) + 1
             for path in [*below.files, *below.hidden_files]:
                 if path not in used:
-                    left_aside.add(kind_by_ending(path), path[start:])
+                    left_aside.add(kind_by_ending(path), files.name_inside(config.csv_path, path))
         return left_aside
 
     def guess_types(self, file: InputFile, config: Config) -> dict[str, str]:
@@ -185,7 +188,7 @@ class ImageFolderReader(TextReader):
     def open_table(self, config: Config, known: list[str]) -> TextTable:
         """Open the pairs of a folder."""
         reading = PairsReading(config, known)
-        return TextTable(reading.columns, reading.read_batches(), reading.sha256)
+        return TextTable(reading.columns, reading.read_batches(), reading.sha256, remarks=reading.remarks)
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
         """See Reader. Pairs are compared by their names and texts."""
@@ -272,7 +275,7 @@ def find_unnamed(pairs: list[Pair], config: Config, staged: pathlib.Path) -> lis
         for batch in file.iter_batches(columns=[url_column]):
             for url in batch[url_column].to_pylist():
                 name = posixpath.normpath(url)
-                spellings = [url] if name in there else other_spellings([url])
+                spellings = [url] if name in there else [*names_in_folder(url), *other_spellings(names_in_folder(url))]
                 named.update(map(posixpath.normpath, spellings))
     return [name for name in there if name not in named]
 
@@ -290,6 +293,8 @@ class PairsReading:
         self._digest = hashlib.sha256()
         self._url = column_name(config.url_column)
         self._caption = column_name(config.caption_column)
+        self._encoding = config.encoding
+        self._flawed = 0  # pairs with bytes in their texts that are no text
         self._left = self._read_rows()
         self.columns = known or self._find_columns()
 
@@ -299,15 +304,17 @@ class PairsReading:
         for pair in self._pairs:
             columns.update(dict(files.folder_columns(self._fixed_folders, pair.image)))
             if pair.json:
-                columns.update(dict.fromkeys(read_cells(read_text(pair.json), self._caption)[0][0]))
+                fields, _ = read_text(pair.json, JSON_ENCODING)
+                columns.update(dict.fromkeys(read_cells(fields, self._caption)[0][0]))
                 check_width(len(columns))
         return list(columns)
 
     def _read_rows(self) -> Iterator[Cells]:
         for pair in self._pairs:
             name = posixpath.relpath(pair.image, self._root)
-            text = read_text(pair.text)
-            fields = read_text(pair.json)
+            text, has_flaw = read_text(pair.text, self._encoding)
+            fields, has_flawed_fields = read_text(pair.json, JSON_ENCODING)
+            self._flawed += has_flaw or has_flawed_fields
             self._digest.update(repr((name, text, fields)).encode("utf-8", "backslashreplace"))
             rows, _ = read_cells(fields or "{}", self._caption)
             for cells in rows:
@@ -323,6 +330,10 @@ class PairsReading:
 
     def _to_table(self, batch: list[Cells]) -> pa.Table:
         return to_table([[cells.get(column, "") for column in self.columns] for cells in batch], self.columns)
+
+    def remarks(self) -> list[str]:
+        """What is to be said of the texts, once all are read."""
+        return list(filter(None, [tell_flawed(self._flawed, self._config.csv_path, self._encoding)]))
 
     def sha256(self) -> str:
         """Of the names of all images and all of their texts; reads what is left of them."""

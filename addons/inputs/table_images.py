@@ -19,7 +19,17 @@ import pyarrow.compute as pc
 
 from addons.images.memory import reserve_for_image
 from addons.inputs import Manifest, Rows
-from addons.inputs.columnar import DATA_URI, BlockFile, BlockReader, BlockRows, Piece, find_data_uris, is_image, to_text
+from addons.inputs.columnar import (
+    DATA_URI,
+    BlockFile,
+    BlockReader,
+    BlockRows,
+    Piece,
+    find_data_uris,
+    is_image,
+    is_textual,
+    to_text,
+)
 from addons.inputs.files import InputFile
 from image_text_sim_clip import Config, RowFailure, Trouble, column_name, loader_threads, open_source
 
@@ -73,7 +83,7 @@ class ImageSource:
         """The bytes of an image. Raises RowFailure."""
         if source.startswith(IN_TABLE) and self._read_in_table:
             return self._read_in_table(source)
-        if source[:len(DATA_URI)].lower() == DATA_URI:
+        if source.lstrip()[:len(DATA_URI)].lower() == DATA_URI:
             return decode_data_uri(source, self._max_bytes)
         if self._elsewhere is None:
             raise RowFailure("missing", "not in the table, and image_path names nothing")
@@ -136,7 +146,7 @@ class ImageStream:
 def has_path(kind: pa.DataType) -> bool:
     """Whether a struct of bytes has a path, too."""
     place = kind.get_field_index("path")
-    return bool(place >= 0 and pa.types.is_string(kind.field(place).type))
+    return bool(place >= 0 and is_textual(kind.field(place).type))
 
 
 def paths_of(column: pa.ChunkedArray) -> list[str]:

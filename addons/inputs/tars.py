@@ -10,6 +10,7 @@ list of captions makes as many rows, see caption_lists.py; an object is no capti
 names, else `<tar>/<image>`. What a pair lacks the names of the tar's folders may say (`lang=en/00000.tar`). Where img2dataset's
 own Parquet lies next to a tar, the pairs that it lists and the tar lacks (failed downloads) are rows too.
 """
+import codecs
 import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from addons.images.memory import reserve_for_image
 from addons.inputs import Manifest, needed_columns, tar_counts
 from addons.inputs.caption_lists import CAPTION_INDEX
 from addons.inputs.columnar import is_textual, reading, to_text
+from addons.inputs.compression import MAGIC_BYTES, name_compression
 from addons.inputs.files import FileRows, InPlaceReader, InputFile, as_text
 from addons.inputs.json_lines import Cells, NestedCaption, check_width, parse_object, parse_rows
 from addons.inputs.left_aside import LeftAside, kind_by_ending
@@ -39,6 +41,7 @@ MOST_HEADER_BYTES = 1_000_000  # of a long name or a pax header
 MOST_PAX_KEYS = 1000  # that hold for a whole tar
 _HEADER_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 MAX_TEXT_BYTES = 16_000_000  # of a .txt or .json; a longer one is no caption
+JSON_ENCODING = "utf-8"  # of each .json, whatever the encoding of a .txt
 REST_BYTES = 1 << 20  # behind the last member, of which a whole tar has nothing but zeros
 
 
@@ -98,11 +101,22 @@ def index_tar(tar_file: InputFile) -> TarIndex:
     except PermissionError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, LookupError, TypeError, RecursionError) as error:
-        return TarIndex(entries, str(error) or type(error).__name__, left_aside)
+        return TarIndex(entries, _tell_packed(tar_file) or str(error) or type(error).__name__, left_aside)
     # tarfile takes a damaged header, and the end of a file that was cut between two members, for the tar's end
     if not rest:
         return TarIndex(entries, "cut off", left_aside)
     return TarIndex(entries, "no valid header follows" if any(rest) else "", left_aside)
+
+
+def _tell_packed(tar_file: InputFile) -> str:
+    """What a file is that is no tar but an archive, or compressed; "" for what is none of these."""
+    try:
+        kind = name_compression(tar_file.read_range(0, MAGIC_BYTES), tar_file.name)
+    except Trouble as trouble:
+        return str(trouble)
+    except OSError:
+        return ""
+    return f"it is compressed ({kind}), and tars are read from their midst: unpack it" if kind else ""
 
 
 class BoundedInfo(tarfile.TarInfo):
@@ -186,22 +200,50 @@ class Texts(NamedTuple):
 
     rows: list[Cells]
     has_nested_caption: bool
+    has_flaw: bool  # bytes that are no text, each of which has become U+FFFD
 
 
-def read_members(tar_file: InputFile, entries: list[Entry], caption_column: str) -> Iterator[Texts]:
-    """Each entry's texts; the caption is the field `caption_column`, else the .txt."""
+def decode_text(data: bytes, encoding: str) -> tuple[str, bool]:
+    """What lies next to an image as text, and whether bytes of it are none: those become U+FFFD.
+
+    What begins with the byte order mark of UTF-16, as PowerShell and Notepad write it, has that encoding.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    try:
+        return data.decode(encoding).removeprefix("\ufeff"), False
+    except UnicodeError:
+        return data.decode(encoding, "replace").removeprefix("\ufeff"), True
+
+
+def tell_flawed(count: int, place: str, encoding: str) -> str:
+    """What to say of texts with bytes that are no text; "" for none."""
+    if not count:
+        return ""
+    return (f"{count:,} texts in {place} are not {encoding}: what cannot be read in them is U+FFFD now (if they are latin-1, "
+            "set encoding: latin-1)")
+
+
+def read_members(tar_file: InputFile, entries: list[Entry], config: Config) -> Iterator[Texts]:
+    """Each entry's texts; the caption is the field that `caption_column` names, else the .txt."""
+    caption_column = column_name(config.caption_column)
+    flawed: list[Member] = []  # of the entry at hand
     with tar_file.open() as file:
-        def text_of(member: Member | None) -> str:
+        def text_of(member: Member | None, encoding: str) -> str:
             if member is None or member.size > MAX_TEXT_BYTES:
                 return ""
             file.seek(member.offset)
-            return file.read(member.size).decode("utf-8-sig", "replace")
+            text, has_flaw = decode_text(file.read(member.size), encoding)
+            if has_flaw:
+                flawed.append(member)
+            return text
         for entry in entries:
-            rows, is_nested = read_cells(text_of(entry.members.get("json")) or "{}", caption_column)
+            flawed.clear()
+            rows, is_nested = read_cells(text_of(entry.members.get("json"), JSON_ENCODING) or "{}", caption_column)
             rows = [{**entry.fields, **cells} for cells in rows]
             if not rows[0].get(caption_column) and len(rows) == 1:
-                rows[0][caption_column] = text_of(entry.members.get("txt"))
-            yield Texts(rows, is_nested)
+                rows[0][caption_column] = text_of(entry.members.get("txt"), config.encoding)
+            yield Texts(rows, is_nested, bool(flawed))
 
 
 def read_cells(text: str, caption_column: str) -> tuple[list[Cells], bool]:
@@ -266,6 +308,7 @@ class TarReader(InPlaceReader):
         needed = needed_columns(config)
         columns = dict.fromkeys(needed)
         nested = 0
+        flawed = 0
         input_rows = 0
         described: list[Manifest] = []
         left_aside = LeftAside()
@@ -288,6 +331,7 @@ class TarReader(InPlaceReader):
             check_width(len(columns))
             described.append(entry)
             nested += entry.get("nested_captions", 0)
+            flawed += entry.get("flawed_texts", 0)
             input_rows += sum(not config.limit or starts[-1] + row < config.limit for row in first_rows)
             starts.append(starts[-1] + entry["rows"])
             if config.limit and starts[-1] >= config.limit:
@@ -297,6 +341,8 @@ class TarReader(InPlaceReader):
         if nested:
             say(f"{nested:,} captions in the tars' .json are objects, or lists of other things than captions: those pairs get "
                 "their .txt, or the status empty_caption")
+        if flawed:
+            say(tell_flawed(flawed, "the tars", config.encoding))
         manifest = {"kind": self.kind, "columns": list(columns), "rows": rows, "malformed": 0, "files": described,
                     "left_aside": left_aside.describe(),
                     "starts": sorted({start for start in starts if start < rows})}
@@ -325,10 +371,12 @@ class TarReader(InPlaceReader):
         entry["nested_captions"] = 0
         names: dict[str, None] = {}
         first_rows = []
-        for texts in read_members(here, entries, column_name(config.caption_column)):
+        for texts in read_members(here, entries, config):
             names.update(dict.fromkeys(texts.rows[0]))
             check_width(len(names))
             entry["nested_captions"] += texts.has_nested_caption
+            if texts.has_flaw:
+                entry["flawed_texts"] = entry.get("flawed_texts", 0) + 1
             first_rows.append(entry["rows"])
             entry["rows"] += len(texts.rows)
         if entry["rows"] != len(entries):
@@ -361,7 +409,7 @@ class TarRows(FileRows):
     def __init__(self, manifest: Manifest, found: list[InputFile], config: Config) -> None:
         super().__init__(manifest, found)
         self.url_column = column_name(config.url_column)
-        self.caption_column = column_name(config.caption_column)
+        self.config = config
         self.max_bytes = config.max_image_bytes
         self.entry_counts: list[int] = [file.get("input_rows", file["rows"]) for file in manifest["files"]]
         self.counted_by: list[str] = [file.get("counted_by", "") for file in manifest["files"]]  # a file next to it, or itself
@@ -380,7 +428,7 @@ class TarRows(FileRows):
             places = list(dict.fromkeys(pick.place for pick in picks))
             entries = [self._entries[place] for place in places]
             try:
-                texts_of = dict(zip(places, read_members(self._fetch(number), entries, self.caption_column), strict=True))
+                texts_of = dict(zip(places, read_members(self._fetch(number), entries, self.config), strict=True))
             except OSError as error:
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             if self.counted_by[number]:
@@ -497,7 +545,7 @@ class TarRows(FileRows):
         file = self.files[number]
         picks: list[Pick] = []
         try:
-            for place, texts in enumerate(read_members(self._fetch(number), self._entries, self.caption_column)):
+            for place, texts in enumerate(read_members(self._fetch(number), self._entries, self.config)):
                 picks += [Pick(place, caption) for caption in range(len(texts.rows))]
         except OSError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None

@@ -82,11 +82,10 @@ class Text:
         if codec != "utf-8":
             self._decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
             self.errors = "surrogatepass"
-        else:
-            self._skip_mark()
+        self._skip_mark()
 
     def _skip_mark(self) -> None:
-        """Leave out the byte order mark of UTF-8; refuse that of UTF-16."""
+        """Leave out the byte order mark, which is here in UTF-8 whatever the codec; refuse that of UTF-16 for none."""
         start = self.peek(4)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise Trouble(EXIT_INPUT, f"{self.path} is UTF-16; set encoding: utf-16, or save it as UTF-8")

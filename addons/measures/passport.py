@@ -271,7 +271,7 @@ class Passport(DriftMeasure):
             if done.isdisjoint(group):
                 at_hand = [position[row] for row in group if row in position]
                 groups.append(at_hand)
-                sources += [run.sources[i].strip() for i in at_hand]  # stripped as the loader reads them
+                sources += [run.sources[i] for i in at_hand]
         self.kept_images.wait_for(sources)
         self._chosen[partition.index] = ChosenRows(groups, sources)
 
@@ -290,7 +290,7 @@ class Passport(DriftMeasure):
         """[row of the input, score, reference score] of the first of the group that can be scored again; None without any."""
         for i in group:
             score = float(scored.cosines[i])
-            data = self.kept_images.take(run.sources[i].strip())
+            data = self.kept_images.take(run.sources[i])
             if not math.isfinite(score) or data is None:
                 continue
             with contextlib.suppress(RowFailure):  # of an image that only a smaller or a GPU's decoding can read

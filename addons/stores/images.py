@@ -169,7 +169,7 @@ class PrefixPool(ImagePool):
         """See LoaderPool."""
         names = list(sources)
         with self._lock:
-            self._to_fetch.extend(filter(None, (name.strip() for name in names)))
+            self._to_fetch.extend(name for name in names if name.strip())
         self._fetch_more()
         super().add(load, names)
 
