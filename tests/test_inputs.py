@@ -21,7 +21,7 @@ from small_inputs import write_tar
 
 import image_text_sim_clip as script
 from addons import inputs, stores
-from addons.inputs import columnar, csv_blocks, files, tars, text
+from addons.inputs import columnar, csv_blocks, files, parquet, tars, text
 
 
 def pairs(rows):
@@ -74,6 +74,26 @@ def test_parquet_cells_are_text(tmp_path, score_input):
         ["1", "0.1", "0.1", "true", "2020-01-02", "1970-01-01 00:00:00.000", "1.50", "x", "", "é", "v"],
         ["", "nan", "", "", "", "", "", "", "", "", ""]]
     assert manifest["left_out"] == ["deep", "raw"] and "deep, raw" in outcome.stderr
+
+
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_parquet_in_each_encoding_of_text(tmp_path, score_input, monkeypatch, picture, encoding):
+    """Text, images and lists are read in the encodings of newer writers, too, of which Arrow makes no dictionaries."""
+    monkeypatch.setattr(parquet, "MOST_REPEATED_BYTES", 2000)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    urls = {"text": pa.array([f"a/long/prefix/{n}.png" for n in range(20)]),
+            "struct": pa.array([{"bytes": picture, "path": f"{n}.png"} for n in range(20)], image),
+            "bytes": pa.array([picture] * 20, pa.binary())}
+    leaves = {"text": ["url"], "struct": ["url.bytes", "url.path"], "bytes": ["url"]}
+    for kind, cells in urls.items():
+        for captions, leaf in ((["c"] * 20, "caption"), ([["c", "d"]] * 20, "caption.list.element")):
+            pq.write_table(pa.table({"url": cells, "caption": captions}), tmp_path / "t.parquet", use_dictionary=False,
+                           column_encoding=dict.fromkeys([leaf, *leaves[kind]], encoding), row_group_size=7)
+            outcome, rows, _, _ = score_input("t.parquet", "--fresh")
+            assert outcome.code == 0, outcome.stderr
+            expected = ["c", "d"] if leaf != "caption" else ["c"]
+            assert [row["caption"] for row in rows] == expected * 20
+            assert {row["status"] for row in rows} == {"missing" if kind == "text" else "ok"}
 
 
 def test_parquet_files_with_other_columns(tmp_path, score_input):

@@ -44,6 +44,7 @@ from image_text_sim_clip import (
     addon,
     column_name,
     names_in_folder,
+    open_staged,
     read_file,
     to_table,
 )
@@ -204,7 +205,7 @@ class ImageFolderReader(TextReader):
 
     def open(self, manifest: Manifest, config: Config, output: pathlib.Path) -> Rows:
         """See Reader."""
-        return FolderRows(super().open(manifest, config, output), config)
+        return FolderRows(open_staged(manifest, output), config)
 
 
 READER = ImageFolderReader()

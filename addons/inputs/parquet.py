@@ -14,6 +14,8 @@ PIECE_BYTES = 16_000_000  # … and fewer where they are long
 IMAGE_BYTES = 8_000_000  # the same of images
 MOST_REPEATED_BYTES = 512_000_000  # that a dictionary of images may stand for in a piece: reading row by row is slow
 READ_BYTES = 1 << 18  # of a column's pages at a time
+PREFIXES = "DELTA_BYTE_ARRAY"  # the encoding in which a value begins as the one before it, of which it repeats any length
+NEVER_DICTIONARIES = {PREFIXES, "DELTA_LENGTH_BYTE_ARRAY"}  # encodings that Arrow reads as plain values alone
 
 
 class ParquetFile(BlockFile):
@@ -75,28 +77,39 @@ class ParquetFile(BlockFile):
         return max(0, column.data_page_offset - column.dictionary_page_offset)
 
     def _is_read_plain(self, number: int, place: int) -> bool:
-        """Whether a column of bytes is read without a dictionary, which is faster: not where it may be far larger unpacked."""
+        """Whether a column is read without a dictionary: where Arrow can do no other, and where it holds bytes, which is faster
+        so, unless they may be far larger unpacked."""
         column = self._metadata.row_group(number).column(place)
+        if not NEVER_DICTIONARIES.isdisjoint(column.encodings):
+            return True
         is_bytes = self._metadata.schema.column(place).logical_type.type == "NONE"
         return bool(is_bytes and column.total_uncompressed_size <= 4 * column.total_compressed_size)
 
     def _most_rows(self, number: int, columns: list[str]) -> int:
-        """How many rows may be read at a time, each of which may be the whole dictionary of a column that is read plain."""
+        """How many rows may be read at a time, each of which may be as long as all that a column that is read plain can repeat."""
         most = PIECE_ROWS
         group = self._metadata.row_group(number)
         for place in range(group.num_columns):
-            if group.column(place).path_in_schema in columns and self._is_read_plain(number, place):
-                most = min(most, MOST_REPEATED_BYTES // max(1, self._dictionary_bytes(number, place)))
+            column = group.column(place)
+            if self._is_among(column, columns) and self._is_read_plain(number, place):
+                longest = self._dictionary_bytes(number, place)
+                if PREFIXES in column.encodings:
+                    longest = max(longest, column.total_uncompressed_size)
+                most = min(most, MOST_REPEATED_BYTES // max(1, longest))
         return max(1, most)
+
+    @staticmethod
+    def _is_among(column: pq.ColumnChunkMetaData, columns: list[str]) -> bool:
+        """Whether a row group's column is one of `columns`, or a field of one."""
+        path: str = column.path_in_schema
+        return path in columns or path.partition(".")[0] in columns
 
     def row_bytes(self, number: int, columns: list[str]) -> float:
         """How many bytes a row of the row group has in these columns, on average, as the footer says."""
         group = self._metadata.row_group(number)
         size = 8 * group.num_rows * len(columns)
-        wanted = set(columns)
         for place in range(group.num_columns):
-            path = group.column(place).path_in_schema
-            if path in wanted or path.partition(".")[0] in wanted:
+            if self._is_among(group.column(place), columns):
                 size += group.column(place).total_uncompressed_size
         return size / max(1, group.num_rows)
 
