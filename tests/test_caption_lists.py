@@ -11,7 +11,7 @@ import pytest
 
 import image_text_sim_clip as script
 from addons import inputs
-from addons.inputs import caption_lists
+from addons.inputs import caption_lists, parquet
 
 LISTS = [["a", "b"], [], ["c"], None, [None, "d", ""], [" ", None], ["e"] * 3]
 ROWS = [("0", "a"), ("0", "b"), ("1", ""), ("2", "c"), ("3", ""), ("4", ""), ("4", "d"), ("4", ""), ("5", ""), ("6", "e"),
@@ -156,3 +156,15 @@ def test_own_index_of_one_file_alone(tmp_path, score_input):
     rows = score_input("d")[1]
     assert [(row["url"], row["caption_index"], row["input_caption_index"]) for row in rows] == [
         ("0.png", "0", "7"), ("0.png", "1", "7"), ("1.png", "0", ""), ("1.png", "1", ""), ("2.png", "0", "9")]
+
+
+def test_a_block_with_fewer_lists_than_it_counts(tmp_path, score_input, monkeypatch):
+    """Where a block holds fewer lists than the file counts rows for it, the run ends in one line: no row is lost in silence."""
+    write_lists(tmp_path / "t.parquet", LISTS, row_group_size=3)
+    read = parquet.ParquetFile.read_pieces
+
+    def cut_short(self, number, columns):
+        return (piece.slice(0, 2) for piece in read(self, number, columns))
+    monkeypatch.setattr(parquet.ParquetFile, "read_pieces", cut_short)
+    outcome = score_input("t.parquet")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "t.parquet" in outcome.stderr

@@ -159,6 +159,8 @@ class BlockReader(InPlaceReader):
                         indices = [split_captions(piece[caption_column]).numbers
                                    for piece in opened.read_pieces(number, [caption_column])]
                         found = np.concatenate(indices) if indices else np.zeros(0, np.int64)
+                        if np.count_nonzero(found == 0) != opened.block_rows[number]:
+                            raise ValueError("a block has not the rows that the file counts for it")
                         entry["block_rows"].append(len(found))
                         entry["first_rows"].append(np.flatnonzero(found == 0).astype(np.int32))
                 entry["rows"] = sum(entry["block_rows"])
