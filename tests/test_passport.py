@@ -217,7 +217,7 @@ def score_again(monkeypatch, tmp_path):
         partition = types.SimpleNamespace(partition=script.Partition(0, 0, 4, tmp_path), rows=pd.DataFrame(index=range(4)),
                                           sources=sources, captions=captions, earlier={})
         measure.begin(partition)
-        for source in (*dict.fromkeys(source.strip() for source in sources), "other"):
+        for source in (*dict.fromkeys(sources), "other"):
             loader.read(source)
         measured = measure.measure(partition, types.SimpleNamespace(cosines=np.array(cosines, np.float32)))
         assert measured.values == {}
@@ -229,8 +229,8 @@ def test_nothing_is_kept_when_the_run_is_over(score_again):
     """Kept bytes and the second model go when the last row that waits for them is done."""
     measure, pairs = score_again(["a ", "b", "a", "c"], ["one", "two", "three", "four"], [0.25, math.nan, 0.75, 1.0])
     assert pairs == [[0, 0.25, 0.5], [2, 0.75, 0.5], [3, 1.0, 0.5]]
-    assert measure.reference.seen == [(b"a", "one"), (b"a", "three"), (b"c", "four")]
-    assert all(measure.kept_images.take(source) is None for source in "abc")
+    assert measure.reference.seen == [(b"a ", "one"), (b"a", "three"), (b"c", "four")]
+    assert all(measure.kept_images.take(source) is None for source in ("a ", "a", "b", "c"))
     assert measure.kept_images._bytes == 0
     measure.close()
     assert measure.reference.closed == 1
