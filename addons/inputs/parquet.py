@@ -86,7 +86,7 @@ class ParquetFile(BlockFile):
         return bool(is_bytes and column.total_uncompressed_size <= 4 * column.total_compressed_size)
 
     def _most_rows(self, number: int, columns: list[str]) -> int:
-        """How many rows may be read at a time, each of which may be as long as all that a column that is read plain can repeat."""
+        """How many rows may be read at a time: each may be as long as all that a column that is read plain can repeat."""
         most = PIECE_ROWS
         group = self._metadata.row_group(number)
         for place in range(group.num_columns):
