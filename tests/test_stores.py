@@ -101,7 +101,8 @@ def test_images_below_a_prefix(bucket, score_bucket, picture):
     bucket.put("images/none.jpg", b"")
     rows = [("a.jpg", "ok"), ("./deep//er/../er/b.jpg", "ok"), (odd, "ok"), ("http://h/q/x/c.jpg?w=1", "ok"),
             (bucket.url("images/a.jpg"), "ok"), ("nothing.jpg", "missing"), ("deep", "missing"),
-            ("../other/z.jpg", "forbidden"), ("/images/a.jpg", "forbidden"), (bucket.url("other/z.jpg"), "forbidden"),
+            ("../images/a.jpg", "ok"), ("../../../../images/a.jpg", "forbidden"), ("../other/z.jpg", "forbidden"),
+            ("/images/a.jpg", "forbidden"), (bucket.url("other/z.jpg"), "forbidden"),
             ("none.jpg", "not_image"),
             ("y" * 1100, "missing"), ("s3://another/a.jpg", "forbidden")]
     outcome, scored = score_bucket(rows, bucket.url("images"))

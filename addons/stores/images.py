@@ -117,17 +117,18 @@ class PrefixSource:
             if ".." in key.split("/"):  # no folder to a store, but to some that are asked on the way
                 raise RowFailure("forbidden", "outside image_path")
             return key
-        steps: list[str] = []
+        inside = self._prefix.partition("://")[2].split("/")
+        steps = list(inside)
         for step in name.split("/"):
-            if step == ".." and not steps:
-                raise RowFailure("forbidden", "outside image_path")
             if step == "..":
-                steps.pop()
+                del steps[-1:]
             elif step not in ("", "."):
                 steps.append(step)
+        if steps[:len(inside)] != inside:
+            raise RowFailure("forbidden", "outside image_path")
         if name.startswith("/"):
             raise RowFailure("forbidden", "outside image_path")
-        key = "/".join(steps)
+        key = "/".join(steps[len(inside):])
         return key if is_text(key) and "\0" not in key and len(key.encode()) <= MOST_KEY_BYTES else ""
 
     def _get(self, path: str, begun: Range | None = None) -> bytes | None:
