@@ -47,6 +47,7 @@ from image_text_sim_clip import (
     Parser,
     PartsChanged,
     Trouble,
+    as_path,
     atomic_file,
     check_section,
     column_names,
@@ -285,6 +286,7 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     rules.check_columns(curation, run.plan.config.measures or {}, run.further_columns)
     export = EXPORTS[curation.export]
     folder = run.output / "curated"
+    refuse_own_input(config, folder)
     with contextlib.ExitStack() as stack:
         images = None
         if rules.looks_at_images(curation, run.holds_images) or curation.review or export.needs_images:
@@ -318,6 +320,16 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
             review.write_review(run, images, config, verdicts, choice, shown, curation.review_rows, folder / "review.html")
         write_json(folder / "curated.json", dataclasses.asdict(choice))
     return choice, folder
+
+
+def refuse_own_input(config: Config, folder: pathlib.Path) -> None:
+    """Trouble (exit 2) for a table, or images, of an earlier choice that lie in `folder`, where this one would replace them."""
+    for key in ("csv_path", "image_path"):
+        path = as_path(getattr(config, key))
+        is_place = key == "csv_path" or in_store(path) or path.is_dir()  # image_path may be the name of a source
+        if is_place and path.resolve().is_relative_to(folder.resolve()):
+            raise Trouble(EXIT_CONFIG, f"{key} {str(path)!r} lies in {folder}, which is about to be written: score it into "
+                                       "another output_path, or take it elsewhere first")
 
 
 def require_libraries(curation: rules.Curation) -> None:

@@ -508,3 +508,17 @@ def test_what_was_made_of_other_scores_is_not_finished(write_config, write_table
     shutil.rmtree(curated)
     curated.write_text("somebody's own")
     assert run_main("--config", config, "--fresh").code == 0 and curated.read_text() == "somebody's own"
+
+
+@pytest.mark.parametrize("own", [{"csv_path": "kept.csv"}, {"csv_path": "imagefolder"}, {"csv_path": "*.csv"},
+                                 {"image_path": "imagefolder/train"}, {"csv_path": "../curated/kept.csv"}])
+def test_what_was_curated_before_is_not_written_over(tmp_path, write_config, run_curate, own):
+    """A table, or images, in curated/ that are the input by now are not replaced by what is kept of them: exit 2, one line."""
+    write_finished_run(tmp_path / "out", [0.5, 0.2])
+    curated = tmp_path / "out/curated"
+    (curated / "imagefolder/train").mkdir(parents=True)
+    (curated / "kept.csv").write_text("the input")
+    outcome = run_curate(write_config(**{key: f"{curated}/{name}" for key, name in own.items()}))
+    assert outcome.code == 2 and "is about to be written" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    assert (curated / "kept.csv").read_text() == "the input"
+    assert run_curate(write_config(csv_path=str(tmp_path / "out/curated.csv"))).code == 0
