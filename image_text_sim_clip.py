@@ -1235,8 +1235,8 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
             addon("results.retry", "--retry-failed").finish_commits(output)
         manifest = read_manifest(output)
         if (manifest is not None or has_parts(output)) and not is_this_run(manifest, config, staged):
-            manifest = addon("results.earlier_run", "an output_path that holds another run").check(
-                manifest, config, output, staged)
+            alone = f"{output} holds another run: discard it with --fresh, or write elsewhere; telling what differs"
+            manifest = addon("results.earlier_run", alone).check(manifest, config, output, staged)
         if manifest is None:
             manifest = _write_manifest(config, output)
         with output_disk(output):

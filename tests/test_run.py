@@ -873,6 +873,9 @@ def test_script_alone(run_cli, read_table, tmp_path):
     assert "addons/ is not next to the script" in told[0] and "addons" not in "".join(told[1:]), told
     table = [line.split("  ")[0] for line in map(str.strip, told[1:])]  # of times and memory, as with the add-ons
     assert table == ["pairs", "pre-processing", "metric", "total", "memory", "rate", "limited by", "mean similarity"], told
+    other = run_cli("--config", "c.yaml", "--set", "caption_column=match", script_path=tmp_path / "image_text_sim_clip.py",
+                    env={"PYTHONPATH": None})
+    assert other.code == 2 and "holds another run: discard it with --fresh, or write elsewhere" in other.stderr
 
 
 @pytest.mark.slow
