@@ -203,15 +203,21 @@ def run_script(*arguments: str, under_profiler: bool = False) -> str:
 
 
 def tables_of(text: str, functions: tuple[str, ...]) -> str:
-    """Of the tables that memory_profiler printed, those of the named functions, in that order."""
+    """Of the tables that memory_profiler printed, those of the named functions, in that order; ValueError where one is missing."""
     tables = re.split(r"Filename: .*\n\n", text)[1:]
-    return "\n".join(table.rstrip() + "\n" for name in functions for table in tables if f" def {name}(" in table)
+    found = []
+    for name in functions:
+        of_function = [table.rstrip() + "\n" for table in tables if f" def {name}(" in table]
+        if not of_function:
+            raise ValueError(f"memory_profiler printed no table of {name}")
+        found += of_function
+    return "\n".join(found)
 
 
 def draw_memory(out: pathlib.Path) -> None:
     """memory.png: the line-by-line table of a real run."""
     printed = run_script("--set", "output_path=scores/memory", "--fresh", under_profiler=True)
-    draw_memory_table(tables_of(printed, ("plan", "__init__", "finalize")), out)
+    draw_memory_table(tables_of(printed, ("make_plan", "__init__", "finalize")), out)
 
 
 def draw_memory_time(out: pathlib.Path) -> None:
