@@ -203,7 +203,7 @@ def run_script(*arguments: str, under_profiler: bool = False) -> str:
 
 
 def tables_of(text: str, functions: tuple[str, ...]) -> str:
-    """Of the tables that memory_profiler printed, those of the named functions, in that order; ValueError where one is missing."""
+    """Of the tables that memory_profiler printed, those of the named functions, in that order; ValueError without one."""
     tables = re.split(r"Filename: .*\n\n", text)[1:]
     found = []
     for name in functions:
