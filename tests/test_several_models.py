@@ -187,7 +187,8 @@ def test_a_changed_file_of_a_further_model_is_refused(table, models, write_confi
 
 @pytest.mark.parametrize(("value", "says"), [
     ({}, "mapping of names"), ({"a b": "x/y"}, "letters, digits"), ({"a": "none"}, "Hub id or a folder"),
-    ({"a": 3}, "Hub id or a folder"), (["x/y"], "must be text")])
+    ({"a": "x/y", "similarity": "x/z"}, "can be called similarity"), ({"a": 3}, "Hub id or a folder"),
+    (["x/y"], "must be text")])
 def test_mistakes_in_the_mapping(write_config, run_main, value, says):
     """What is no mapping of names to models is one line, exit 2."""
     outcome = run_main("--config", write_config(pretrained_model=value))

@@ -65,6 +65,8 @@ def check_models(models: object) -> None:
     for name, model in models.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9]\w*", name, re.ASCII):
             raise Trouble(EXIT_CONFIG, f"pretrained_model: a model's name is made of letters, digits and _, got {name!r}")
+        if name == "similarity":
+            raise Trouble(EXIT_CONFIG, "pretrained_model: no model can be called similarity: curate.by means the first by it")
         if not isinstance(model, str) or model in ("", "none"):
             raise Trouble(EXIT_CONFIG, f"pretrained_model.{name} must be a Hub id or a folder, got {model!r}")
         check_path(f"pretrained_model.{name}", model)
