@@ -1639,7 +1639,7 @@ class ImageSettings:
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
         pads = getattr(processor, "do_pad", False)
         sides = [*([edge] if edge else pair or [0]), *([crop["height"], crop["width"]] if crop else [])]
-        are_sides = all(type(side) is int and side > 0 for side in sides)
+        are_sides = all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
         if not processor.do_resize or size.get("longest_edge") or not are_sides or pads:
             raise Trouble(EXIT_MODEL, f"the model's image processor asks for an unknown resize: {size}")
         return cls(edge, pair, (crop["height"], crop["width"]) if crop else None, int(processor.resample))
@@ -1667,6 +1667,7 @@ class ImageSettings:
 
 
 RESAMPLE_MODES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers and torch's names
+MAX_SIDE = 4096  # pixels that an image processor may ask for: each image is held in that size, and no model reads as much
 
 # What the dry run (`pretrained_model: none`) resizes to: the shape most models read. Bilinear, since nobody looks at it.
 DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 2)
@@ -2607,6 +2608,8 @@ class Scorer:
         """Encode an image and captions, so that settings at which a library stumbles are not met in the first row."""
         import torch
         from PIL import Image
+        if ADDONS.is_dir():
+            addon("models.folders", "preprocess").check_preparing(self)
         pixels = self.family.stack([self.resize(Image.new("RGB", (40, 30)))])
         ids = self.tokenize(["a", "a photo " * self.family.context_length])[0]
         if self.encoders is not self.family:

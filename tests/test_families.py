@@ -211,7 +211,8 @@ def test_naflex_patches_are_those_of_transformers(family_shelf):
 
 
 def test_naflex_reads_as_many_patches_as_its_processor_says(family_shelf, tmp_path, score, images):
-    """A processor that asks for more patches is obeyed; one that cuts others than the model reads is refused."""
+    """A processor that asks for more patches is obeyed; one that cuts others than the model reads, or so many that an image
+    would take gigabytes, is refused."""
     folder = family_shelf.copy("siglip2", tmp_path / "more")
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text())
@@ -223,6 +224,10 @@ def test_naflex_reads_as_many_patches_as_its_processor_says(family_shelf, tmp_pa
     file.write_text(json.dumps(settings | {"patch_size": 14}))
     with pytest.raises(script.Trouble, match=r"patches of 14 pixels.*reads 16"):
         script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
+    for most in (10**6, 0, -1, 2.5, "256"):
+        file.write_text(json.dumps(settings | {"max_num_patches": most}))
+        with pytest.raises(script.Trouble, match=r"\(max_num_patches\), where a whole number|cannot load"):
+            script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
 
 
 def test_a_word_about_every_family_that_is_not_read(family_shelf, run_main, shapes, tmp_path):

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from models import as_pickle, change_config, change_weights
@@ -125,6 +126,7 @@ FAULTS = {
     "a shortest edge alone": ("siglip-base", images(size={"shortest_edge": 224}), ["size to a height and a width"]),
     "a longest edge": ("clip-base-patch32", images(size={"longest_edge": 224}), ["resize"]),
     "no resize": ("clip-laion-g", images(do_resize=False), ["resize"]),
+    "an edge without bounds": (None, images(size={"shortest_edge": 10**6}), ["resize", "1000000"]),
     "an edge that is a word": (None, images(size={"shortest_edge": "64"}), ["resize"]),
     "an edge that is no whole number": (None, images(size={"shortest_edge": 64.5}), ["resize"]),
     "a negative size": ("siglip-base", images(size={"height": -224, "width": 224}), ["resize"]),
@@ -279,6 +281,31 @@ def test_a_sound_folder_is_scored(name, change, shelf, tmp_path, run_main, shape
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("changes", "follows"), [
+    ({"image_processor_type": "MobileViTImageProcessor"}, "exact"),  # turns red into blue
+    ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.8}, "exact"),  # enlarges before it cuts
+    ({"image_processor_type": "LevitImageProcessor"}, "exact"),
+    ({"image_processor_type": "EfficientNetImageProcessor", "include_top": True}, "fast")])  # normalises twice
+def test_an_image_processor_with_a_way_of_its_own(changes, follows, shelf, tmp_path, noise):
+    """A class that prepares images otherwise than its settings tell is exit 6 for the `preprocess` that does not follow it,
+    and has the model's very pixels where one does."""
+    folder = shelf.copy(str(BUNDLED), tmp_path / "a-model")
+    images(**changes)(folder)
+    for way in ("fast", "exact"):
+        config = script.Config(pretrained_model=str(folder), use_cuda=False, preprocess=way)
+        if way != follows:
+            with pytest.raises(script.Trouble, match=f"{changes['image_processor_type']}, prepares images in") as trouble:
+                script.Scorer(config)
+            assert trouble.value.exit_code == 6 and f"preprocess: {way} does not follow" in str(trouble.value)
+            continue
+        scorer = script.Scorer(config)
+        image = noise(90, 50)
+        made = scorer.pixel_levels.numpy()[np.arange(3)[:, None, None], scorer.resize(image)]
+        wanted = scorer.family.processor(image)["pixel_values"][0]
+        np.testing.assert_allclose(made, wanted, atol=1e-5 if way == "exact" else 0.2)
+
+
+@pytest.mark.slow
 def test_a_bare_size_of_a_crop_means_what_the_words_mean(shelf, tmp_path, noise):
     """CLIP's `"size": n, "crop_size": n` scores as the sizes in words do, bit for bit."""
     plain = script.Scorer(script.Config(pretrained_model=str(BUNDLED), use_cuda=False))
@@ -286,6 +313,36 @@ def test_a_bare_size_of_a_crop_means_what_the_words_mean(shelf, tmp_path, noise)
     images(size=64, crop_size=64)(folder)
     bare = script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
     assert bare.similarity([noise(90, 50)], ["a cat"]) == plain.similarity([noise(90, 50)], ["a cat"])
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path, shelf, run_main, shapes):
+    """models--owner--name, as it lies in the Hub's cache, is told with the id and the folder to set; a snapshot of links
+    into blobs/ is scored."""
+    repository = tmp_path / "models--some-one--my--model"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots/0123abc"
+    shutil.copytree(BUNDLED, snapshot)
+    for path in list(snapshot.iterdir()):
+        blob = repository / "blobs" / path.name.replace(".", "-")
+        path.rename(blob)
+        path.symlink_to(f"../../blobs/{blob.name}")
+    outcome = run_main("--config", shapes(pretrained_model=str(repository), rows=2))
+    assert_one_line(outcome, "some-one/my--model", "snapshots/0123abc", "Hub's cache")
+    assert run_main("--config", shapes(pretrained_model=str(snapshot), rows=2)).result["scored"] == 2
+
+
+@pytest.mark.slow
+def test_captions_that_would_be_filled_up_on_the_left(shelf, tmp_path, run_main, shapes):
+    """SigLIP's captions are filled up on the right, as it was trained, whatever its tokenizer's config says; one line says
+    so. For CLIP, which reads nothing of what they are filled up with, nothing is said."""
+    for name, said in (("siglip2-base", 1), (str(BUNDLED), 0)):
+        folder = shelf.copy(name, tmp_path / f"{said}-lines")
+        change_config(folder, lambda config: config.update(padding_side="left"), "tokenizer_config.json")
+        outcome = run_main("--config", shapes(pretrained_model=str(folder), rows=2, output_path=str(tmp_path / f"out-{said}")))
+        assert outcome.code == 0 and outcome.stderr.count("fill captions up on the left") == said
+    left, right = (script.Scorer(script.Config(pretrained_model=str(model), use_cuda=False))
+                   for model in (tmp_path / "1-lines", shelf("siglip2-base")))
+    assert torch.equal(left.encode_texts(left.tokenize(["a cat"])[0]), right.encode_texts(right.tokenize(["a cat"])[0]))
 
 
 def test_weights_without_a_place_are_a_warning(shelf, tmp_path, run_main, shapes):

@@ -6,12 +6,16 @@ checks itself.
 """
 import contextlib
 import json
+import math
 import pathlib
 import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, ModelFiles, Trouble
+import numpy as np
+from PIL import Image
+
+from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, Family, ModelFiles, Scorer, Trouble, say
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,7 @@ POINTER = b"version https://git-lfs"  # the first bytes of what git leaves in pl
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
           "max_position_embeddings", "image_size", "patch_size", "num_channels")  # of config.json and its sections, all from 1
+MOST_LEVELS = 2.0  # of 255, that an image prepared here may be from the model's own, on average; the fast resize is 0.1 off
 SPARE_WEIGHTS = 1_000_000  # that a model may have besides, whatever its files hold
 
 
@@ -68,6 +73,7 @@ def _describe_other_format(names: Collection[str]) -> str:
 def check_folder(folder: pathlib.Path, name: str) -> None:
     """Raise Trouble (exit 6) for a folder with a file that is missing, broken or not what its name says."""
     files = {path.name for path in folder.iterdir() if path.is_file()}
+    _refuse_cache_folder(folder, name)
     inner = {f"{path.parent.name}/{path.name}" for path in folder.glob("*/config.json")}
     check_names(files | inner, name)
     for file in sorted(files):
@@ -82,6 +88,15 @@ def check_folder(folder: pathlib.Path, name: str) -> None:
     # an adapter takes what it lacks from its base model, and another kind of model is refused for its kind
     if ADAPTER not in files and _read_object(folder / "config.json", name).get("model_type") in FAMILIES:
         _check_is_complete(files, name)
+
+
+def _refuse_cache_folder(folder: pathlib.Path, name: str) -> None:
+    """Raise Trouble (exit 6) for a repository's folder in the Hub's cache, whose models lie in its snapshots."""
+    snapshots = sorted(path.name for path in folder.glob("snapshots/*") if path.is_dir())
+    if snapshots and folder.name.startswith("models--"):
+        raise Trouble(EXIT_MODEL, f"{name} is a folder of the Hub's cache: set pretrained_model to "
+                                  f"{folder.name.removeprefix('models--').replace('--', '/', 1)}, with HF_HUB_OFFLINE=1 where "
+                                  f"there is no network, or to the folder snapshots/{snapshots[0]} in it")
 
 
 def check_counts(config: dict[str, Any], name: str, section: str = "") -> None:
@@ -126,6 +141,36 @@ def bounded_by_weights(files: ModelFiles, name: str) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def check_preparing(scorer: Scorer) -> None:
+    """Raise Trouble (exit 6) where the model's own image processor makes of an image what the script does not.
+
+    Some classes of transformers do more than the script asks them about: they enlarge by `crop_pct` before they cut, turn red
+    into blue, or normalise twice. `preprocess: exact` follows most of them, `fast` some.
+    """
+    family = scorer.family
+    warn_of_padding(family)
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    image = Image.fromarray(noise).resize((320, 240), Image.Resampling.BILINEAR)
+    wanted = np.asarray(family.processor(image)["pixel_values"][0])
+    levels = scorer.pixel_levels.cpu().numpy()
+    made = levels[np.arange(3)[:, None, None], scorer.resize(image)]  # (3, H, W)
+    apart = np.abs(made - wanted).mean() if made.shape == wanted.shape else math.inf
+    step = (levels[:, -1] - levels[:, 0]).mean() / 255
+    if apart > MOST_LEVELS * step:
+        kind = type(family.processor).__name__.removesuffix("Pil")
+        other = "fast" if scorer.config.preprocess == "exact" else "exact"
+        raise Trouble(EXIT_MODEL, f"{family.name}: its image processor, {kind}, prepares images in a way of its own, which "
+                                  f"preprocess: {scorer.config.preprocess} does not follow: try preprocess: {other}")
+
+
+def warn_of_padding(family: Family) -> None:
+    """Say where a tokenizer would fill captions up on the left, and the model reads what they are filled up with."""
+    reads_padding = family.padded_length(family.encode(["a"])[0]) > 0
+    if reads_padding and getattr(family.tokenizer, "padding_side", "right") == "left":
+        say(f"warning: {family.name}: its tokenizer would fill captions up on the left; they are filled up on the right, as "
+            f"{family.kind} models were trained")
 
 
 def _refuse_pointer(path: pathlib.Path, name: str) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
 
+MOST_PATCHES = 16_384  # of an image; of 16 x 16 pixels these are 4 megapixels, 200 MB as the model reads them in a batch of 4
 SHAPE_BYTES = 4  # rows and columns of patches, two bytes each
 
 
@@ -98,6 +99,9 @@ class Siglip2(Siglip):
             raise Trouble(EXIT_MODEL, f"{name}: its image processor resizes nothing, and images may not have more than "
                                       f"{processor.max_num_patches} patches: set do_resize to true in its "
                                       "preprocessor_config.json")
+        if type(processor.max_num_patches) is not int or not 1 <= processor.max_num_patches <= MOST_PATCHES:
+            raise Trouble(EXIT_MODEL, f"{name}: its image processor cuts at most {processor.max_num_patches!r:.40} patches "
+                                      f"(max_num_patches), where a whole number from 1 to {MOST_PATCHES:,} belongs")
         self._images = WholeImages(processor)
         super().__init__(model, tokenizer, self._images, name)
 
