@@ -1986,7 +1986,7 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 # Everything in a model folder that is read and decides a score, by patterns of names.
-DECISIVE_FILES = ("config.json", *SAFETENSORS, "model-*-of-*.safetensors", "*processor_config.json", "tokenizer*", "vocab.*",
+DECISIVE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*processor_config.json", "tokenizer*", "vocab.*",
                   "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json", "adapter_*",
                   "open_clip_*", "bpe_simple_vocab*")
 OPEN_CLIP_CONFIG = "open_clip_config.json"

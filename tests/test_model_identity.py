@@ -13,6 +13,7 @@ import family_models
 import open_clip_models
 import pytest
 from models import ARCHITECTURES, change_config, change_weights
+from safetensors.torch import load_file, save_file
 
 import image_text_sim_clip as script
 
@@ -221,6 +222,21 @@ def watch_opening(event, arguments):
     """Remember the names of files that Python opens in the watched folders."""
     if event == "open" and WATCHED and str(arguments[0]).startswith(tuple(WATCHED)):
         OPENED.add(pathlib.Path(str(arguments[0])).name)
+
+
+def test_a_changed_file_of_weights_of_any_name(shelf, tmp_path, half_a_run, run_main):
+    """An index may call the files of weights anything: a change in one of them is refused by name as well."""
+    folder = shelf.copy(str(BUNDLED), tmp_path / "a-model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {name: f"{name.split('_')[0]}.safetensors" for name in weights}}
+    for file in set(index["weight_map"].values()):
+        save_file({name: weights[name] for name in weights if index["weight_map"][name] == file}, folder / file,
+                  metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = half_a_run(folder)
+    list(refuse_each({("text.safetensors", "has changed"): turn_a_byte("text.safetensors")}, folder, config, run_main))
+    assert run_main("--config", config).code == 0
 
 
 @pytest.mark.slow
