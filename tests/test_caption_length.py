@@ -37,6 +37,15 @@ def test_tokens_of_long_captions(family, kind):
     assert truncated == [len(whole) > family.context_length for whole in family.encode(prepared)]
 
 
+def test_the_end_of_long_captions(family, monkeypatch):
+    """A tokenizer whose `truncation_side` is left keeps the end of a long caption, as it does when it is called alone."""
+    monkeypatch.setattr(family.tokenizer, "truncation_side", "left")
+    caption = "a photo of a dog " * 500 + "two cats on a sofa"
+    kept = family.encode([family.prepare(caption)], truncation=True, max_length=family.context_length)
+    assert family.tokenize([caption]) == (kept, [True])
+    assert kept != family.encode(["a photo of a dog " * 500], truncation=True, max_length=family.context_length)
+
+
 def test_memory_of_long_captions(family):
     """2,000 captions of 2,000 characters, and two of 3 MB, take no more memory than some copies of the longest one.
 

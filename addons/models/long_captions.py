@@ -9,8 +9,11 @@ from image_text_sim_clip import LONG_CAPTION, Family
 def take_heads(family: Family, captions: list[str]) -> list[str]:
     """The captions, or of long ones as much as has twice the tokens that the model reads, and ends at a space.
 
-    A long text without spaces is cut only where it is four times as long.
+    A long text without spaces is cut only where it is four times as long. A tokenizer that keeps the end of a caption needs
+    all of it.
     """
+    if getattr(family.tokenizer, "truncation_side", "right") == "left":
+        return captions
     heads = list(captions)
     chars = LONG_CAPTION * family.context_length
     left = [place for place, caption in enumerate(captions) if len(caption) > chars]
