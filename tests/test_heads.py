@@ -99,6 +99,7 @@ def test_a_bare_layer_without_bias():
     (linear(4, 1), {"standardise": True}, "standardise: true needs one tensor called mean"),
     ({**linear(4, 1), "mean": torch.ones(3), "std": torch.ones(4)}, {"standardise": True}, "must hold 4 numbers"),
     ({**linear(4, 1), "mean": torch.ones(4), "std": torch.zeros(4)}, {"standardise": True}, "all of the latter above 0"),
+    ({"weight": torch.ones(1, 4), "bias": torch.tensor([float("nan")])}, {}, "bias holds numbers that are not finite"),
     ({"weight": torch.ones(1, 4), "bias": torch.ones(2)}, {}, "the bias next to weight has the shape (2,), not (1,)"),
 ])
 def test_tensors_that_make_no_head(tensors, settings, message):

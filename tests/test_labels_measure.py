@@ -108,6 +108,16 @@ def test_a_prompt_that_is_too_long(shapes, run_main):
 
 
 @pytest.mark.slow
+def test_a_prompt_that_the_model_knows_nothing_of(shapes, run_main, shelf):
+    """A prompt in letters that the tokenizer has no pieces for is exit 2 and its text, instead of a probability that says
+    nothing; a run with such a caption gives the row `empty_caption` alike."""
+    config = shapes(rows=2, pretrained_model=str(shelf("siglip-base")), measures={"labels": {"cat": ["a cat", "猫"]}})
+    outcome = run_main("--config", config)
+    assert outcome.code == script.EXIT_CONFIG and outcome.stderr.count("\n") == 1
+    assert "measures.labels: '猫' says nothing to the model: the tokenizer knows nothing of it" in outcome.stderr
+
+
+@pytest.mark.slow
 def test_rules_on_labels(shapes, run_main, read_table, tmp_path):
     """min_label and max_label keep what lies between them, ends included; an unknown label is named, with those there are."""
     labels = {"warm": ["a red shape", "a blue shape"], "star": ["a star", "a circle"]}

@@ -195,6 +195,13 @@ def test_mistakes_in_the_mapping(write_config, run_main, value, says):
     assert outcome.code == 2 and says in outcome.stderr
 
 
+@pytest.mark.parametrize("value", [3, {"only": "none"}, [["only", "none"]], [["a", "x/y"], ["b", "none"]]])
+def test_further_models_by_hand(write_config, run_main, value):
+    """`measures.further_models`, which the mapping becomes, is one line and exit 2 where it is written by hand."""
+    outcome = run_main("--config", write_config(measures={"further_models": value}))
+    assert outcome.code == 2 and "is not written by hand: name the models under pretrained_model" in outcome.stderr
+
+
 def test_one_model_in_a_mapping_is_one_model(shapes, run_main, bundled_model, read_table, tmp_path):
     """A mapping of one name scores as the plain name does, under plain columns."""
     assert run_main("--config", shapes(pretrained_model={"only": bundled_model}, rows=9)).code == 0

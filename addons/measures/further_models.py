@@ -120,7 +120,8 @@ class FurtherModels(Measure):
             models = all_models(config)
         except (TypeError, ValueError):
             models = {}
-        if config.pretrained_model not in list(models.values())[:1]:
+        is_taken_apart = isinstance((config.measures or {}).get(cls.name), list) and len(models) > 1
+        if not is_taken_apart or config.pretrained_model not in list(models.values())[:1]:
             raise Trouble(EXIT_CONFIG, f"measures.{cls.name} is not written by hand: name the models under pretrained_model")
         check_models(models)
         if config.decode == "gpu":

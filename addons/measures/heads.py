@@ -154,6 +154,9 @@ def build_head(file: HeadFile, settings: HeadSettings) -> Head:
     """The head of a file's tensors, each of which must have its place. Raises BadHead where they make none."""
     import torch
     tensors = {name: tensor.double() for name, tensor in file.tensors.items()}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadHead(f"{name} holds numbers that are not finite")
     layers: list[Layer] = []
     for name in sorted(tensors, key=_by_numbers):
         if _last_name(name) != "weight":

@@ -66,14 +66,18 @@ class Labels(ImageColumns):
 
     @functools.cached_property
     def _vectors(self) -> dict[str, np.ndarray]:
-        """Each label's prompts as unit vectors, float64 (prompts, d). Trouble (exit 2) for one that is too long to be read."""
+        """Each label's prompts as unit vectors, float64 (prompts, d). Trouble (exit 2) for one that the model cannot read: it
+        is too long, or its tokenizer knows nothing of it."""
         vector_of: dict[str, np.ndarray] = {}
         labels = self.read_settings(self.config)
         for prompts in labels.values():
             for wordings in prompts:
                 vector_of |= dict.fromkeys(wordings, np.empty(0))
         ids, truncated = self.scorer.tokenize(list(vector_of))
-        for wording, is_cut in zip(vector_of, truncated, strict=True):
+        for wording, row, is_cut in zip(vector_of, ids, truncated, strict=True):
+            unread = self.scorer.family.judge_caption(row)[0]
+            if unread:
+                raise Trouble(EXIT_CONFIG, f"measures.{self.name}: {wording!r} says nothing to the model: {unread}")
             if is_cut:
                 raise Trouble(EXIT_CONFIG, f"measures.{self.name}: {wording!r} is longer than the model reads "
                                            f"({self.scorer.family.context_length} tokens)")
