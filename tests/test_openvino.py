@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import pathlib
+import resource
 import shutil
 import signal
 import sys
@@ -327,6 +328,21 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     with pytest.raises(script.Trouble, match="XDG_CACHE_HOME") as refused:
         load()
     assert refused.value.exit_code == script.EXIT_DISK
+
+
+def test_a_cache_without_room(monkeypatch, tmp_path):
+    """A disk on which a conversion has no room is exit 5 in one line, nothing half-written stays, and with room it is made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))  # bytes of a file, of several megabytes
+    try:
+        with pytest.raises(script.Trouble, match=r"cannot keep the converted model.*MB are free; XDG") as refused:
+            load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.value.exit_code == script.EXIT_DISK
+    assert [path.suffix for path in (tmp_path / "image_text_sim_clip/openvino").iterdir()] == [".lock"]
+    assert load().encoders.quantization == "none"
 
 
 @pytest.mark.parametrize("change", ["gone", "another"])

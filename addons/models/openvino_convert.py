@@ -136,7 +136,10 @@ def _make_conversion(scorer: Scorer, made_of: Json, folder: pathlib.Path) -> Non
         made.mkdir()
         for file, model in models.items():
             number_layers(model, file)
-            runtime.save_model(model, made / file, compress_to_fp16=False)
+            try:
+                runtime.save_model(model, made / file, compress_to_fp16=False)
+            except RuntimeError as error:  # a full disk among others: OpenVINO says nothing of why
+                raise OSError(f"OpenVINO cannot write there; {shutil.disk_usage(made).free / 1e6:,.0f} MB are free") from error
         digests = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
         (made / SEAL_FILE).write_text(json.dumps({"files": digests, "made_of": made_of}, indent=1))
         for path in made.iterdir():
