@@ -1,6 +1,7 @@
 """Folders of images with their captions: files of the same name, or metadata files, straight from csv_path."""
 import json
 import os
+import pathlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,3 +206,17 @@ def test_metadata_below_a_folder_spelled_with_a_dot(tmp_path, folder, score_inpu
     assert [file["name"] for file in score_input("./f")[3]["files"]] == ["aa/metadata.csv", "ba/metadata.csv"]
     (tmp_path / "f/aa/metadata.csv").write_text("file_name,caption\n0.png,C0\n")
     assert "aa/metadata.csv has changed" in score_input("./f")[0].stderr
+
+
+def test_a_text_that_may_not_be_read(tmp_path, folder, score_input, monkeypatch):
+    """A caption's file that may not be read is one line that names it: it is the input's fault and not the output's."""
+    folder(a_DOT_png=None, a_DOT_txt="x")
+    real = pathlib.Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return real(self, *arguments, **options)
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    outcome = score_input("f")[0]
+    assert outcome.code == 3 and outcome.stderr.endswith("/f/a.txt: Permission denied\n"), outcome.stderr

@@ -14,6 +14,7 @@ from small_inputs import write_tar
 
 from addons import inputs
 from addons.inputs import files
+from addons.stores import local
 
 
 def pairs(rows):
@@ -284,3 +285,35 @@ def test_frames_that_are_skipped(tmp_path, score_input, suffix, codec):
     stretches = [pa.compress(text, codec, asbytes=True) for text in (b"url,caption\n", b"u1,c1\n")]
     (tmp_path / f"t.csv{suffix}").write_bytes(skipped + skipped.join(stretches))
     assert pairs(score_input(f"t.csv{suffix}")[1]) == [("u1", "c1")]
+
+
+def test_folders_that_may_not_be_entered(tmp_path, score_input, monkeypatch):
+    """A subfolder that may not be read is one line that names it, since its rows would be missing; lost+found is left aside."""
+    write(tmp_path / "d", a__t_csv="url,caption\nu1,c1\n")
+    for name in ("b", "lost+found"):
+        (tmp_path / "d" / name).mkdir()
+    real = local.LocalStore.list_files
+
+    def list_or_refuse(self, folder):
+        if folder.endswith(("/b", "/lost+found")):
+            raise PermissionError(13, "Permission denied", folder)
+        return real(self, folder)
+    monkeypatch.setattr(local.LocalStore, "list_files", list_or_refuse)
+    outcome = score_input("d")[0]
+    assert outcome.code == 3 and outcome.stderr.endswith("/d/b: Permission denied\n"), outcome.stderr
+    (tmp_path / "d/b").rmdir()
+    _, rows, _, manifest = score_input("d")
+    assert len(rows) == 1 and manifest["left_aside"]["hidden folders"]["first"] == "lost+found/"
+
+
+def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, score_input, monkeypatch):
+    """A file that cannot even be looked for is told as one that may not be read, not as one that is not there."""
+    real = os.stat
+
+    def refuse(path, **options):
+        if "locked" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return real(path, **options)
+    monkeypatch.setattr(os, "stat", refuse)
+    outcome = score_input("locked/t.csv")[0]
+    assert outcome.code == 3 and outcome.stderr.endswith("locked/t.csv: Permission denied\n"), outcome.stderr

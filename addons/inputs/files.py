@@ -35,6 +35,7 @@ RUN_MARK = re.compile(r"\.lock(-\d+)?")  # a folder with such a file is what a r
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # what Hive and Spark name the folder of NULL
 NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` says of its tables
 LOGS = ("_delta_log", ".hoodie")  # of tables (Delta Lake, Hudi) some of whose files may have been replaced by others
+LOST = "lost+found"  # which the top folder of a disk has, and only root may enter
 MOST_LOOKED_INTO = 100  # of files that no reader fits
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -178,7 +179,10 @@ def list_below(folder: str) -> Below:
         if real in known:
             continue
         known.add(real)
-        files, folders = _list_folder(store, here)
+        try:
+            files, folders = _list_folder(store, here)
+        except OSError as error:
+            raise Trouble(EXIT_INPUT, f"cannot read the folder {here}: {error.strerror or error}") from None
         if any(RUN_MARK.fullmatch(path.rpartition("/")[2]) for path in files) and here != folder.rstrip("/"):
             below.hidden_folders.append(here)  # the output of a run, this one's perhaps
             continue
@@ -212,7 +216,8 @@ def _list_folder(store: Store, folder: str) -> tuple[list[str], list[str]]:
 
 def is_hidden(path: str) -> bool:
     """Whether the name of a file or folder says that it is none of the data."""
-    return path.rpartition("/")[2].startswith((".", "_"))
+    name = path.rpartition("/")[2]
+    return name.startswith((".", "_")) or name == LOST
 
 
 def count_fixed_folders(csv_path: str) -> int:
@@ -252,12 +257,24 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
     if absent:
         name = csv_path if paths == [csv_path] else absent[0].rpartition("/")[2]
         more = f", nor are there {len(absent) - 1} others" if absent[1:] else ""
+        if not SCHEME.match(absent[0]):
+            _refuse_locked(absent[0])
         raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r}: no such file: {name}{more}{_where(csv_path)}")
     shared = _count_shared_folders(paths)
     if paths == [csv_path]:
         return [InputFile(csv_path.rpartition("/")[2], csv_path)]
     fixed = count_fixed_folders(csv_path)
     return [InputFile("/".join(path.split("/")[shared:]), path, folder_columns(fixed, path)) for path in paths]
+
+
+def _refuse_locked(path: str) -> None:
+    """Raise Trouble (exit 3) for a file that may well be there, but in a folder that may not be entered."""
+    try:
+        pathlib.Path(path).stat()
+    except PermissionError as error:
+        raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
+    except (OSError, ValueError):
+        return
 
 
 def _refuse_log(folder: str, hidden_folders: list[str]) -> None:

@@ -122,8 +122,12 @@ def read_text(path: str | None, encoding: str) -> tuple[str, bool]:
     info = find_store(path).info(path) if path else None
     if path is None or info is None or info.bytes > MAX_TEXT_BYTES:
         return "", False
-    with find_store(path).open(path) as file:
-        text, has_flaw = decode_text(file.read(), encoding)
+    try:
+        with find_store(path).open(path) as file:
+            data = file.read()
+    except OSError as error:
+        raise Trouble(EXIT_INPUT, f"cannot read {as_text(path)}: {error.strerror or error}") from None
+    text, has_flaw = decode_text(data, encoding)
     return text.rstrip("\r\n"), has_flaw
 
 

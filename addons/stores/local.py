@@ -25,11 +25,11 @@ class LocalStore:
 
     def is_folder(self, path: str) -> bool:
         """Whether the path is a folder."""
-        return pathlib.Path(path).is_dir()
+        return os.path.isdir(path)  # noqa: PTH112 - pathlib's raises where it may not look
 
     def list_files(self, folder: str) -> list[str]:
         """Paths of the files that lie in the folder itself, sorted."""
-        return [path.as_posix() for path in sorted(pathlib.Path(folder).iterdir()) if path.is_file()]
+        return [path.as_posix() for path in sorted(pathlib.Path(folder).iterdir()) if os.path.isfile(path)]  # noqa: PTH113
 
     def glob(self, pattern: str) -> list[str]:
         """Paths that fit the pattern (`*`, `?`, `[a-z]`, and `**` for folders in folders), sorted."""
