@@ -1404,7 +1404,7 @@ MAX_LONG_EDGE = 32_768  # and where the model squeezes the whole strip, it is fi
 
 def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
     """What reads an image's bytes: a folder, or what addons/images knows under the name that `image_path` gives (url)."""
-    if pathlib.Path(config.image_path).is_dir():
+    if os.path.isdir(config.image_path):  # noqa: PTH112 - pathlib's raises where it may not look
         folder = pathlib.Path(config.image_path).resolve()
         if config.follow_links:
             return functools.partial(read_file, folder, max_bytes=config.max_image_bytes, follow_links=True)

@@ -212,6 +212,17 @@ def test_disk_error_while_reading(folder, monkeypatch):
     assert found == ("corrupt", "the disk cannot read the file")
 
 
+def test_file_in_a_folder_that_may_not_be_entered(folder, monkeypatch):
+    """An image that cannot even be looked for, in a folder without permission, is forbidden and not missing."""
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "lstat", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(script.RowFailure) as failure:
+        script.read_file(folder, "sub/a.png", 100)
+    assert failure.value.status == "forbidden"
+
+
 def test_unreadable_file(folder, monkeypatch):
     """A file that may not be read is forbidden."""
     (folder / "a.png").chmod(0)

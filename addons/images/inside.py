@@ -80,7 +80,7 @@ def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     """
     here = -1
     try:
-        if not name.startswith("/") and ".." not in name and not os.path.lexists(f"{folder}/{name}"):
+        if not name.startswith("/") and ".." not in name and _is_absent(f"{folder}/{name}"):
             return None  # at once: a URL may have thousands of endings
         here = os.open(folder, _FOLDER_FLAGS)
         root = os.fstat(here)
@@ -117,6 +117,17 @@ def _open_inside(folder: pathlib.Path, name: str) -> int | None:
     finally:
         if here >= 0:
             os.close(here)
+
+
+def _is_absent(path: str) -> bool:
+    """Whether there is nothing of that name, as far as it may be looked for."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def _steps_of(path: str) -> list[str]:
