@@ -317,3 +317,27 @@ def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, score_input, monke
     monkeypatch.setattr(os, "stat", refuse)
     outcome = score_input("locked/t.csv")[0]
     assert outcome.code == 3 and outcome.stderr.endswith("locked/t.csv: Permission denied\n"), outcome.stderr
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("b.csv", b""), ("b.csv", b"\r\n \n"), ("b.csv", b"\xef\xbb\xbf"), ("b.csv.gz", gzip.compress(b"")),
+    ("b.csv.bz2", bz2.compress(b"\n")), ("b.jsonl", b""), ("b.jsonl.gz", gzip.compress(b"")), ("b.json", b"[\n]\n"),
+    ("b.json.xz", lzma.compress(b"[]"))])
+def test_shards_that_hold_nothing(tmp_path, score_input, name, data):
+    """A file of a set that holds nothing, compressed or not, has no rows, and does not keep the run from going on."""
+    kind = name.split(".")[1]
+    write(tmp_path / "d", a_csv="url,caption\nu1,c1\n" if kind == "csv" else jsonl({"url": "u1", "caption": "c1"}))
+    (tmp_path / "d/a.csv").rename(tmp_path / f"d/a.{kind}")
+    (tmp_path / "d" / name).write_bytes(data)
+    first = score_input("d")[0]
+    assert first.code == 0 and first.result["rows"] == 1 and score_input("d")[0].result == first.result
+    (tmp_path / "d" / f"c.{kind}").write_bytes((tmp_path / f"d/a.{kind}").read_bytes())
+    assert f"c.{kind} is new" in score_input("d")[0].stderr
+
+
+def test_small_files_in_the_encoding_of_the_config(tmp_path, score_input):
+    """Whether a small file of a set is empty is seen in the encoding of the config."""
+    (tmp_path / "d").mkdir()
+    for number, rows in enumerate([[{"url": "u1", "caption": "é"}], []]):
+        (tmp_path / f"d/{number}.json").write_bytes(json.dumps(rows, ensure_ascii=False).encode("utf-16"))
+    assert pairs(score_input("d", encoding="utf-16")[1]) == [("u1", "é")]

@@ -238,12 +238,6 @@ def folder_columns(fixed_folders: int, path: str) -> tuple[tuple[str, str], ...]
     return tuple(columns.items())
 
 
-def has_bytes(file: InputFile) -> bool:
-    """Whether the file is there and not empty."""
-    info = file.info()
-    return info is not None and info.bytes > 0
-
-
 def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
     """The files that `reader` has to read, in order. Raises Trouble (exit 3) unless there are any, and all are there."""
     paths = expand_path(csv_path)

@@ -67,9 +67,8 @@ class Reading(NamedTuple):
 def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config: Config, output: pathlib.Path,
                 types: dict[str, str] | None = None) -> Manifest:
     """Stage the files; returns what the manifest says of them (see the script's `stage`, which does it for a script alone)."""
-    readings = [Reading(file, dataclasses.replace(config, csv_path=file.path)) for file in found if not _is_empty(file, found)]
-    if not readings:
-        readings = [Reading(found[0], dataclasses.replace(config, csv_path=found[0].path))]
+    files = leave_out_empty(found, config.encoding)
+    readings = [Reading(file, dataclasses.replace(config, csv_path=file.path)) for file in files]
     columns = _find_columns(readings, open_table)
     is_first = True
     while True:
@@ -91,14 +90,20 @@ def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config
     return described
 
 
-def _is_empty(file: InputFile, found: list[InputFile]) -> bool:
-    """Whether a file of a set has no byte, or is a JSON array of nothing: many programs write such shards."""
+def leave_out_empty(found: list[InputFile], encoding: str) -> list[InputFile]:
+    """The files of a set less those that hold nothing, as many programs write shards; the first one where all are empty.
+
+    Nothing are blanks, and a JSON array without elements, compressed or not. Raises Trouble (exit 3) for a damaged file.
+    """
+    return [file for file in found if len(found) == 1 or not _is_empty(file, encoding)] or found[:1]
+
+
+def _is_empty(file: InputFile, encoding: str) -> bool:
     info = file.info()
-    if len(found) == 1 or info is None or info.bytes > MOST_EMPTY_BYTES:
+    if info is None or info.bytes > MOST_EMPTY_BYTES:
         return False
-    if info.bytes == 0:
-        return True
-    return ".json" in file.path.lower() and Text(file.path, "utf-8").peek(MOST_EMPTY_BYTES).split() in ([b"[]"], [b"[", b"]"])
+    words = Text(file.path, encoding).peek(MOST_EMPTY_BYTES).split()
+    return not words or (".json" in file.path.lower() and words in ([b"[]"], [b"[", b"]"]))
 
 
 def _find_columns(readings: list[Reading], open_table: OpenTable) -> list[str]:

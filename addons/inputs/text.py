@@ -223,10 +223,10 @@ class TextReader:
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
         """See Reader. An input of one file may have another name."""
-        from addons.inputs.staging import has_changed
+        from addons.inputs.staging import has_changed, leave_out_empty
         found = self.find_files(config)
         entries = manifest["files"]
         if len(entries) == len(found) == 1:
             return [f"{found[0].name} has changed"] if has_changed(found[0], entries[0]) else []
-        there = [file for file in found if files.has_bytes(file)]
+        there = leave_out_empty(found, config.encoding)
         return files.name_differences(entries, there[:len(entries)] if config.limit else there, has_changed)
