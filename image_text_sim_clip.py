@@ -1404,7 +1404,8 @@ MAX_LONG_EDGE = 32_768  # and where the model squeezes the whole strip, it is fi
 
 def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
     """What reads an image's bytes: a folder, or what addons/images knows under the name that `image_path` gives (url)."""
-    if os.path.isdir(config.image_path):  # noqa: PTH112 - pathlib's raises where it may not look
+    # a folder called url is ./url; pathlib's is_dir raises where it may not look
+    if config.image_path != "url" and os.path.isdir(config.image_path):  # noqa: PTH112
         folder = pathlib.Path(config.image_path).resolve()
         if config.follow_links:
             return functools.partial(read_file, folder, max_bytes=config.max_image_bytes, follow_links=True)
@@ -1418,7 +1419,8 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
     if URL.match(config.image_path):
         prefix: Callable[[str], bytes] = addon("stores.images", "image_path").open_source(config, threads)
         return prefix
-    raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/)")
+    raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/); "
+                              "to fetch each row's URL, set image_path: url")
 
 
 MAX_PATH_CHARS = 4096  # of a URL's path that is looked up: no file system has longer ones

@@ -200,6 +200,17 @@ def fetcher(**keys):
     return fetch.open_source(config, 2)
 
 
+def test_a_folder_called_url_is_no_source_of_its_own(tmp_path, monkeypatch):
+    """`image_path: url` fetches where a folder has that name as well, which is `./url`; another name says how to fetch."""
+    (tmp_path / "url").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(script.open_source(script.Config(image_path="url"), 0), fetch.Fetcher)
+    assert not isinstance(script.open_source(script.Config(image_path="./url"), 0), fetch.Fetcher)
+    with pytest.raises(script.Trouble, match=r"'URL': no such folder .*set image_path: url") as caught:
+        script.open_source(script.Config(image_path="URL"), 0)
+    assert caught.value.exit_code == script.EXIT_INPUT
+
+
 def outcome(url, **keys):
     """(status, detail) of a fetch that fails, with how long it took."""
     started = time.monotonic()
