@@ -186,8 +186,10 @@ INTERRUPTION = Interruption()
 
 
 def say(message: str) -> None:
-    """Write one line of talk to stderr (stdout belongs to the result)."""
-    print(message, file=sys.stderr, flush=True)
+    """Write one line of talk to stderr (stdout belongs to the result). What a stranger named cannot steer the terminal."""
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], message)
+    with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that has gone, is no reason to lose the run
+        print(shown, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

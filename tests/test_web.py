@@ -182,6 +182,35 @@ def test_resolver_that_does_not_answer(monkeypatch):
     free.set()
 
 
+def test_deadline_within_a_look_up_is_dns(monkeypatch):
+    """Also where the row's own deadline comes first, a name that is still being looked up is to blame."""
+    free = threading.Event()
+
+    def hang(host, *arguments, **options):
+        free.wait(20)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    assert outcome(fetcher(fetch_timeout_s=0.5), "http://silent.example/x") == ("dns", "the resolver does not answer")
+    free.set()
+
+
+def test_names_that_hang_fail_no_others(serve, monkeypatch):
+    """Names that wait for a thread, because others hang in all of them, are on nobody's clock."""
+    server = serve(send_image)
+    monkeypatch.setattr(names, "RESOLVE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(names, "MOST_THREADS", 4)
+
+    def resolve(host, *arguments, **options):
+        if host.startswith("slow"):
+            time.sleep(1.0)
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    hosts_in_order = [f"slow{n}.example" for n in range(8)] + [f"good{n}.example" for n in range(8)]
+    found = fetch_all(fetcher(fetch_timeout_s=0.9), [f"http://{host}:{server.port}/" for host in hosts_in_order])
+    assert [status for _, status in found] == ["dns"] * 8 + ["ok"] * 8
+
+
 def test_names_are_looked_up_once(serve, monkeypatch):
     """The answer of the resolver is kept, also among many rows that wait for the same one."""
     asked = []
@@ -219,6 +248,41 @@ def test_next_address_is_tried(serve, monkeypatch):
     places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.99", "127.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: places)
     assert fetcher()(f"http://two.example:{server.port}/x") == IMAGE
+
+
+@pytest.fixture
+def black_hole():
+    """Have an address take no connection at a port, and not refuse any either: a listener whose queue is full."""
+    with contextlib.ExitStack() as held:
+        def dig(address, port):
+            held.enter_context(socket.create_server((address, port), backlog=0))
+            for _ in range(4):
+                waiting = held.enter_context(socket.socket())
+                waiting.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    waiting.connect((address, port))
+        yield dig
+
+
+def test_addresses_that_do_not_answer_hold_up_no_others(serve, monkeypatch, black_hole):
+    """Where the first addresses of a name swallow all packets, as IPv6 of many machines does, the next ones are tried soon."""
+    server = serve(send_image)
+    monkeypatch.setattr(http_client, "NEXT_ADDRESS_S", 0.05)
+    addresses = ["127.0.0.2", "127.0.0.3", "127.0.0.1"]
+    for address in addresses[:2]:
+        black_hole(address, server.port)
+    places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: places)
+    assert fetcher(fetch_timeout_s=4.0)(f"http://three.example:{server.port}/x") == IMAGE
+
+
+def test_addresses_of_both_kinds_take_turns(monkeypatch):
+    """IPv4 and IPv6 addresses alternate, each kind in the resolver's order, and none is left out."""
+    answer = [(socket.AF_INET6, 1, 6, "", (address, 0, 0, 0)) for address in ("2606::1", "2606::2", "2606::3")]
+    answer += [(socket.AF_INET, 1, 6, "", (address, 0)) for address in ("93.184.216.34", "93.184.216.35")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: answer)
+    assert [address for _, address in names.ask_system("h.example")] == ["2606::1", "93.184.216.34", "2606::2", "93.184.216.35",
+                                                                         "2606::3"]
 
 
 def test_private_addresses_of_a_public_name_are_left_out(serve, monkeypatch):
@@ -312,22 +376,49 @@ def test_patience_ends_and_comes_back():
 
 
 def test_dead_host_is_left_alone_and_then_tried_by_one():
-    """Five failures in a row to reach a host make it dead for a minute, and one fetch finds out whether it is back."""
+    """Five failures in a row, over three seconds, make a host dead for a minute, and one fetch finds out whether it is back."""
     host = hosts.Host("h", 16, 60.0)
     for _ in range(4):
-        host.note_unreachable(1.0, "connect")
-    assert not host.is_dead(1.0)
+        host.note_unreachable(9.0, 1.0, "connect")
+    assert not host.is_dead(9.0)
     host.note_answer()
-    for _ in range(5):
-        host.note_unreachable(2.0, "dns")
-    assert host.is_dead(61.0) and host.dead_status == "dns"
-    assert not host.is_dead(63.0)
-    host.note_start(63.0)
+    for now in (10.0, 10.3, 10.9, 11.9):
+        host.note_unreachable(now, now, "connect")
+    host.note_unreachable(13.0, 12.9, "dns")
+    assert host.is_dead(72.0) and host.dead_status == "dns"
+    assert not host.is_dead(73.0)
+    host.note_start(73.0)
     assert host.next_start() == math.inf
     host.in_flight -= 1
     host.note_answer()
-    host.note_start(64.0)
-    assert host.next_start() <= 64.0
+    host.note_start(74.0)
+    assert host.next_start() <= 74.0
+
+
+def test_host_that_is_away_for_a_moment_is_not_dead():
+    """Many fetches that fail of one short trouble count for little, and the host rests before others try it."""
+    host = hosts.Host("h", 16, 60.0)
+    for _ in range(16):
+        host.note_unreachable(1.0, 0.9, "dns")
+    assert not host.is_dead(1.0) and host.next_start() == pytest.approx(1.25)
+    host.note_unreachable(1.3, 1.25, "dns")
+    assert not host.is_dead(1.3) and host.next_start() == pytest.approx(1.8)
+
+
+def test_short_trouble_of_the_resolver_costs_no_row(serve, monkeypatch):
+    """A single look-up that fails costs none of the many rows of its host."""
+    server = serve(send_image)
+    asked = []
+
+    def resolve(host, *arguments, **options):
+        asked.append(host)
+        time.sleep(0.05)
+        if len(asked) == 1:
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    found = fetch_all(fetcher(fetch_retries=2), [f"http://big.example:{server.port}/{n}" for n in range(200)])
+    assert {status for _, status in found} == {"ok"} and len(asked) == 2
 
 
 def test_hosts_are_forgotten(monkeypatch):
@@ -437,8 +528,10 @@ def test_broken_page_costs_its_host_little(serve, monkeypatch):
     assert server.seen.count("/broken") <= 2 + fetch.MOST_REFUSALS + 1
 
 
-def test_dead_host_is_asked_no_more():
+def test_dead_host_is_asked_no_more(monkeypatch):
     """Rows of a host that could not be reached several times in a row fail at once, and their detail says why."""
+    monkeypatch.setattr(hosts, "FIRST_REST_S", 0.01)
+    monkeypatch.setattr(hosts, "DEAD_AFTER_S", 0.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -472,6 +565,63 @@ def test_heads_of_odd_servers(serve, head):
     """Bare newlines, no reason, HTTP/1.0 and folded headers are read as other clients read them."""
     server = serve(lambda connection, path, server: connection.sendall(head % len(IMAGE) + IMAGE) or "close")
     assert fetcher()(f"{server.url}/x") == IMAGE
+
+
+CHUNKED = f"{len(IMAGE):x}\r\n".encode() + IMAGE + b"\r\n0\r\n"
+
+
+@pytest.mark.parametrize(("headers", "body"), [
+    (f"Content-Length: {len(IMAGE)}\r\nContent-Length: {len(IMAGE)}", IMAGE),
+    (f"Content-Length: {len(IMAGE)}, {len(IMAGE)}", IMAGE),
+    ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", CHUNKED + b"\r\n"),
+    ("Transfer-Encoding: identity, Chunked", CHUNKED + b"\r\n"),
+    ("Transfer-Encoding: chunked\r\nContent-Length: 99999999999", CHUNKED + b"\r\n"),
+    ("Transfer-Encoding: chunked", b"0" * 30 + CHUNKED + b"\r\n"),
+    ("Transfer-Encoding: chunked", CHUNKED)])  # the line after the last chunk never comes
+def test_bodies_of_odd_servers(serve, headers, body):
+    """What is said twice counts once, chunks count before a length, and what is missing behind a whole body is no failure."""
+    server = serve(lambda connection, path, server: connection.sendall(f"HTTP/1.1 200 OK\r\n{headers}\r\n\r\n".encode() + body))
+    assert fetcher()(server.url) == IMAGE
+
+
+def test_length_of_a_body_in_chunks_is_not_believed():
+    """A short Content-Length beside chunks would have a long body pass the bound on memory."""
+    head = http_client.Head(200, {"content-length": "10", "transfer-encoding": "chunked"}, True)
+    assert head.length() is None
+    assert http_client.Head(200, {"content-length": "10, 11"}, True).length() is None
+    assert http_client.Head(200, {"content-length": "10, 10"}, True).length() == 10
+
+
+def test_long_head_ends(serve):
+    """A head is not kept beyond 256 KiB, however many headers of moderate length it has."""
+    sent = []
+
+    def send_head(connection, path, server):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        for number in range(390):
+            connection.sendall(f"X-{number}: {'x' * 60_000}\r\n".encode())
+            sent.append(number)
+        connection.sendall(b"\r\n")
+    assert outcome(fetcher(), serve(send_head).url)[0] == "connect"
+    assert len(sent) < 200
+
+
+def test_redirect_said_twice_is_one(serve):
+    """A Location that a server sends twice is followed."""
+    server = serve(lambda connection, path, server: connection.sendall(
+        answer_with(IMAGE) if path == "/there" else answer_with(b"", "Location: /there", "Location: /there", code="302 Found")))
+    assert fetcher()(server.url) == IMAGE
+
+
+def test_opt_out_of_a_redirect_is_respected(serve, tmp_path):
+    """A server that opts out by the headers of its redirect is left alone, also by a cache that was filled without respect."""
+    server = serve(lambda connection, path, server: connection.sendall(
+        answer_with(IMAGE) if path == "/there"
+        else answer_with(b"", "Location: /there", "X-Robots-Tag: noai", code="302 Found")))
+    assert fetcher(respect_opt_out=False, cache_path=str(tmp_path))(server.url) == IMAGE
+    assert outcome(fetcher(), server.url) == ("opted_out", "X-Robots-Tag")
+    assert outcome(fetcher(cache_path=str(tmp_path)), server.url) == ("opted_out", "X-Robots-Tag")
+    assert server.seen.count("/there") == 1
 
 
 def test_connections_are_used_again(serve):
@@ -549,6 +699,17 @@ def test_fetches_that_do_not_end_leave_room_for_others(serve, monkeypatch):
     found = fetch_all(get, [*urls, f"{quick.url}/x"])
     assert [status for _, status in found] == ["timeout"] * len(urls) + ["ok"]
     assert found[-1][0] < 1.5
+
+
+def test_waiting_for_a_place_costs_nothing(serve):
+    """While as many fetches as may be are under way, and others wait, nobody looks again and again whether one may begin."""
+    server = serve(lambda connection, path, server: server.closing.wait(20) and "close")
+    get = fetcher(fetch_concurrency=4, fetch_timeout_s=2.5)
+    looked = []
+    look_again = get._look_again
+    get._look_again = lambda: (looked.append(1), look_again())
+    fetch_all(get, [f"{server.url}/{n}" for n in range(6)])
+    assert len(looked) < 100
 
 
 def test_large_bodies_take_turns(serve, monkeypatch):
@@ -659,6 +820,31 @@ def test_private_url_is_refused_before_the_proxy(serve, use_proxy):
     get = fetcher(use_environment_proxies=True, allow_private_hosts=False)
     assert outcome(get, "http://10.0.0.1/x")[0] == "forbidden"
     assert proxy.seen == []
+
+
+@pytest.mark.parametrize("proxy", ["http://proxy:abc", "http://[::1", "http://proxy:99999", "socks5://proxy:1"])
+def test_proxy_that_is_none(monkeypatch, proxy):
+    """A proxy that cannot be read costs each row its failure, and holds up no run."""
+    monkeypatch.setenv("http_proxy", proxy)
+    status, detail = outcome(fetcher(use_environment_proxies=True), "http://h.example/x")
+    assert status == "connect" and "environment's proxy" in detail
+
+
+def test_certificates_of_the_environment(monkeypatch, tmp_path):
+    """A bundle that cannot be read is told at the start; one in the form of a folder is read."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    with pytest.raises(script.Trouble, match="REQUESTS_CA_BUNDLE") as raised:
+        fetcher(use_environment_proxies=True)
+    assert raised.value.exit_code == script.EXIT_CONFIG
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path))
+    fetcher(use_environment_proxies=True)
+
+
+def test_bug_in_reading_a_url_reaches_the_run(monkeypatch):
+    """Whatever goes wrong before a fetch begins is raised where it is waited for, and no run hangs."""
+    monkeypatch.setattr(fetch, "read_url", lambda url, config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fetcher()("http://h.example/x")
 
 
 def test_proxy_that_refuses(serve, use_proxy):
@@ -815,6 +1001,14 @@ def test_summary_names_the_hosts_that_failed(serve, write_config, write_table, r
         {"host": "127.0.0.1", "failed": 3, "statuses": {"http_4xx": 3}},
         {"host": "127.0.0.3", "failed": 1, "statuses": {"connect": 1}}]
     assert "127.0.0.2: 5 http_4xx, 1 http_5xx" in result.stderr
+
+
+@pytest.mark.parametrize(("url", "host"), [
+    ("http://user:p@ss@host.example/x", "host.example"), ("http://user:pass@[::1]:80/@", "::1"), ("http://h/a@b", "h"),
+    ("http://h?a@b", "h"), ("user:pass@host/x", "-")])
+def test_hosts_are_told_without_passwords(url, host):
+    """What stands before a URL's host, with any number of @ in it, is told nowhere."""
+    assert web_report.host_of(url) == host
 
 
 def test_second_pass_with_a_longer_deadline(serve, write_config, write_table, run_main, read_table, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import email.utils
 import functools
 import os
+import pathlib
 import re
 import ssl
 import time
@@ -19,9 +20,9 @@ from addons.images.http_client import (
     KeptConnections,
     open_connection,
 )
-from addons.images.names import NameFailure, NoName, NotPublic, Resolver
+from addons.images.names import MOST_THREADS, NameFailure, NoName, NotPublic, Resolver
 from addons.images.targets import Target, follow_redirect
-from image_text_sim_clip import Config, RowFailure
+from image_text_sim_clip import EXIT_CONFIG, Config, RowFailure, Trouble
 
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 REFUSING_CODES = (429, 503)
@@ -79,13 +80,14 @@ class Attempt:
 
     target: Target
     ends: float  # its deadline, later by what it has `waited_s`
-    waited_s: float = 0.0  # for room in memory, which is not the server's fault
+    waited_s: float = 0.0  # for room in memory, or for a thread that looks its name up: neither is the server's fault
     holding: "Holding" = dataclasses.field(default_factory=lambda: Holding())
+    is_resolving: bool = False  # the host's name is being looked up
     is_reading: bool = False  # the head has come
     opted_out: bool = False  # the server opts out, and the config does not mind
     clock: asyncio.Timeout | None = None
 
-    async def wait_for_room(self, event: "asyncio.Future[None]") -> None:
+    async def wait_unclocked(self, event: "asyncio.Future[None]") -> None:
         """Wait for the event, off the clock."""
         loop = asyncio.get_running_loop()
         since = loop.time()
@@ -118,7 +120,7 @@ class Budget:
         event: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((count, event))
         try:
-            await attempt.wait_for_room(event)
+            await attempt.wait_unclocked(event)
         except BaseException:
             if event.done() and not event.cancelled():  # given in the moment of being cancelled
                 self.give_back(count)
@@ -187,12 +189,14 @@ class BytesInFlight:
 class Web:
     """What attempts share: resolvers, kept connections, TLS, and the bound on memory. For the event loop's thread alone."""
 
-    def __init__(self, config: Config, kept_connections: int) -> None:
+    def __init__(self, config: Config, kept_connections: int, resolvers: int) -> None:
         self.config = config
         self.connections = KeptConnections(kept_connections)
         self.bytes = BytesInFlight(config.max_image_bytes)
-        self._resolver = Resolver(config.allow_private_hosts)
+        self._resolver = Resolver(config.allow_private_hosts, min(MOST_THREADS, resolvers))
         self._proxy_resolver = Resolver(allow_private=True)
+        if config.use_environment_proxies:
+            self._tls = open_tls(config)  # what is wrong with the environment is told at the start
 
     async def get(self, attempt: Attempt) -> bytes:
         """The image; raises RowFailure, PassingFailure, Redirected, Refused, or TooManyFiles.
@@ -203,6 +207,8 @@ class Web:
             async with asyncio.timeout_at(attempt.ends) as attempt.clock:
                 return await self._exchange(attempt)
         except TimeoutError:
+            if attempt.is_resolving:
+                raise Unreachable("dns", "the resolver does not answer") from None
             detail = "body did not end in time" if attempt.is_reading else "no answer in time"
             raise PassingFailure("timeout", detail) from None
         except BadAnswer as error:
@@ -211,7 +217,7 @@ class Web:
             raise PassingFailure("connect", "connection failed or broke off") from None
 
     async def _exchange(self, attempt: Attempt) -> bytes:
-        connection, head = await self._ask(attempt.target)
+        connection, head = await self._ask(attempt)
         attempt.is_reading = True
         try:
             await self._judge(connection, head, attempt)
@@ -224,13 +230,14 @@ class Web:
         finally:
             self.connections.keep(connection, asyncio.get_running_loop().time())
 
-    async def _ask(self, target: Target) -> tuple[Connection, Head]:
+    async def _ask(self, attempt: Attempt) -> tuple[Connection, Head]:
         """Send the request, and read the head of the answer."""
+        target = attempt.target
         kept = self.connections.take(target.place, asyncio.get_running_loop().time())
         if kept:
             with contextlib.suppress(BadAnswer, OSError):  # the server had given it up, which is no failure
                 return kept, await self._send_and_read_head(kept, target)
-        connection = await self._connect(target)
+        connection = await self._connect(attempt)
         return connection, await self._send_and_read_head(connection, target)
 
     async def _send_and_read_head(self, connection: Connection, target: Target) -> Head:
@@ -241,20 +248,23 @@ class Web:
             connection.close()
             raise
 
-    async def _connect(self, target: Target) -> Connection:
+    async def _connect(self, attempt: Attempt) -> Connection:
         """A new connection to a checked address of the host, through the proxy if there is one."""
+        target = attempt.target
         place = target.place
+        attempt.is_resolving = True
         try:
-            addresses = await self._resolver.find(place.host)
+            addresses = await self._resolver.find(place.host, attempt.wait_unclocked)
         except NameFailure as failure:
             raise Unreachable("dns", str(failure)) from None
         except NotPublic:
             raise RowFailure("forbidden", "address is not public") from None
         except NoName:
             raise RowFailure("missing", "not a URL") from None
+        attempt.is_resolving = False
         try:
             if target.proxy:
-                return await self._connect_by_proxy(target, addresses[0][1])
+                return await self._connect_by_proxy(attempt, addresses[0][1])
             return await open_connection(place, addresses, place.port, self._tls if place.is_tls else None)
         except ssl.SSLError:
             raise RowFailure("connect", "TLS certificate or handshake refused") from None
@@ -263,13 +273,13 @@ class Web:
         except OSError:
             raise Unreachable("connect", "connection failed or broke off") from None
 
-    async def _connect_by_proxy(self, target: Target, address: str) -> Connection:
+    async def _connect_by_proxy(self, attempt: Attempt, address: str) -> Connection:
         """A tunnel through the proxy, which is asked for the checked address: a name it would resolve for itself."""
-        proxy = target.proxy
+        proxy = attempt.target.proxy
         assert proxy
-        place = target.place
+        place = attempt.target.place
         try:
-            addresses = await self._proxy_resolver.find(proxy.host)
+            addresses = await self._proxy_resolver.find(proxy.host, attempt.wait_unclocked)
         except (NameFailure, NoName):
             raise PassingFailure("connect", "the environment's proxy has no address") from None
         connection = await open_connection(place, addresses, proxy.port, None)
@@ -289,17 +299,15 @@ class Web:
 
     @functools.cached_property
     def _tls(self) -> ssl.SSLContext:
-        bundle = DEFAULT_CA_BUNDLE_PATH
-        if self.config.use_environment_proxies:
-            bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or bundle
-        context = ssl.create_default_context(cafile=bundle)
-        context.set_alpn_protocols(["http/1.1"])
-        return context
+        return open_tls(self.config)
 
     async def _judge(self, connection: Connection, head: Head, attempt: Attempt) -> None:
         """Raise for a redirect, an error, an opted-out image or an encoded body."""
         code = head.code
         location = head.headers.get("location", "")
+        attempt.opted_out = bool(re.search(r"\bno(image)?ai\b", head.headers.get("x-robots-tag", "").lower()))
+        if attempt.opted_out and self.config.respect_opt_out and code < 400:  # a redirect speaks for its URL as well
+            raise RowFailure("opted_out", "X-Robots-Tag")
         if code in REDIRECT_CODES and location:
             if head.length() == 0:  # any other body says nothing, and may never end
                 await connection.drain(head)
@@ -312,9 +320,6 @@ class Web:
             raise PassingFailure("http_5xx", str(code))
         if not 200 <= code < 300:
             raise RowFailure("http_4xx", str(code))
-        attempt.opted_out = bool(re.search(r"\bno(image)?ai\b", head.headers.get("x-robots-tag", "").lower()))
-        if attempt.opted_out and self.config.respect_opt_out:
-            raise RowFailure("opted_out", "X-Robots-Tag")
         codings = re.split(r"[\s,]+", head.headers.get("content-encoding", "").lower())
         transfer = head.headers.get("transfer-encoding", "").lower().replace("chunked", "").strip(" ,")
         if transfer not in ("", "identity") or not all(coding in NO_CODINGS or "/" in coding for coding in codings):
@@ -333,6 +338,24 @@ class Web:
             await self.bytes.count(attempt, len(piece), head.length())
             pieces.append(piece)
         return b"".join(pieces)
+
+
+def open_tls(config: Config) -> ssl.SSLContext:
+    """How servers' certificates are verified: by the bundle that `requests` uses, or the one that the environment names."""
+    bundle = ""
+    if config.use_environment_proxies:
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
+    path = bundle or DEFAULT_CA_BUNDLE_PATH
+    is_folder = pathlib.Path(path).is_dir()
+    try:
+        context = ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
+    except OSError as error:  # ssl's are
+        if not bundle:
+            raise
+        reason = "is no bundle of certificates" if isinstance(error, ssl.SSLError) else f"cannot be read: {error.strerror}"
+        raise Trouble(EXIT_CONFIG, f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE: {bundle} {reason}") from None
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def read_retry_after(header: str) -> float:

@@ -39,6 +39,7 @@ FIRST_PAUSE_S = 0.25  # before the second attempt; doubled from try to try
 MOST_REFUSALS = 8  # of one row by a host that serves others
 AUTO_CONCURRENCY = 1024
 FILES_KEPT_BACK = 128  # descriptors for everything else that this process opens
+FILES_OF_A_RESOLVER = 8  # of so many descriptors one is for looking names up
 MOST_KEPT = 512  # connections for later: each takes some 20 kB
 FETCHING_SHARE = 2 / 3  # of the other descriptors; the rest are connections kept for later
 UNCLAIMED_IMAGES = 128  # fetched or decoded, and not taken yet: beyond that no new fetch begins
@@ -94,6 +95,7 @@ class Fetch:
     refusals: int = 0
     times_full: int = 0
     spent_s: float = 0.0
+    opted_out: bool = False  # it, or a redirect on its way, has a server that opts out, and the config does not mind
 
 
 @functools.cache
@@ -104,15 +106,18 @@ def event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def count_connections(config: Config) -> tuple[int, int]:
-    """How many fetches may be under way, and how many unused connections may be kept, with the file descriptors there are."""
-    limit = 1024
+def count_files() -> int:
+    """How many file descriptors this process may have."""
     try:
         import resource
-        limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**20)
+        return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**20)
     except (ImportError, ValueError):  # elsewhere than on POSIX
-        pass
-    free = max(8, limit - FILES_KEPT_BACK)
+        return 1024
+
+
+def count_connections(config: Config) -> tuple[int, int]:
+    """How many fetches may be under way, and how many unused connections may be kept, with the file descriptors there are."""
+    free = max(8, count_files() - FILES_KEPT_BACK)
     most = AUTO_CONCURRENCY if config.fetch_concurrency == "auto" else config.fetch_concurrency
     concurrency = max(1, min(most, int(free * FETCHING_SHARE)))
     return concurrency, max(1, min(concurrency, free - concurrency, MOST_KEPT))
@@ -130,7 +135,7 @@ class Fetcher:
         self.flow = Flow(concurrency, usable_cores() * BURST_BYTES_A_CORE, UNCLAIMED_IMAGES)
         self.fetch_seconds: dict[int, collections.Counter[int]] = {}  # by partition, see web_report.py
         self.hosts = Hosts(config.max_per_host, config.host_patience_s)
-        self.web = Web(config, kept_connections)
+        self.web = Web(config, kept_connections, max(1, count_files() // FILES_OF_A_RESOLVER))
         self._loop = event_loop()
         self._here = threading.local()  # .lent: the Outcome that a call in this thread is to return
         self._listed: collections.deque[Host] = collections.deque()  # hosts that may be asked now, in turns
@@ -217,6 +222,9 @@ class Fetcher:
                 target = read_url(url, self.config)
             except RowFailure as failure:
                 self._deliver(on_done, Outcome(failure=failure.with_traceback(None)))
+                continue
+            except Exception as bug:  # it must reach the run, which waits for this row
+                self._deliver(on_done, Outcome(bug=bug))
                 continue
             host = self._disk if self._cache else self.hosts.find(target.host_name)
             self._queue(Fetch(url, on_done, target, host))
@@ -365,15 +373,16 @@ class Fetcher:
             self._wait_for_host(fetch, began, trouble)
             return
         fetch.spent_s += now - began - attempt.waited_s
+        fetch.opted_out |= attempt.opted_out
         if isinstance(trouble, Unreachable):
-            host.note_unreachable(now, "dns" if trouble.status == "dns" else "connect")
+            host.note_unreachable(now, began + attempt.waited_s, "dns" if trouble.status == "dns" else "connect")
         elif attempt.is_reading:
             host.note_answer()
         if isinstance(trouble, Refused):
             trouble = PassingFailure(trouble.status, str(trouble.code))
         if trouble is None:
             host.note_served(now, began)
-            await self._keep_in_cache(fetch, body, attempt.opted_out)
+            await self._keep_in_cache(fetch, body)
             self._deliver(fetch.on_done, Outcome(body, seconds=fetch.spent_s, holding=attempt.holding))
         elif isinstance(trouble, Redirected):
             self._follow(fetch, trouble.url)
@@ -383,9 +392,9 @@ class Fetcher:
             await self._forget_if_opted_out(fetch, trouble)
             self._fail(fetch, trouble)
 
-    async def _keep_in_cache(self, fetch: Fetch, body: bytes, opted_out: bool) -> None:
+    async def _keep_in_cache(self, fetch: Fetch, body: bytes) -> None:
         if self._cache:
-            await self._loop.run_in_executor(self._disk_threads, self._cache.keep, fetch.url, body, opted_out)
+            await self._loop.run_in_executor(self._disk_threads, self._cache.keep, fetch.url, body, fetch.opted_out)
 
     async def _forget_if_opted_out(self, fetch: Fetch, reason: RowFailure) -> None:
         if self._cache and reason.status == "opted_out":

@@ -28,16 +28,20 @@ class Flow:
 
     def may_start(self, now: float) -> bool:
         """Whether there is room for another fetch."""
-        if self.in_flight >= self.concurrency or self._unclaimed >= self._most_unclaimed:
+        if self._is_full():
             return False
         while self._recent and next(iter(self._recent.values())) <= now - RECENT_S:
             self._recent.popitem(last=False)
         expected = len(self._recent) + self._unclaimed
         return expected < ALWAYS_RECENT or expected * self._mean_bytes < self._burst_bytes
 
+    def _is_full(self) -> bool:
+        """Whether a fetch has to end, or an image to be taken, before another fetch may start."""
+        return self.in_flight >= self.concurrency or self._unclaimed >= self._most_unclaimed
+
     def looks_again_at(self) -> float:
-        """When the oldest recent fetch will not be recent any more; infinity if there is none."""
-        return next(iter(self._recent.values()), math.inf) + RECENT_S
+        """When the oldest recent fetch will not be recent any more; infinity if there is none, or if that would not help."""
+        return math.inf if self._is_full() else next(iter(self._recent.values()), math.inf) + RECENT_S
 
     def note_start(self, fetch: object, now: float) -> None:
         """The fetch begins."""

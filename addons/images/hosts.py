@@ -20,8 +20,10 @@ PAUSES_S = (1.0, 60.0)  # after refusals that do not say how long to wait: the f
 REFUSED_SHARE = 0.75  # of the rate that a host accepted before it refused
 GROWTH_PER_S = 0.02  # of the rate, while a host accepts it
 PATIENCE_PER_IMAGE_S = 0.1  # what a host that serves an image gets back of the patience it has used up
-DEAD_AFTER = 5  # failures in a row to connect or to resolve
+DEAD_AFTER = 5  # failures in a row to connect or to resolve, …
+DEAD_AFTER_S = 3.0  # … over so long: a resolver or a server that is away for a moment costs few rows
 DEAD_FOR_S = 60.0
+FIRST_REST_S = 0.25  # of a host that could not be reached; doubled each time
 KEPT_HOSTS = 5_000  # that nobody waits for, with what has been learnt of them
 
 # Of 503 without Retry-After between images:
@@ -53,6 +55,9 @@ class Host:
         self._grown_at = -math.inf
         self._suspicion = Suspicion()
         self._failures = 0  # in a row
+        self._failing_since = -math.inf  # when the first of them began
+        self._rests = 0  # since then
+        self._failed_at = -math.inf  # the last one that was news
         self._dead_until = -math.inf
 
     def next_start(self) -> float:
@@ -78,6 +83,7 @@ class Host:
     def note_answer(self) -> None:
         """It answered, whatever it said: it is not dead."""
         self._failures = 0
+        self._rests = 0
 
     def note_served(self, now: float, began: float) -> None:
         """It served what was asked for then: it gets back some patience, and may be asked a little faster."""
@@ -143,12 +149,21 @@ class Host:
         self._next_start = now
         self._grown_at = now
 
-    def note_unreachable(self, now: float, status: str) -> None:
-        """It could not be connected to, or its name not resolved (`status` connect or dns)."""
+    def note_unreachable(self, now: float, began: float, status: str) -> None:
+        """It could not be connected to, or its name not resolved (`status` connect or dns), by an attempt that `began` then.
+
+        It rests for a moment before others try, or many that wait would all fail of one short trouble.
+        """
+        if not self._failures:
+            self._failing_since = began
         self._failures += 1
         self.dead_status = status
-        if self._failures >= DEAD_AFTER:
+        if self._failures >= DEAD_AFTER and now - self._failing_since >= DEAD_AFTER_S:
             self._dead_until = now + DEAD_FOR_S
+        elif began >= self._failed_at:  # those under way meanwhile tell nothing new
+            self._failed_at = now
+            self._next_start = max(self._next_start, now + FIRST_REST_S * 2 ** min(self._rests, 4))
+            self._rests += 1
 
     def is_idle(self) -> bool:
         """Whether nothing waits for it or is under way."""

@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 from addons.images.names import Address
 
-CONNECT_TIMEOUT_S = 5.0  # to one address, TLS handshake included
+CONNECT_TIMEOUT_S = 5.0  # to one address; as much again for the TLS handshake
+NEXT_ADDRESS_S = 0.5  # until the next address of the host is tried as well
 IDLE_S = 30.0  # how long a connection is kept for the next fetch at the same host
 CHUNK_BYTES = 65536
 LINE_BYTES = 65536  # of one line of a head
 HEAD_LINES = 400  # of all heads of one answer, 1xx ones included
+HEAD_BYTES = 256 * 1024  # of the same: a thousand fetches may be reading theirs
 DRAINED_BYTES = 16384  # of an error page, which is read for the sake of the connection
-DRAIN_S = 0.5
+DRAIN_S = 0.5  # for such a page, and for what may follow the last chunk of a body
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -44,16 +46,29 @@ class Place(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The head of an answer: code, and headers by their names in lower case (those given twice are joined by commas)."""
+    """The head of an answer: code, and headers by their names in lower case.
+
+    Those given several times are joined by commas, but that a value which is said again, as a proxy on the way may do, counts
+    once.
+    """
 
     code: int
     headers: dict[str, str]
     keeps_alive: bool
 
+    def coding(self) -> str:
+        """The last of the transfer codings, the one that says where the body ends; empty for none."""
+        return self.headers.get("transfer-encoding", "").lower().rpartition(",")[2].strip()
+
     def length(self) -> int | None:
-        """The body's length in bytes as Content-Length promises it; None where that is missing or no such number."""
-        header = self.headers.get("content-length", "")
-        return int(header) if re.fullmatch(r"[0-9]{1,18}", header) else None
+        """The body's length in bytes as Content-Length promises it.
+
+        None where that is missing or no one number, or does not count, because the body has a transfer coding.
+        """
+        lengths = set(re.split(r"\s*,\s*", self.headers.get("content-length", "")))
+        header = lengths.pop()
+        is_number = not lengths and re.fullmatch(r"[0-9]{1,18}", header)
+        return int(header) if is_number and self.coding() in ("", "identity") else None
 
 
 class _Reader(asyncio.StreamReader):
@@ -109,6 +124,7 @@ class Connection:
     async def read_head(self) -> Head:
         """The head of the answer; those of 1xx before it (early hints) are read past."""
         lines_left = HEAD_LINES
+        begin = self._consumed
         while True:
             status = re.match(rb"HTTP/1\.([0-9]) +([1-9][0-9]{2})(?: |$)", await self._read_line())
             if not status:
@@ -118,7 +134,7 @@ class Connection:
             last = ""
             while line := await self._read_line():
                 lines_left -= 1
-                if not lines_left:
+                if not lines_left or self._consumed - begin > HEAD_BYTES:
                     raise BadAnswer("a head without end")
                 if line[:1] in (b" ", b"\t"):  # the last header goes on
                     if last:
@@ -127,7 +143,7 @@ class Connection:
                 name, _, value = line.decode("latin-1").partition(":")
                 last = name.strip().lower()
                 text = value.strip()
-                headers[last] = f"{headers[last]}, {text}" if last in headers else text
+                headers[last] = text if headers.get(last, text) == text else f"{headers[last]}, {text}"
             lines_left -= 1
             if not lines_left:
                 raise BadAnswer("a head without end")
@@ -140,13 +156,12 @@ class Connection:
         """The body in pieces; BadAnswer if it ends before its time. At its end the connection may be kept, or is closed."""
         is_delimited = True
         length = head.length()
-        coding = head.headers.get("transfer-encoding", "identity").lower()
-        if coding == "chunked":
+        if head.coding() == "chunked":
             async for piece in self._read_chunks():
                 yield piece
         elif head.code in (204, 304):
             pass
-        elif length is not None and coding == "identity":
+        elif length is not None:
             async for piece in self._read_exactly(length):
                 yield piece
         else:
@@ -172,20 +187,28 @@ class Connection:
 
     async def _read_chunks(self) -> AsyncIterator[bytes]:
         while True:
-            size = re.fullmatch(rb"\s*([0-9a-fA-F]{1,15})\s*(?:;.*)?", await self._read_line())
+            size = re.fullmatch(rb"\s*0*([0-9a-fA-F]{1,15})\s*(?:;.*)?", await self._read_line())
             if not size:
                 raise BadAnswer("a chunk without a size")
             count = int(size[1], 16)
             if count == 0:
-                break
+                await self._read_trailers()
+                return
             async for piece in self._read_exactly(count):
                 yield piece
             if await self._read_line():
                 raise BadAnswer("a chunk longer than its size")
-        for _ in range(HEAD_LINES):  # trailers
-            if not await self._read_line():
-                return
-        raise BadAnswer("trailers without end")
+
+    async def _read_trailers(self) -> None:
+        """Read what follows the last chunk, for the sake of the connection: the body is whole. Some servers forget its end."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                for _ in range(HEAD_LINES):
+                    if not await self._read_line():
+                        return
+        except (TimeoutError, BadAnswer, OSError):
+            pass
+        self.close()
 
     async def drain(self, head: Head) -> None:
         """Read a short error page, so that the connection can be kept; close it if that would take long."""
@@ -203,36 +226,76 @@ class Connection:
 
 
 async def open_connection(place: Place, addresses: list[Address], port: int, tls: ssl.SSLContext | None) -> Connection:
-    """Connect to the first of `addresses` that takes it, at `port`. Raises OSError (its TimeoutError, ssl's errors), or
+    """Connect to one of `addresses`, the first that takes it, at `port`. Raises OSError (its TimeoutError, ssl's errors), or
     TooManyFiles."""
     loop = asyncio.get_running_loop()
     trouble: OSError = ConnectionRefusedError()
-    for family, address in addresses:
+    while addresses:
+        try:
+            sock, number = await _connect_to_any(addresses, port)
+        except OSError as error:  # TimeoutError is one
+            raise trouble if isinstance(trouble, ssl.SSLError) else error from None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                sock = await _connect(loop, family, address, port)
-                try:
-                    reader = _Reader(LINE_BYTES, loop)
-                    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-                    transport, _ = await loop.create_connection(lambda made=protocol: made, sock=sock, ssl=tls,
-                                                                server_hostname=place.host if tls else None)
-                except BaseException:
-                    sock.close()
-                    raise
+                reader = _Reader(LINE_BYTES, loop)
+                protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+                transport, _ = await loop.create_connection(lambda made=protocol: made, sock=sock, ssl=tls,
+                                                            server_hostname=place.host if tls else None)
                 return Connection(place, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
-        except OSError as error:  # TimeoutError is one
-            if error.errno in TOO_MANY_FILES:
-                raise TooManyFiles from None
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, OSError):
+                raise
             trouble = error
+            addresses = addresses[number + 1:]
     raise trouble
 
 
-async def _connect(loop: asyncio.AbstractEventLoop, family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+async def _connect_to_any(addresses: list[Address], port: int) -> tuple[socket.socket, int]:
+    """A connection to the first address that takes it, and that address's number. Raises OSError, or TooManyFiles.
+
+    Each is tried when those before it have failed, or have had NEXT_ADDRESS_S for it: a machine whose IPv6 leads nowhere has
+    most hosts' first address wrong. (RFC 8305 does so too, sooner.)
+    """
+    trouble: OSError = ConnectionRefusedError()
+    numbers: dict[asyncio.Task[socket.socket], int] = {}
+    try:
+        while True:
+            if len(numbers) < len(addresses):
+                numbers[asyncio.create_task(_connect(*addresses[len(numbers)], port))] = len(numbers)
+            is_last = len(numbers) == len(addresses)
+            under_way = [task for task in numbers if not task.done()]
+            if under_way:
+                await asyncio.wait(under_way, timeout=None if is_last else NEXT_ADDRESS_S,
+                                   return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in numbers if task.done()]:
+                error = task.exception()
+                if error is None:
+                    return task.result(), numbers.pop(task)
+                if not isinstance(error, OSError):
+                    raise error
+                trouble = error
+            if is_last and all(task.done() for task in numbers):
+                raise trouble
+    finally:
+        for task in numbers:
+            if not task.cancel() and not task.cancelled() and not task.exception():
+                task.result().close()
+
+
+async def _connect(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    """A connection to one address. Raises OSError (TimeoutError after CONNECT_TIMEOUT_S), or TooManyFiles."""
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise TooManyFiles from None
+        raise
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await loop.sock_connect(sock, (address, port))
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await asyncio.get_running_loop().sock_connect(sock, (address, port))
     except BaseException:
         sock.close()
         raise

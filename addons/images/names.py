@@ -1,8 +1,9 @@
 """Names and addresses: which host a URL names, which addresses it has, and which of them may be asked.
 
 A resolver that does not answer must not hold a fetch for as long as the system waits for it, so names are looked up in
-threads of their own, with a deadline. Answers are kept for a while, together with the judgement about each address: what was
-checked is what is connected to. Everything here but the look-up itself runs in the thread of the fetcher's event loop.
+threads of their own, with a deadline that counts from when a thread takes the name up: names that hang must not have others
+fail. Answers are kept for a while, together with the judgement about each address: what was checked is what is connected to.
+Everything here but the look-up itself runs in the thread of the fetcher's event loop.
 """
 import asyncio
 import collections
@@ -11,6 +12,7 @@ import queue
 import re
 import socket
 import threading
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from requests_hardened.ip_filter import EXTRA_BLOCKED_NET_RANGES
@@ -18,7 +20,7 @@ from requests_hardened.ip_filter import EXTRA_BLOCKED_NET_RANGES
 RESOLVE_TIMEOUT_S = 5.0  # for one name; the system's own resolver may take half a minute
 KEPT_S = 300.0  # how long an answer is good for
 KEPT_NAMES = 10_000  # a table may have millions of hosts
-MOST_THREADS = 128  # each waits for one name
+MOST_THREADS = 256  # each waits for one name, by a descriptor
 STACK_BYTES = 512 * 1024  # of such a thread, which holds little
 
 # Services of a cloud that answer to its own machines only, at addresses that are otherwise public.
@@ -75,22 +77,35 @@ class _Answer(NamedTuple):
     until: float  # of the event loop's clock
 
 
+class _Question(NamedTuple):
+    """A name that is being looked up, or waits for a thread to do so."""
+
+    begun: "asyncio.Future[None]"
+    answer: "asyncio.Future[list[Address]]"
+
+
+async def _wait(event: "asyncio.Future[None]") -> None:
+    await event
+
+
 class Resolver:
     """Host name -> the addresses that may be asked, in the system's order. Used in the event loop's thread alone."""
 
-    def __init__(self, allow_private: bool) -> None:
+    def __init__(self, allow_private: bool, most_threads: int = MOST_THREADS) -> None:
         self._allow_private = allow_private
+        self._most_threads = most_threads
         self._answers: collections.OrderedDict[str, _Answer] = collections.OrderedDict()
-        self._asked: dict[str, asyncio.Future[list[Address]]] = {}  # being looked up: many rows may wait for one host
+        self._asked: dict[str, _Question] = {}  # many rows may wait for one host
+        self._waiting: collections.deque[str] = collections.deque()  # those of `_asked` that no thread has taken up
         self._questions: queue.SimpleQueue[tuple[str, asyncio.Future[list[Address]]]] = queue.SimpleQueue()
         self._threads = 0
 
-    async def find(self, host: str) -> list[Address]:
-        """At least one address; raises NameFailure, NotPublic, or NoName."""
+    async def find(self, host: str, wait: "Callable[[asyncio.Future[None]], Awaitable[None]]" = _wait) -> list[Address]:
+        """At least one address; raises NameFailure, NotPublic, or NoName. `wait` waits for a free thread, off any clock."""
         loop = asyncio.get_running_loop()
         kept = self._answers.get(host)
         if kept is None or kept.until < loop.time():
-            found = await self._look_up(host)
+            found = await self._look_up(host, wait)
             if not self._allow_private:
                 found = [address for address in found if is_public(address[1].partition("%")[0])]
             kept = _Answer(found, loop.time() + KEPT_S)
@@ -102,37 +117,50 @@ class Resolver:
             raise NotPublic
         return kept.addresses
 
-    async def _look_up(self, host: str) -> list[Address]:
+    async def _look_up(self, host: str, wait: "Callable[[asyncio.Future[None]], Awaitable[None]]") -> list[Address]:
         literal = _read_literal(host)
         if literal:
             return [literal]
-        future = self._asked.get(host)
-        if future is None:
-            future = asyncio.get_running_loop().create_future()
-            self._asked[host] = future
-            future.add_done_callback(lambda done: self._forget_question(host, done))
-            self._ask(host, future)
+        question = self._asked.get(host)
+        if question is None:
+            loop = asyncio.get_running_loop()
+            question = _Question(loop.create_future(), loop.create_future())
+            self._asked[host] = question
+            question.answer.add_done_callback(lambda answer: self._forget_question(host, answer))
+            self._waiting.append(host)
+            self._hand_out()
+        if not question.begun.done():
+            await wait(asyncio.shield(question.begun))
         try:
             async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-                return await asyncio.shield(future)
+                return await asyncio.shield(question.answer)
         except TimeoutError:
             raise NameFailure("the resolver does not answer") from None
 
-    def _forget_question(self, host: str, future: "asyncio.Future[list[Address]]") -> None:
+    def _forget_question(self, host: str, answer: "asyncio.Future[list[Address]]") -> None:
         del self._asked[host]
-        if not future.cancelled():
-            future.exception()  # nobody may be waiting any more, and asyncio would complain of an error not looked at
+        if not answer.cancelled():
+            answer.exception()  # nobody may be waiting any more, and asyncio would complain of an error not looked at
+        self._hand_out()
 
-    def _ask(self, host: str, future: "asyncio.Future[list[Address]]") -> None:
-        self._questions.put((host, future))
-        if self._threads < MOST_THREADS and len(self._asked) > self._threads:
-            self._threads += 1
-            before = threading.stack_size(STACK_BYTES)
-            try:
-                # a daemon: one that waits for a dead resolver must not hold the end of the run
-                threading.Thread(target=self._answer_questions, name="resolver", daemon=True).start()
-            finally:
-                threading.stack_size(before)
+    def _hand_out(self) -> None:
+        """Give names to threads, as long as there are some that wait and threads that have none."""
+        while self._waiting and len(self._asked) - len(self._waiting) < self._most_threads:
+            host = self._waiting.popleft()
+            question = self._asked[host]
+            if len(self._asked) - len(self._waiting) > self._threads:
+                self._threads += 1
+                self._start_thread()
+            question.begun.set_result(None)
+            self._questions.put((host, question.answer))
+
+    def _start_thread(self) -> None:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            # a daemon: one that waits for a dead resolver must not hold the end of the run
+            threading.Thread(target=self._answer_questions, name="resolver", daemon=True).start()
+        finally:
+            threading.stack_size(before)
 
     def _answer_questions(self) -> None:
         while True:
@@ -176,4 +204,13 @@ def ask_system(host: str) -> list[Address]:
             addresses.append((family, str(place[0])))
     if not addresses:
         raise NameFailure("host name does not resolve")
-    return addresses
+    return _alternate(addresses)
+
+
+def _alternate(addresses: list[Address]) -> list[Address]:
+    """The addresses in their order, but that IPv4 and IPv6 take turns: where one of them leads nowhere, the other is near."""
+    first = addresses[0][0]
+    ours = [address for address in addresses if address[0] == first]
+    others = [address for address in addresses if address[0] != first]
+    turns = [*zip(ours, others, strict=False)]
+    return [*(address for turn in turns for address in turn), *ours[len(turns):], *others[len(turns):]]

@@ -93,11 +93,15 @@ def find_proxy(url: str) -> Proxy | None:
     named = select_proxy(url, get_environ_proxies(url))
     if not named:
         return None
-    parts = urllib.parse.urlsplit(named if "://" in named else f"http://{named}")
+    try:
+        parts = urllib.parse.urlsplit(named if "://" in named else f"http://{named}")
+        port = parts.port or 80
+    except ValueError:
+        raise RowFailure("connect", "the environment's proxy is not a URL") from None
     if parts.scheme != "http" or not parts.hostname:
         raise RowFailure("connect", "the environment's proxy is not an http:// one")
     user, password = get_auth_from_url(named)
-    return Proxy(parts.hostname, parts.port or 80, _basic(user, password) if user else "")
+    return Proxy(parts.hostname, port, _basic(user, password) if user else "")
 
 
 def follow_redirect(url: str, location: str) -> str:

@@ -76,8 +76,9 @@ def longest_of_class(number: int) -> float:
 
 def host_of(url: str) -> str:
     """The host that a URL names, in its one spelling; "-" for none."""
-    found = re.match(r"\s*\w+://(?:[^/@?#]*@)?(\[[^\]/]*\]|[^/:?#]+)", url)
-    return one_spelling(found[1].strip("[]")) if found else "-"
+    found = re.match(r"\s*\w+://(?:[^/?#]*@)?(\[[^\]/]*\]|[^/:?#]+)", url)
+    host = one_spelling(found[1].strip("[]")) if found else "-"
+    return host if host.isprintable() else ascii(host)[1:-1]
 
 
 def describe_partition(config: Config, plan: Plan, run: "PartitionRun", table: "pa.Table",
