@@ -323,13 +323,20 @@ def test_paths_that_are_none(small, run_main, tmp_path, key, name):
     assert outcome.code == 2 and key in outcome.stderr and len(outcome.stderr.splitlines()) == 1
 
 
+def test_names_cannot_steer_the_terminal(capsys):
+    """Control characters that a stranger wrote into a name are shown as escapes."""
+    script.say("error: no \x1b[2Jfile\x9b31m\u202egnp.exe, caf\u00e9\r")
+    assert capsys.readouterr().err == "error: no \\x1b[2Jfile\\x9b31m\\u202egnp.exe, caf\u00e9\\r\n"
+
+
 @pytest.mark.slow
 def test_nobody_listens(small, tmp_path):
-    """With stderr closed a run goes on; with nobody at stdout it ends with exit 5 in one line, its results written."""
+    """With stderr closed, full or gone a run goes on; with nobody at stdout it ends with exit 5 in one line, results kept."""
     config, script_path = small(), ROOT / "image_text_sim_clip.py"
     shell = f'"{sys.executable}" "{script_path}" --config "{config}"'
-    done = subprocess.run(["bash", "-c", f"{shell} 2>&-"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and json.loads(done.stdout)["rows"] == 10
+    for talk in ("2>&-", "--fresh 2>/dev/full", "--fresh 2> >(exec 0<&- >&- 2>&-; sleep 9)"):
+        done = subprocess.run(["bash", "-c", f"{shell} {talk}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and json.loads(done.stdout)["rows"] == 10
     done = subprocess.run(["bash", "-c", f"{shell} >/dev/full"], capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "stdout" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert (tmp_path / "out/scores.csv").exists()
