@@ -1,5 +1,6 @@
 """The open web: late, dead and busy hosts hold up nobody else, and whatever strangers do stays within bounds."""
 import asyncio
+import asyncio.sslproto
 import collections
 import contextlib
 import csv
@@ -13,6 +14,7 @@ import queue
 import resource
 import signal
 import socket
+import ssl
 import threading
 import time
 import urllib.parse
@@ -604,6 +606,12 @@ def test_long_head_ends(serve):
         connection.sendall(b"\r\n")
     assert outcome(fetcher(), serve(send_head).url)[0] == "connect"
     assert len(sent) < 200
+
+
+def test_tls_takes_little_memory():
+    """Each of hundreds of TLS connections has a buffer of the size of the pieces that are read, not of asyncio's."""
+    protocol = asyncio.sslproto.SSLProtocol(None, asyncio.Protocol(), ssl.create_default_context(), None)
+    assert len(protocol._ssl_buffer) == http_client.CHUNK_BYTES
 
 
 def test_redirect_said_twice_is_one(serve):

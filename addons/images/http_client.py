@@ -6,6 +6,7 @@ counts through connecting, the TLS handshake, a head that drips and a body that 
 certificates remain the business of `requests` (addons/images/fetch.py). Everything here runs in the event loop's thread.
 """
 import asyncio
+import asyncio.sslproto
 import collections
 import errno
 import re
@@ -25,6 +26,7 @@ HEAD_LINES = 400  # of all heads of one answer, 1xx ones included
 HEAD_BYTES = 256 * 1024  # of the same: a thousand fetches may be reading theirs
 DRAINED_BYTES = 16384  # of an error page, which is read for the sake of the connection
 DRAIN_S = 0.5  # for such a page, and for what may follow the last chunk of a body
+asyncio.sslproto.SSLProtocol.max_size = CHUNK_BYTES  # asyncio's 256 KiB cost each TLS connection, kept ones too, 0.75 MiB
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
