@@ -187,6 +187,13 @@ def test_honest_files_are_not_doubtful():
         assert costs.look(data, CONFIG.max_image_pixels) is False, name
 
 
+@pytest.mark.parametrize("name", ["profiles.png", "filling.jpg", "junk.jpg"])
+def test_what_pillow_walks_through_slowly_is_doubtful(name):
+    """Hundreds of colour profiles, or megabytes between the segments of a JPEG, are left to a process that can be ended."""
+    data = next(data for animal, data, _ in zoo.hostile() if animal == name)
+    assert costs.look(data, CONFIG.max_image_pixels)
+
+
 @pytest.mark.parametrize(("name", "data", "statuses"), [pytest.param(*animal, id=animal[0]) for animal in zoo.hostile()])
 def test_cost_is_seen_before_it_is_paid(name, data, statuses):
     """Looking at a hostile file takes no time worth mentioning, and refuses those that must be refused."""

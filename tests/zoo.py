@@ -222,6 +222,9 @@ def hostile():
     png = bare_png(32, 32, 8, 0, b"\0" * (33 * 32))
     yield "chunks.png", png[:33] + pieces * 150_000 + png[33:], ("corrupt",)
     yield "many-chunks.png", png[:33] + pieces * 3000 + png[33:], ("ok",)
+    yield "profiles.png", png[:33] + png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(900_000), 9)) * 500 + png[33:], ("ok",)
+    yield "filling.jpg", jpeg_with(b"\xff" * 1_000_000), ("ok",)
+    yield "junk.jpg", jpeg_with(segment(0xFFE1, b"Exif\0\0") + b"x" * 1_000_000), ("ok",)
     frame = b"," + struct.pack("<HHHH", 0, 0, 32, 32) + b"\0\2\2D\1\0;"
     yield "blocks.gif", b"GIF89a" + struct.pack("<HH", 32, 32) + b"\0\0\0" + b"!\xfe\x01x\0" * 200_000 + frame, ("corrupt",)
     yield "run-lengths.bmp", run_length_bmp(3000, b"\1\7" * 4_000_000), ("ok", "corrupt", "crashed")

@@ -16,7 +16,9 @@ MOST_SCANS = 500  # of a JPEG; encoders write up to a dozen
 MOST_SCANNED_PIXELS = 1_000_000_000  # scans x pixels: beyond, decoding may take more than a few seconds
 MOST_SEGMENTS = 2000  # of a JPEG before its first scan: 64 kB each, 100 MB and more of metadata
 MUCH_METADATA_BYTES = 4_000_000  # of a JPEG: Pillow joins the segments one by one
+MUCH_JUNK_BYTES = 100_000  # of a JPEG between its segments, filling included: Pillow walks through it byte by byte
 MOST_CHUNKS = 100_000  # of a PNG; 50 MB in the usual pieces of 8 kB are 6,000
+MOST_COMPRESSED_CHUNKS = 100  # of a PNG, besides the pixels: each takes Pillow 2 ms, and 1 kB of the file
 MOST_BLOCKS = 100_000  # of a GIF before its first image
 MUCH_RLE_BYTES = 1_000_000  # of a run-length coded BMP, which Pillow decodes in Python
 MUCH_RLE_PIXELS = 4_000_000
@@ -24,6 +26,8 @@ MOST_STRIPS = 100_000  # or tiles, of a TIFF
 MOST_TAGS = 1000  # of a TIFF
 
 _SCAN = re.compile(b"\xff\xda")
+_MARKER = re.compile(b"\xff+")
+_COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _TIFF_LISTS = (273, 279, 324, 325)  # the tags that hold a number for each strip or tile
 _TIFF_JPEG = (6, 7)  # compressions
@@ -48,14 +52,18 @@ def _look_at_jpeg(data: bytes) -> bool:
     """Segments up to the first scan, then the scans: in what follows, FF DA can be nothing but the beginning of one."""
     pixels = 0
     place = 2
+    junk_bytes = 0
     for number in itertools.count():
         if number > MOST_SEGMENTS:
             raise RowFailure("corrupt", f"more than {MOST_SEGMENTS} segments before the image")
-        place = data.find(b"\xff", place)
-        while place >= 0 and data[place + 1:place + 2] == b"\xff":  # filling
-            place += 1
+        found = _MARKER.search(data, place)
+        if not found:
+            junk_bytes += max(0, len(data) - place)
+            break
+        junk_bytes += found.end() - 1 - place  # with the filling, which is any number of FF
+        place = found.end() - 1
         marker = data[place + 1:place + 2]
-        if place < 0 or len(data) < place + 10 or marker == b"\xda":
+        if len(data) < place + 10 or marker == b"\xda":
             break
         if 0xC0 <= marker[0] <= 0xCF and marker[0] not in (0xC4, 0xC8, 0xCC):  # a frame header
             height, width = struct.unpack_from(">HH", data, place + 5)
@@ -64,9 +72,9 @@ def _look_at_jpeg(data: bytes) -> bool:
             place += 2
         else:
             place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
-    if number > 16 and place > MUCH_METADATA_BYTES:
+    if (number > 16 and place > MUCH_METADATA_BYTES) or junk_bytes > MUCH_JUNK_BYTES:
         return True
-    scans = _count_scans(data, max(0, place))
+    scans = _count_scans(data, place)
     if scans > MOST_SCANS:
         raise RowFailure("bomb", f"more than {MOST_SCANS} scans")
     return scans * pixels > MOST_SCANNED_PIXELS
@@ -79,13 +87,15 @@ def _count_scans(data: bytes, place: int) -> int:
 
 def _look_at_png(data: bytes) -> bool:
     place = 8
+    compressed = 0
     for number in itertools.count():
         if number > MOST_CHUNKS:
             raise RowFailure("corrupt", f"more than {MOST_CHUNKS} chunks")
         if place + 12 > len(data):
             break
+        compressed += data[place + 4:place + 8] in _COMPRESSED_CHUNKS
         place += 12 + int.from_bytes(data[place:place + 4], "big")
-    return False
+    return compressed > MOST_COMPRESSED_CHUNKS
 
 
 def _look_at_gif(data: bytes) -> bool:

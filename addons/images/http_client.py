@@ -236,6 +236,8 @@ async def open_connection(place: Place, addresses: list[Address], port: int, tls
         try:
             sock, number = await _connect_to_any(addresses, port)
         except OSError as error:  # TimeoutError is one
+            if error.errno in TOO_MANY_FILES:
+                raise TooManyFiles from None
             raise trouble if isinstance(trouble, ssl.SSLError) else error from None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -254,7 +256,7 @@ async def open_connection(place: Place, addresses: list[Address], port: int, tls
 
 
 async def _connect_to_any(addresses: list[Address], port: int) -> tuple[socket.socket, int]:
-    """A connection to the first address that takes it, and that address's number. Raises OSError, or TooManyFiles.
+    """A connection to the first address that takes it, and that address's number. Raises OSError.
 
     Each is tried when those before it have failed, or have had NEXT_ADDRESS_S for it: a machine whose IPv6 leads nowhere has
     most hosts' first address wrong. (RFC 8305 does so too, sooner.)
@@ -286,13 +288,8 @@ async def _connect_to_any(addresses: list[Address], port: int) -> tuple[socket.s
 
 
 async def _connect(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    """A connection to one address. Raises OSError (TimeoutError after CONNECT_TIMEOUT_S), or TooManyFiles."""
-    try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        if error.errno in TOO_MANY_FILES:
-            raise TooManyFiles from None
-        raise
+    """A connection to one address. Raises OSError: TimeoutError after CONNECT_TIMEOUT_S."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
