@@ -151,7 +151,7 @@ class RowFailure(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM: unwinds to `run`, which exits with 128 + the signal's number."""
+    """SIGINT, SIGTERM or SIGHUP: unwinds to `run`, which exits with 128 + the signal's number."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -166,9 +166,11 @@ class Interruption:
         self.deferred = False
 
     def install(self) -> None:
-        """Listen to SIGINT and SIGTERM (main thread only)."""
+        """Listen to SIGINT, SIGTERM, and SIGHUP of a terminal that closes, unless `nohup` ignores it (main thread only)."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._on_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, signum: int, frame: types.FrameType | None) -> None:
         if self.signum or not self.deferred:
@@ -188,7 +190,7 @@ INTERRUPTION = Interruption()
 def say(message: str) -> None:
     """Write one line of talk to stderr (stdout belongs to the result). What a stranger named cannot steer the terminal."""
     shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], message)
-    with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that has gone, is no reason to lose the run
+    with contextlib.suppress(OSError, RuntimeError):  # a full disk, a terminal that has gone; a signal amid another line
         print(shown, file=sys.stderr, flush=True)
 
 

@@ -243,11 +243,12 @@ def test_many_threads_share_the_child(decoder, picture_bytes):
         assert [image.width for image in pool.map(decoder.decode, data.values())] == list(data)
 
 
-def test_interrupt_is_the_parents(decoder, picture_bytes):
-    """Ctrl-C, which reaches all processes of a terminal, does not end the child."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_interrupt_is_the_parents(decoder, picture_bytes, signum):
+    """Ctrl-C, or a terminal that closes, which reach all processes of that terminal, do not end the child."""
     decoder.decode(picture_bytes("PNG"))
     child = decoder.child_pid
-    os.kill(child, signal.SIGINT)
+    os.kill(child, signum)
     time.sleep(0.1)
     assert decoder.decode(picture_bytes("PNG")).size == (40, 30)
     assert decoder.child_pid == child

@@ -87,7 +87,7 @@ class IsolatedDecoder:
                                         initargs=(image_memory(self.decoder.config.memory_budget_mib).total,),
                                         context=context)
         try:
-            with _sigint_blocked():
+            with _interruptions_blocked():
                 ready = self._pool.schedule(os.getpid)
             self.child_pid = ready.result(START_LIMIT_S)
         except (OSError, RuntimeError) as error:
@@ -118,13 +118,13 @@ class IsolatedDecoder:
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Start threads and processes inside that never see SIGINT: Ctrl-C is this process's to handle, not the child's.
+def _interruptions_blocked() -> Iterator[None]:
+    """Start threads and processes inside that never see what a terminal sends to all: it is this process's to handle.
 
-    pebble's child ignores the signal once it runs, but not while it still imports.
+    pebble's child ignores SIGINT once it runs, but not while it still imports, and never SIGHUP.
     """
     resource_tracker.ensure_running()  # multiprocessing would start it with the first child, and unblock SIGINT thereby
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:
