@@ -215,10 +215,10 @@ def test_redirect_to_a_forbidden_address_is_refused(server, monkeypatch):
     get = fetcher(allow_private_hosts=False, fetch_retries=0)
     look_up = names.Resolver.find
 
-    async def first_hop_is_public(self, host):
+    async def first_hop_is_public(self, host, wait):
         if host == "public.example":  # stands for a public host: there is none within reach of a test
             return [(socket.AF_INET, "127.0.0.1")]
-        return await look_up(self, host)
+        return await look_up(self, host, wait)
     monkeypatch.setattr(names.Resolver, "find", first_hop_is_public)
     for number, target in enumerate(FORBIDDEN):
         location = target.format(port=server.server_port)
