@@ -267,8 +267,8 @@ def tell_summary(choice: rules.Choice) -> None:
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
-    """Judge, write, export and show; returns what was chosen and the folder it was written to."""
+def open_choice(config: Config) -> tuple[rules.Curation, FinishedRun]:
+    """The section `curate:`, with its recipe's keys, and the run that it is about. Trouble (exit 2) where they do not fit."""
     curation = check_section(rules.Curation, config.curate or {}, "curate")
     run = open_run(config).judged_by_model(curation.by)
     if curation.by in run.models:
@@ -284,9 +284,15 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
         if getattr(curation, key) == value:
             check_embeddings(run)
     rules.check_columns(curation, run.plan.config.measures or {}, run.further_columns)
+    refuse_own_input(config, run.output / "curated")
+    return curation, run
+
+
+def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
+    """Judge, write, export and show; returns what was chosen and the folder it was written to."""
+    curation, run = open_choice(config)
     export = EXPORTS[curation.export]
     folder = run.output / "curated"
-    refuse_own_input(config, folder)
     with contextlib.ExitStack() as stack:
         images = None
         if rules.looks_at_images(curation, run.holds_images) or curation.review or export.needs_images:
