@@ -221,6 +221,18 @@ def test_only_scored_rows_count_for_a_fraction(tmp_path, run_curate, curated):
     assert curated()[0] == ["2.png", "4.png"]
 
 
+def test_a_fraction_of_less_than_a_row_has_no_cut(tmp_path, run_curate, curated):
+    """A tenth of four rows is none: nothing is kept, there is no cut, and all that is written is JSON for any program."""
+    write_finished_run(tmp_path / "out", [0.1, 0.4, 0.3, 0.2])
+    outcome = run_curate(keep_fraction=0.1, review=True)
+    assert outcome.code == 0 and curated()[0] == []
+    page = (tmp_path / "out/curated/review.html").read_text(encoding="utf-8")
+    data = page.split('type="application/json"')[1].split("</script>")[0]
+    for text in (outcome.stdout, (tmp_path / "out/curated/curated.json").read_text(encoding="utf-8")):
+        assert json.loads(text, parse_constant=pytest.fail)["cut_similarity"] is None
+    assert "cut at similarity" not in outcome.stderr and "NaN" not in data
+
+
 def test_first_rule_that_fails_is_named(tmp_path, run_curate, curated):
     """Rules are applied in a fixed order: caption length, then similarity."""
     write_finished_run(tmp_path / "out", [0.9, 0.9, 0.1, 0.1, 0.5], ["long enough", "no", "long enough", "no", "x" * 50])

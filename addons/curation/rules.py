@@ -25,7 +25,7 @@ VERDICTS = {name: number for number, name in enumerate(RULES)}
 KEPT = VERDICTS["kept"]
 
 RULE_TEXTS = {
-    "not_scored": "has no similarity: see its status",
+    "not_scored": "has no similarity: see its status (in a dry run no row has one)",
     "caption_length": "the caption is shorter or longer than allowed",
     "min_similarity": "scores below min_similarity",
     "min_contrast": "has a contrast below min_contrast, or none",
@@ -219,9 +219,9 @@ class FractionCut:
         return ~np.isnan(values) & ((keys > self.key) | ((keys == self.key) & (rows <= self.last_row)))
 
     @property
-    def lowest(self) -> float:
-        """The lowest value that is kept."""
-        return similarity_of_key(self.key)
+    def lowest(self) -> float | None:
+        """The lowest value that is kept; None where the fraction is of less than a row, and nothing is."""
+        return similarity_of_key(self.key) if self.last_row >= 0 else None
 
 
 Chunks = Callable[[], Iterable[np.ndarray]]
