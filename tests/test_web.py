@@ -230,6 +230,25 @@ def test_names_are_looked_up_once(serve, monkeypatch):
     assert asked == ["name.example"]
 
 
+def test_fewer_threads_than_wished_for_look_all_names_up(monkeypatch):
+    """Where the system allows no more threads, those that there are look up all names."""
+    monkeypatch.setattr(names, "ask_system", lambda host: time.sleep(0.01) or [(socket.AF_INET, "93.184.216.34")])
+    start = threading.Thread.start
+    started = []
+
+    def start_two(thread):
+        started.append(thread)
+        if len(started) > 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+
+    async def look_up_many():
+        resolver = names.Resolver(allow_private=False)
+        return await asyncio.gather(*(resolver.find(f"host{number}.example") for number in range(20)))
+    assert len(asyncio.run(look_up_many())) == 20 and len(started) == 3
+
+
 def test_names_are_forgotten(monkeypatch):
     """A bounded number of names is kept, however many there are."""
     monkeypatch.setattr(names, "KEPT_NAMES", 50)
@@ -405,6 +424,16 @@ def test_host_that_is_away_for_a_moment_is_not_dead():
     assert not host.is_dead(1.0) and host.next_start() == pytest.approx(1.25)
     host.note_unreachable(1.3, 1.25, "dns")
     assert not host.is_dead(1.3) and host.next_start() == pytest.approx(1.8)
+
+
+def test_host_that_fails_now_and_then_does_not_rest():
+    """A host of which one or two connections fail among others is not made to rest for them."""
+    host = hosts.Host("h", 16, 60.0)
+    for number in range(20):
+        host.note_unreachable(number, number, "connect")
+        host.note_unreachable(number, number, "connect")
+        assert host.next_start() <= number
+        host.note_answer()
 
 
 def test_short_trouble_of_the_resolver_costs_no_row(serve, monkeypatch):

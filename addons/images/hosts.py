@@ -23,7 +23,8 @@ PATIENCE_PER_IMAGE_S = 0.1  # what a host that serves an image gets back of the 
 DEAD_AFTER = 5  # failures in a row to connect or to resolve, …
 DEAD_AFTER_S = 3.0  # … over so long: a resolver or a server that is away for a moment costs few rows
 DEAD_FOR_S = 60.0
-FIRST_REST_S = 0.25  # of a host that could not be reached; doubled each time
+REST_AFTER = 3  # such failures in a row a host rests for a moment: one now and then says nothing
+FIRST_REST_S = 0.25  # doubled each time
 KEPT_HOSTS = 5_000  # that nobody waits for, with what has been learnt of them
 
 # Of 503 without Retry-After between images:
@@ -57,7 +58,7 @@ class Host:
         self._failures = 0  # in a row
         self._failing_since = -math.inf  # when the first of them began
         self._rests = 0  # since then
-        self._failed_at = -math.inf  # the last one that was news
+        self._rested_at = -math.inf  # when the last of them began
         self._dead_until = -math.inf
 
     def next_start(self) -> float:
@@ -160,8 +161,8 @@ class Host:
         self.dead_status = status
         if self._failures >= DEAD_AFTER and now - self._failing_since >= DEAD_AFTER_S:
             self._dead_until = now + DEAD_FOR_S
-        elif began >= self._failed_at:  # those under way meanwhile tell nothing new
-            self._failed_at = now
+        elif self._failures >= REST_AFTER and began >= self._rested_at:  # those under way meanwhile tell nothing new
+            self._rested_at = now
             self._next_start = max(self._next_start, now + FIRST_REST_S * 2 ** min(self._rests, 4))
             self._rests += 1
 

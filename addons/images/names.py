@@ -146,21 +146,28 @@ class Resolver:
     def _hand_out(self) -> None:
         """Give names to threads, as long as there are some that wait and threads that have none."""
         while self._waiting and len(self._asked) - len(self._waiting) < self._most_threads:
+            if len(self._asked) - len(self._waiting) >= self._threads and not self._start_thread():
+                return
             host = self._waiting.popleft()
             question = self._asked[host]
-            if len(self._asked) - len(self._waiting) > self._threads:
-                self._threads += 1
-                self._start_thread()
             question.begun.set_result(None)
             self._questions.put((host, question.answer))
 
-    def _start_thread(self) -> None:
+    def _start_thread(self) -> bool:
+        """Start one more thread; False where the system allows none, and those that there are have to do."""
         before = threading.stack_size(STACK_BYTES)
         try:
             # a daemon: one that waits for a dead resolver must not hold the end of the run
             threading.Thread(target=self._answer_questions, name="resolver", daemon=True).start()
+        except RuntimeError:
+            if not self._threads:
+                raise
+            self._most_threads = self._threads
+            return False
         finally:
             threading.stack_size(before)
+        self._threads += 1
+        return True
 
     def _answer_questions(self) -> None:
         while True:
