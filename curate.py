@@ -112,7 +112,7 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
         verdicts[first_row:first_row + len(judged)] = judged
         if neighbour_rules:
             left = np.flatnonzero(judged == rules.KEPT)
-            names = table[run.source_name].to_pylist()
+            names = images.locate(first_row, table) if images and run.holds_uris else table[run.source_name].to_pylist()
             sources = np.array([duplicates.hash_bytes(names[i].encode()) for i in left], np.uint64)
             if run.holds_images:  # where one name may be that of several images
                 sources ^= contents[left]
@@ -295,7 +295,8 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
     folder = run.output / "curated"
     with contextlib.ExitStack() as stack:
         images = None
-        if rules.looks_at_images(curation, run.holds_images) or curation.review or export.needs_images:
+        needs_uris = run.holds_uris and rules.asks_for_sources(curation)
+        if needs_uris or rules.looks_at_images(curation, run.holds_images) or curation.review or export.needs_images:
             images = stack.enter_context(RunImages(config, run))
         proved = marks.find_proved_cut(curation, run)
         if proved:

@@ -115,15 +115,19 @@ def test_names_of_files_stay_text(tmp_path, datasets, score_and_export):
     assert [loaded[1][name] for name in names] == ["COCO_1.jpg", "m.png", "a b", "p", NAMES[1]]
 
 
-def test_data_uris_next_to_urls_are_not_fetched_again(tmp_path, score_and_export, monkeypatch):
-    """one_caption_per_image looks at no image where each has a name of its own, as the data: URIs of a text table have."""
-    uri = "data:image/png;base64," + base64.b64encode((SHAPES / NAMES[0]).read_bytes()).decode()
-    rows = [{"url": url, "caption": f"a red circle {n}"} for n, url in enumerate([uri, NAMES[1], NAMES[1], uri])]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(curate, "judge_images", None)
-    score_and_export(tmp_path / "t.jsonl", "csv", curate={"one_caption_per_image": True})
+@pytest.mark.parametrize("rules", [{"one_caption_per_image": True}, {"duplicate_images": "exact"}])
+def test_captions_of_a_data_uri(tmp_path, score_and_export, monkeypatch, rules):
+    """Rows with one data: URI are of one image, as those with one URL are, and one_caption_per_image need not look at it."""
+    uris = ["data:image/png;base64," + base64.b64encode((SHAPES / name).read_bytes()).decode() for name in NAMES[:2]]
+    sources = [uris[0], NAMES[2], NAMES[2], uris[1], uris[0]]
+    lines = [json.dumps({"url": url, "caption": [f"a red circle {n}", f"a blue star {n}"]}) for n, url in enumerate(sources)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    if "one_caption_per_image" in rules:
+        monkeypatch.setattr(curate, "judge_images", None)
+    score_and_export(tmp_path / "t.jsonl", "csv", curate=rules, partition_rows=4)
     kept = pyarrow.csv.read_csv(tmp_path / "out/curated/kept.csv").to_pylist()
-    assert [row["url"] for row in kept] == ["0", NAMES[1], "3"]
+    images = {sources[int(row["caption"].split()[-1])] for row in kept}
+    assert len(images) == 3 and len(kept) == (3 if "one_caption_per_image" in rules else 10)
 
 
 def test_a_folder_of_images_is_read_again(tmp_path, score_and_export):

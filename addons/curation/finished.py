@@ -66,8 +66,13 @@ class FinishedRun:
 
     @property
     def holds_images(self) -> bool:
-        """Whether images lie in the table itself, as bytes; the data: URIs of a staged table have names of their own."""
+        """Whether images lie in the table itself, as bytes."""
         return "holds_images" in self.plan.manifest and "staged" not in self.plan.manifest
+
+    @property
+    def holds_uris(self) -> bool:
+        """Whether images lie as data: URIs in a table of text, whose rows show their numbers instead."""
+        return "holds_images" in self.plan.manifest and "staged" in self.plan.manifest
 
     @property
     def output(self) -> pathlib.Path:

@@ -102,7 +102,12 @@ def looks_at_images(curation: Curation, holds_images: bool) -> bool:
     """
     if curation.duplicate_images in ("exact", "perceptual") or make_image_rules(curation):
         return True
-    return holds_images and (curation.one_caption_per_image or curation.duplicate_images == "semantic")
+    return holds_images and asks_for_sources(curation)
+
+
+def asks_for_sources(curation: Curation) -> bool:
+    """Whether a rule asks which rows are of one image."""
+    return curation.one_caption_per_image or curation.duplicate_images != "keep"
 
 
 @dataclasses.dataclass(frozen=True)
