@@ -168,3 +168,13 @@ def test_a_block_with_fewer_lists_than_it_counts(tmp_path, score_input, monkeypa
     monkeypatch.setattr(parquet.ParquetFile, "read_pieces", cut_short)
     outcome = score_input("t.parquet")[0]
     assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "t.parquet" in outcome.stderr
+
+
+def test_own_index_of_a_csv(tmp_path, score_input):
+    """A CSV has no lists: its own column `caption_index` is passed through like any other, and no input rows are counted."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/0.csv").write_text("url,caption,caption_index\n0.png,a,5\n1.png,b,x\n")
+    (tmp_path / "d/1.csv").write_text("url,caption\n2.png,c\n")
+    outcome, rows, _, manifest = score_input("d")
+    assert [row["caption_index"] for row in rows] == ["5", "x", ""]
+    assert "input_rows" not in outcome.result and "input_rows" not in manifest and "types" not in manifest

@@ -221,3 +221,14 @@ def test_paths_of_each_type_of_text(tmp_path, score_images, picture_bytes, kind)
     rows = score_images("t.parquet")[1]
     assert [row["image"] for row in rows] == [path or str(number) for number, path in enumerate(paths)]
     assert [row["status"] for row in rows] == ["ok" if paths[0] else "missing", "ok", "missing"]
+
+
+def test_captions_of_one_image_show_one_number(tmp_path, score_images, picture_bytes):
+    """The captions of one data: URI all show the same number, that of the first of them, and no other image has it."""
+    uri = "data:;base64," + base64.b64encode(picture_bytes()).decode()
+    rows = [{"image": uri, "text": ["a", "b"]}, {"image": uri, "text": "c"}, {"image": uri, "text": ["d", "e", "f"]}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = score_images("t.jsonl", partition_rows=2)[1]
+    assert [(row["image"], row["text"]) for row in found] == [
+        ("0", "a"), ("0", "b"), ("2", "c"), ("3", "d"), ("3", "e"), ("3", "f")]
+    assert {row["status"] for row in found} == {"ok"}

@@ -48,6 +48,7 @@ class Staged:
     """What one pass over the files has staged, and whether it came to its end."""
 
     columns: list[str]  # more than the pass was begun with: it ended there
+    has_lists: bool  # whether the column caption_index is a caption's place in its list
     rows: int = 0
     malformed: int = 0
     literal_lines: int = 0
@@ -62,13 +63,15 @@ class Reading(NamedTuple):
 
     file: InputFile
     config: Config
+    may_have_lists: bool  # of captions: a CSV has none, and a column caption_index of its own is like any other
 
 
 def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config: Config, output: pathlib.Path,
                 types: dict[str, str] | None = None) -> Manifest:
     """Stage the files; returns what the manifest says of them (see the script's `stage`, which does it for a script alone)."""
     files = leave_out_empty(found, config.encoding)
-    readings = [Reading(file, dataclasses.replace(config, csv_path=file.path)) for file in files]
+    readings = [Reading(file, dataclasses.replace(config, csv_path=file.path),
+                        kind != "csv" and not file.path.lower().endswith(".csv")) for file in files]
     columns = _find_columns(readings, open_table)
     is_first = True
     while True:
@@ -83,7 +86,7 @@ def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config
         described["cuts"] = staged.cuts
     if staged.types:
         described["types"] = staged.types
-    if CAPTION_INDEX in columns:
+    if staged.has_lists:
         described["input_rows"] = count_staged(output / "pairs.parquet")
     if staged.has_data_uris:
         described["holds_images"] = True
@@ -126,8 +129,9 @@ def check_width(columns: dict[str, None]) -> None:
 def _stage_once(readings: list[Reading], open_table: OpenTable, columns: list[str], is_first: bool, config: Config,
                 output: pathlib.Path, types: dict[str, str]) -> Staged:
     """Write pairs.parquet and bad_rows.csv; ends early where a file has columns that are not among `columns`."""
-    staged = Staged(columns, types=dict(types))
-    if CAPTION_INDEX in columns:
+    has_lists = CAPTION_INDEX in columns and any(reading.may_have_lists for reading in readings)
+    staged = Staged(columns, has_lists, types=dict(types))
+    if has_lists:
         staged.types[CAPTION_INDEX] = "int"
     with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
         bad = (FileOfBadRows if len(readings) > 1 else BadRows)(bad_file, config.escape_formulas)
@@ -202,7 +206,7 @@ class _FileStager:
 
     def _cells(self, batch: pa.Table, name: str) -> pa.ChunkedArray:
         """A column of the batch; of one that it lacks what the folder says, or else nothing."""
-        default = self.folder_columns.get(name, "0" if name == CAPTION_INDEX else "")
+        default = self.folder_columns.get(name, "0" if name == CAPTION_INDEX and self.staged.has_lists else "")
         if name not in batch.column_names:
             return constant_cells(default, len(batch))
         cells = batch[name]

@@ -9,6 +9,7 @@ import binascii
 import collections
 import contextlib
 import functools
+import itertools
 import threading
 import urllib.parse
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 
 from addons.images.memory import reserve_for_image
 from addons.inputs import Manifest, Rows
+from addons.inputs.caption_lists import CAPTION_INDEX
 from addons.inputs.columnar import (
     DATA_URI,
     BlockFile,
@@ -317,8 +319,9 @@ class StagedRowsWithImages:
 
     brings_images = True
 
-    def __init__(self, rows: Rows, config: Config) -> None:
+    def __init__(self, rows: Rows, config: Config, has_lists: bool = False) -> None:
         self.rows = rows
+        self.has_lists = has_lists  # of captions
         self.config = config
         self.url_column = column_name(config.url_column)
         self._sources: list[str] = []
@@ -335,9 +338,10 @@ class StagedRowsWithImages:
         return kept | {"_sources": [], "_sources_of": (0, 0)}
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
-        """Rows [start, stop) as columns of text; the number of the row for a data: URI."""
+        """Rows [start, stop) as columns of text; for a data: URI the row's number, of a list's captions that of the first."""
         rows = self.rows.read(start, stop)
-        numbers = [str(row) for row in range(start, stop)]
+        places = [int(place) for place in rows[CAPTION_INDEX]] if self.has_lists else itertools.repeat(0)
+        numbers = [str(row - place) for row, place in zip(range(start, stop), places, strict=False)]
         self._sources = rows[self.url_column].tolist()
         self._sources_of = (start, stop)
         rows[self.url_column] = show_numbers(pa.chunked_array([pa.array(self._sources, pa.string())]), numbers)[0]

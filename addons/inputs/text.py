@@ -219,7 +219,7 @@ class TextReader:
         if "holds_images" not in manifest:
             return rows
         from addons.inputs.table_images import StagedRowsWithImages
-        return StagedRowsWithImages(rows, config)
+        return StagedRowsWithImages(rows, config, has_lists="input_rows" in manifest)
 
     def differences(self, manifest: Manifest, config: Config) -> list[str]:
         """See Reader. An input of one file may have another name."""
