@@ -840,6 +840,24 @@ def test_proxy_is_asked_for_the_checked_address(serve, use_proxy):
     assert not any("Authorization" in line for line in proxy.lines[end_of_first:])
 
 
+def test_proxy_is_asked_for_the_next_address(serve, use_proxy, monkeypatch):
+    """Where the proxy cannot reach the first address, as one without IPv6, it is asked for the next one."""
+    def reach_ipv4(connection, path, server):
+        if path.startswith("["):
+            connection.sendall(answer_with(b"", code="503 Unreachable"))
+            return "close"
+        return tunnel(connection, path, server)
+    server = serve(reach_ipv4)
+    use_proxy(server)
+    answer = [(socket.AF_INET6, 1, 6, "", ("2606:2800::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("93.184.216.34", 0))]
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *arguments, **options:
+                        answer if host == "public.example" else resolve(host, *arguments, **options))
+    get = fetcher(use_environment_proxies=True, allow_private_hosts=False)
+    assert get("http://public.example/x") == IMAGE
+    assert server.seen == ["[2606:2800::1]:80", "93.184.216.34:80", "/x"]
+
+
 def test_proxied_head_that_drips_ends_in_time(serve, use_proxy):
     """The deadline counts through a proxy as well."""
     proxy = serve(tunnel)
@@ -946,6 +964,15 @@ def test_cache_respects_an_opt_out(serve, tmp_path):
     assert outcome(fetcher(cache_path=str(tmp_path)), f"{server.url}/x") == ("opted_out", "X-Robots-Tag")
     assert fetcher(cache_path=str(tmp_path), respect_opt_out=False)(f"{server.url}/x") == IMAGE
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("page", [b"", b"\n <!DOCTYPE html><title>Are you human?</title>"])
+def test_pages_are_not_kept(serve, tmp_path, page):
+    """What a server sends instead of an image, for as long as it takes one for a robot, is asked for again by the next run."""
+    server = serve(lambda connection, path, server: connection.sendall(answer_with(page if len(server.seen) < 2 else IMAGE)))
+    assert fetcher(cache_path=str(tmp_path))(server.url) == page
+    assert [fetcher(cache_path=str(tmp_path))(server.url) for _ in range(2)] == [IMAGE] * 2
+    assert len(server.seen) == 2
 
 
 def test_opt_out_that_is_learnt_later_empties_the_cache(serve, tmp_path):

@@ -49,7 +49,12 @@ class Cache:
         return body
 
     def keep(self, url: str, body: bytes, opted_out: bool) -> None:
-        """Keep `body`; a disk that refuses keeps nothing of it, which is said once and is no reason to lose the image."""
+        """Keep `body`; a disk that refuses keeps nothing of it, which is said once and is no reason to lose the image.
+
+        A page, or nothing at all, is not kept: servers send such instead of an image while they think that one is a robot.
+        """
+        if body[:64].lstrip()[:1] in (b"", b"<"):
+            return
         path = self._path(url)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         head = {"kind": KIND, "bytes": len(body), "hash": _hash(body), "opted_out": opted_out}

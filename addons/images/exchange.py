@@ -20,7 +20,7 @@ from addons.images.http_client import (
     KeptConnections,
     open_connection,
 )
-from addons.images.names import MOST_THREADS, NameFailure, NoName, NotPublic, Resolver
+from addons.images.names import MOST_THREADS, Address, NameFailure, NoName, NotPublic, Resolver
 from addons.images.targets import Target, follow_redirect
 from image_text_sim_clip import EXIT_CONFIG, Config, RowFailure, Trouble
 
@@ -29,6 +29,7 @@ REFUSING_CODES = (429, 503)
 # what servers send as a Content-Encoding although it says nothing of the bytes, as a media type (image/png) does
 NO_CODINGS = {"", "identity", "none", "null", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "binary", "7bit",
               "8bit", "aws-chunked", "jpeg", "jpg", "png", "webp", "gif"}
+MOST_TUNNELS = 3  # that a proxy is asked for in turn: it may have no IPv6
 SMALL_BYTES = 128 * 2**10
 MEDIUM_BYTES = 4 * 2**20
 MEDIUM_BUDGET = 96 * 2**20  # of all bodies of up to MEDIUM_BYTES that are held at a time
@@ -264,7 +265,7 @@ class Web:
         attempt.is_resolving = False
         try:
             if target.proxy:
-                return await self._connect_by_proxy(attempt, addresses[0][1])
+                return await self._connect_by_proxy(attempt, addresses)
             return await open_connection(place, addresses, place.port, self._tls if place.is_tls else None)
         except ssl.SSLError:
             raise RowFailure("connect", "TLS certificate or handshake refused") from None
@@ -273,29 +274,40 @@ class Web:
         except OSError:
             raise Unreachable("connect", "connection failed or broke off") from None
 
-    async def _connect_by_proxy(self, attempt: Attempt, address: str) -> Connection:
-        """A tunnel through the proxy, which is asked for the checked address: a name it would resolve for itself."""
+    async def _connect_by_proxy(self, attempt: Attempt, goals: list[Address]) -> Connection:
+        """A tunnel through the proxy to the first checked address that it reaches: a name it would resolve for itself."""
         proxy = attempt.target.proxy
         assert proxy
-        place = attempt.target.place
         try:
             addresses = await self._proxy_resolver.find(proxy.host, attempt.wait_unclocked)
         except (NameFailure, NoName):
             raise PassingFailure("connect", "the environment's proxy has no address") from None
-        connection = await open_connection(place, addresses, proxy.port, None)
-        try:
-            goal = f"[{address}]:{place.port}" if ":" in address else f"{address}:{place.port}"
-            secret = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
-            connection.send(f"CONNECT {goal} HTTP/1.1\r\nHost: {goal}\r\n{secret}\r\n".encode())
-            head = await connection.read_head()
-            if not 200 <= head.code < 300:
-                raise PassingFailure("connect", f"the environment's proxy refuses to connect ({head.code})")
-            if place.is_tls:
-                await connection.start_tls(self._tls)
-        except BaseException:
+        code = 0
+        for _, goal in goals[:MOST_TUNNELS]:
+            connection = await open_connection(attempt.target.place, addresses, proxy.port, None)
+            try:
+                code = await self._ask_for_tunnel(connection, attempt.target, goal)
+                if 200 <= code < 300:
+                    return connection
+            except BaseException:
+                connection.close()
+                raise
             connection.close()
-            raise
-        return connection
+            if code < 500:  # it would refuse any address
+                break
+        raise PassingFailure("connect", f"the environment's proxy refuses to connect ({code})")
+
+    async def _ask_for_tunnel(self, connection: Connection, target: Target, goal: str) -> int:
+        """Ask the proxy for a tunnel to the address `goal`; the code that it answers."""
+        proxy = target.proxy
+        assert proxy
+        goal = f"[{goal}]:{target.place.port}" if ":" in goal else f"{goal}:{target.place.port}"
+        secret = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
+        connection.send(f"CONNECT {goal} HTTP/1.1\r\nHost: {goal}\r\n{secret}\r\n".encode())
+        head = await connection.read_head()
+        if 200 <= head.code < 300 and target.place.is_tls:
+            await connection.start_tls(self._tls)
+        return head.code
 
     @functools.cached_property
     def _tls(self) -> ssl.SSLContext:
