@@ -220,3 +220,12 @@ def test_a_text_that_may_not_be_read(tmp_path, folder, score_input, monkeypatch)
     monkeypatch.setattr(pathlib.Path, "open", refuse)
     outcome = score_input("f")[0]
     assert outcome.code == 3 and outcome.stderr.endswith("/f/a.txt: Permission denied\n"), outcome.stderr
+
+
+def test_where_images_came_from_is_kept(folder, score_input):
+    """The URL in a .json, as img2dataset writes it next to each image, becomes the column `input_url`."""
+    folder(**{"00000__0_DOT_jpg": None, "00000__0_DOT_json": '{"caption": "c", "url": "http://x/0", "status": "success"}',
+              "00000__1_DOT_jpg": None, "00000__1_DOT_txt": "d"})
+    rows = score_input("f")[1]
+    assert [(row["url"], row["input_url"], row["caption"], row["input_status"], row["status"]) for row in rows] == [
+        ("00000/0.jpg", "http://x/0", "c", "success", "ok"), ("00000/1.jpg", "", "d", "", "ok")]

@@ -310,9 +310,15 @@ class PairsReading:
             columns.update(dict(files.folder_columns(self._fixed_folders, pair.image)))
             if pair.json:
                 fields, _ = read_text(pair.json, JSON_ENCODING)
-                columns.update(dict.fromkeys(read_cells(fields, self._caption)[0][0]))
+                columns.update(dict.fromkeys(self._read_fields(fields)[0]))
                 check_width(len(columns))
         return list(columns)
+
+    def _read_fields(self, text: str) -> list[Cells]:
+        """The fields of a .json, once for each of its captions; its own URL, from where the image may have come, set aside."""
+        rows, _ = read_cells(text, self._caption)
+        own = {self._url: f"input_{self._url}"}
+        return [{own.get(name, name): cell for name, cell in cells.items()} for cells in rows]
 
     def _read_rows(self) -> Iterator[Cells]:
         for pair in self._pairs:
@@ -321,7 +327,7 @@ class PairsReading:
             fields, has_flawed_fields = read_text(pair.json, JSON_ENCODING)
             self._flawed += has_flaw or has_flawed_fields
             self._digest.update(repr((name, text, fields)).encode("utf-8", "backslashreplace"))
-            rows, _ = read_cells(fields or "{}", self._caption)
+            rows = self._read_fields(fields or "{}")
             for cells in rows:
                 from_folders = dict(files.folder_columns(self._fixed_folders, pair.image))
                 own = cells.get(self._caption) or (text if len(rows) == 1 else "")
