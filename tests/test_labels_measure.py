@@ -137,8 +137,9 @@ def test_rules_on_labels(shapes, run_main, read_table, tmp_path):
     assert {row["dropped_by"] for row in dropped} == {"min_label", "max_label"}
     for keys, message in (({"min_label": {"cold": 1}}, "'cold' is none of these scores' labels: star, warm"),
                           ({"max_label": {"star": "high"}}, "curate.max_label.star must be a number, got 'high'"),
-                          ({"min_label": {"star": float("nan")}}, "curate.min_label.star must be a number, got nan"),
                           ({"min_head": {"star": 1}}, "'star' is none of these scores' heads: they have none")):
         with pytest.raises(script.Trouble) as trouble:
             choose(**keys)
         assert message in str(trouble.value)
+    with pytest.raises(script.Trouble, match=r"curate\.min_label\.star must be a number, got nan"):
+        curate.main(["--config", str(config), "--set=curate.min_label={star: .nan}"])

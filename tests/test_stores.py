@@ -122,12 +122,13 @@ def test_names_spelled_otherwise(bucket, score_bucket, picture):
 
 
 @pytest.mark.parametrize("anon", [False, True])
-def test_steps_out_of_a_prefix(bucket, write_config, picture, anon):
+def test_steps_out_of_a_prefix(bucket, write_config, picture, monkeypatch, anon):
     """No step `..` in a URL of the store leads out of the prefix, though clients on the way would go there; `.` is no step."""
     from addons.stores import images
     for name in ("images/a.jpg", "images/deep/b.jpg", "other/z.jpg"):
         bucket.fs.pipe_file(f"{bucket.name}/{name}", picture, ACL="public-read")
-    config = script.load_config(write_config(storage_options={"anon": anon}))
+    config = script.load_config(write_config())
+    monkeypatch.setitem(stores._OPTIONS, "anon", anon)
     read = images.open_prefix(config, bucket.url("images"))
     for name in ("../other/z.jpg", "deep/../../other/z.jpg", "deep/../a.jpg"):
         with pytest.raises(script.RowFailure) as failure:
