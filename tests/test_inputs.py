@@ -96,6 +96,18 @@ def test_parquet_in_each_encoding_of_text(tmp_path, score_input, monkeypatch, pi
             assert {row["status"] for row in rows} == {"missing" if kind == "text" else "ok"}
 
 
+def test_parquet_whose_values_begin_alike(tmp_path, score_input, monkeypatch):
+    """Long values of which the file holds little, because each begins as the one before, are one line and fill no memory."""
+    monkeypatch.setattr(parquet, "MOST_PREFIXED_BYTES", 1_000_000)
+    captions = {"long.parquet": ["c" * 10_000 + str(n) for n in range(1000)], "short.parquet": [f"c{n}" for n in range(1000)]}
+    for name, texts in captions.items():
+        pq.write_table(pa.table({"url": ["u"] * 1000, "caption": texts}), tmp_path / name, use_dictionary=False,
+                       column_encoding={"caption": "DELTA_BYTE_ARRAY"})
+    assert score_input("short.parquet")[0].result["rows"] == 1000
+    outcome = score_input("long.parquet", "--fresh")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "more than 32 times what the file holds" in outcome.stderr
+
+
 def test_parquet_files_with_other_columns(tmp_path, score_input):
     """Columns that only some files have are empty in the others; the two that are needed must be in all."""
     write_parquet(tmp_path / "a.parquet", rows=1, one=["1"])

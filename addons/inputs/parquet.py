@@ -15,6 +15,8 @@ IMAGE_BYTES = 8_000_000  # the same of images
 MOST_REPEATED_BYTES = 512_000_000  # that a dictionary of images may stand for in a piece: reading row by row is slow
 READ_BYTES = 1 << 18  # of a column's pages at a time
 PREFIXES = "DELTA_BYTE_ARRAY"  # the encoding in which a value begins as the one before it, of which it repeats any length
+MOST_PREFIXED_BYTES = 64_000_000  # of a piece, where it is also MOST_PREFIXED times as long as what the file holds for it
+MOST_PREFIXED = 32  # sorted URLs are a tenth in this encoding
 NEVER_DICTIONARIES = {PREFIXES, "DELTA_LENGTH_BYTE_ARRAY"}  # encodings that Arrow reads as plain values alone
 
 
@@ -49,7 +51,18 @@ class ParquetFile(BlockFile):
         rows = min(rows, self._most_rows(number, columns))
         with self._open_again(number) as file:
             for batch in file.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
-                yield pa.Table.from_batches([batch])
+                table = pa.Table.from_batches([batch])
+                if table.nbytes > MOST_PREFIXED_BYTES:
+                    self._refuse_prefixes(number, columns, table)
+                yield table
+
+    def _refuse_prefixes(self, number: int, columns: list[str], table: pa.Table) -> None:
+        """Raise ValueError for a piece of long values of which the file holds little, because each begins as the one before."""
+        group = self._metadata.row_group(number)
+        chunks = [group.column(place) for place in range(group.num_columns)]
+        has_prefixes = any(PREFIXES in chunk.encodings and self._is_among(chunk, columns) for chunk in chunks)
+        if has_prefixes and table.nbytes > MOST_PREFIXED * self.row_bytes(number, columns) * len(table):
+            raise ValueError(f"{len(table)} rows hold {table.nbytes >> 20} MiB, more than {MOST_PREFIXED} times what the file holds")
 
     def _open_again(self, number: int) -> pq.ParquetFile:
         """The file once more, for one reader of a row group: what it takes for that is given back when it is closed."""
