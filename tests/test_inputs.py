@@ -105,7 +105,7 @@ def test_parquet_whose_values_begin_alike(tmp_path, score_input, monkeypatch):
                        column_encoding={"caption": "DELTA_BYTE_ARRAY"})
     assert score_input("short.parquet")[0].result["rows"] == 1000
     outcome = score_input("long.parquet", "--fresh")[0]
-    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "more than 32 times what the file holds" in outcome.stderr
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "over 32 times what the file holds" in outcome.stderr
 
 
 def test_parquet_files_with_other_columns(tmp_path, score_input):

@@ -62,7 +62,7 @@ class ParquetFile(BlockFile):
         chunks = [group.column(place) for place in range(group.num_columns)]
         has_prefixes = any(PREFIXES in chunk.encodings and self._is_among(chunk, columns) for chunk in chunks)
         if has_prefixes and table.nbytes > MOST_PREFIXED * self.row_bytes(number, columns) * len(table):
-            raise ValueError(f"{len(table)} rows hold {table.nbytes >> 20} MiB, more than {MOST_PREFIXED} times what the file holds")
+            raise ValueError(f"{len(table)} rows are {table.nbytes >> 20} MiB, over {MOST_PREFIXED} times what the file holds")
 
     def _open_again(self, number: int) -> pq.ParquetFile:
         """The file once more, for one reader of a row group: what it takes for that is given back when it is closed."""
