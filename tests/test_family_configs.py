@@ -127,3 +127,12 @@ def test_positions_counted_from_another_padding(name, copy_of):
         assert "pad_token_id" not in judge(folder)
     change_config(folder, lambda config: config["text_config"].update(pad_token_id=5))
     assert "pad_token_id 5" in judge(folder)
+
+
+@pytest.mark.parametrize("most", [False, True, 0, -5, 2, "32"])
+def test_captions_of_no_tokens(most, copy_of):
+    """A dual encoder's tokenizer that leaves nothing of a caption, or whose `model_max_length` is no number, is refused."""
+    folder, _ = copy_of("vision_text_dual_encoder")
+    change_config(folder, lambda config: config.update(model_max_length=most), "tokenizer_config.json")
+    line = judge(folder)
+    assert "model_max_length" in line or (most == "32" and "cannot load" in line)

@@ -345,6 +345,17 @@ def test_captions_that_would_be_filled_up_on_the_left(shelf, tmp_path, run_main,
     assert torch.equal(left.encode_texts(left.tokenize(["a cat"])[0]), right.encode_texts(right.tokenize(["a cat"])[0]))
 
 
+@pytest.mark.parametrize(("address", "cure"), [
+    ("https://huggingface.co/openai/clip-vit-base-patch32", "set pretrained_model: openai/clip-vit-base-patch32"),
+    ("https://huggingface.co/openai/clip-vit-base-patch32/tree/main", "set pretrained_model: openai/clip-vit-base-patch32"),
+    ("hf://google/siglip-base-patch16-224", "set pretrained_model: google/siglip-base-patch16-224"),
+    ("s3://bucket/model", "download it first"), ("https://huggingface.co/datasets/some-one/set", "download it first")])
+def test_an_address_for_a_model(address, cure, run_main, write_config):
+    """An address is no model: one line and exit 2, with the Hub id where it is a model's page there."""
+    outcome = run_main("--config", write_config(pretrained_model=address))
+    assert outcome.code == 2 and outcome.stderr.count("\n") == 1 and outcome.stderr.endswith(f"{cure}\n")
+
+
 def test_weights_without_a_place_are_a_warning(shelf, tmp_path, run_main, shapes):
     """Weights that config.json has no place for are named in one warning: perhaps the config belongs to a smaller model."""
     folder = shelf.copy(str(BUNDLED), tmp_path / "a-model")

@@ -5,8 +5,10 @@ transformers' own class for an image tower (ViT, CLIP, ...) and a text tower (BE
 many tokens are read as the tokenizer and the position table allow.
 """
 from addons.models.masked_text import MaskedText
+from image_text_sim_clip import EXIT_MODEL, Trouble
 
 MOST_TOKENS = 512
+FEWEST_TOKENS = 3  # of a caption: its beginning, a word, its end
 
 
 class DualEncoder(MaskedText):
@@ -23,7 +25,11 @@ class DualEncoder(MaskedText):
 
     def read_context_length(self) -> int:
         """The least of what the tokenizer and the position table hold."""
-        return int(min(self.tokenizer.model_max_length, super().read_context_length()))
+        most = self.tokenizer.model_max_length
+        if isinstance(most, bool) or most < FEWEST_TOKENS:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its tokenizer_config.json says that captions have {most} tokens at most "
+                                      f"(model_max_length), where a number from {FEWEST_TOKENS} belongs")
+        return int(min(most, super().read_context_length()))
 
     def prepare(self, caption: str) -> str:
         """The caption; with XLM-R's tokenizer a space between the letters of each control token in it."""

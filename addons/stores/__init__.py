@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+HUB_PAGE = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?!datasets/|spaces/)([\w-][\w.-]*/[\w.-]+)")
 
 
 class FileInfo(NamedTuple):
@@ -94,8 +95,10 @@ def check_url(key: str, url: str) -> None:
     """Raise Trouble (exit 2) for a URL that the path `key` cannot have: one with secrets in it, with too few slashes ..."""
     scheme = SCHEME.match(url)
     if key == "pretrained_model":
+        page = HUB_PAGE.match(url)
+        cure = f"set pretrained_model: {page[1]}" if page else "download it first"
         raise Trouble(EXIT_CONFIG, f"pretrained_model {url!r}: models are read from a folder or the Hub (owner/name), not from "
-                                   "an object store: download it first")
+                                   f"an address: {cure}")
     if not scheme:
         if key in WRITTEN_KEYS:
             raise Trouble(EXIT_CONFIG, f"{key} {url!r}: a place in a store is written with two slashes, such as s3://bucket/name")
