@@ -86,7 +86,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple
 
-import yaml
+INSTALL = "pip install -r requirements.txt, or activate the environment that has it (source .venv/bin/activate)"
+try:
+    import yaml
+except ModuleNotFoundError:
+    print(f"error: the package yaml is missing: {INSTALL}", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -4159,6 +4164,11 @@ def run() -> typing.NoReturn:
     except Trouble as trouble:
         say(f"error: {trouble}")
         code = trouble.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "addons").partition(".")[0] == "addons":
+            raise
+        say(f"error: the package {error.name} is missing: {INSTALL}")
+        code = EXIT_CONFIG
     except Interrupted as interrupted:
         say("interrupted: finished partitions are kept, the same command resumes")
         code = 128 + interrupted.signum

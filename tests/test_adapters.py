@@ -174,8 +174,9 @@ def test_the_passport_knows_the_adapter(beside, score, tmp_path):
 
 def test_without_peft_an_adapter_is_refused(beside, alone, score, monkeypatch):
     """Where peft cannot be imported a folder with an adapter is exit 6, and a run begun with it is not finished without."""
+    folders = (beside()[0], alone()[0])  # peft makes them
     monkeypatch.setitem(sys.modules, "peft", None)
-    for folder in (beside()[0], alone()[0]):
+    for folder in folders:
         assert_refused(score(folder)[0], "peft", "addons/requirements.txt", "adapter_config.json")
 
 

@@ -365,6 +365,18 @@ def test_dry_run_needs_no_torch(run_cli, write_config, write_table):
     assert "pyarrow" in packages and not packages & {"torch", "transformers", "requests", "huggingface_hub"}
 
 
+@pytest.mark.parametrize("missing", ["yaml", "PIL"])
+def test_missing_package_is_one_line(run_cli, write_config, tmp_path, missing):
+    """A Python without the requirements (no environment is active) is exit 2 in one line with the package and the cure."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    if missing != "yaml":
+        (packages / "yaml").symlink_to(pathlib.Path(yaml.__file__).parent)
+    outcome = run_cli("--config", write_config(), interpreter=("-S",), env={"PYTHONPATH": str(packages)})
+    assert outcome.code == 2 and len(outcome.stderr.splitlines()) == 1
+    assert f"the package {missing} is missing: pip install -r requirements.txt" in outcome.stderr
+
+
 def test_last_line_is_json(run_cli, write_config, write_table):
     """The last line on stdout is one JSON object with the promised keys; all talk is on stderr."""
     write_table("url,caption\na.png,x\n")
