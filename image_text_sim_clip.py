@@ -90,6 +90,8 @@ INSTALL = "pip install -r requirements.txt, or activate the environment that has
 try:
     import yaml
 except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
     print(f"error: the package yaml is missing: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
