@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -123,6 +124,22 @@ def test_engines_give_the_undisturbed_bytes(way, scored, undisturbed, start_cli,
     assert process.returncode == 0, stderr[-2000:]
     assert "converts" not in stderr
     assert outcome_of(tmp_path / "out") == undisturbed
+
+
+def test_first_call_is_made_before_there_are_lanes(monkeypatch):
+    """OpenVINO is called once by the thread that loads the model: it sets itself up in the first call, and two lanes whose
+    first calls came together waited for each other for ever."""
+    callers = []
+    call = openvino_runtime.Compiled.__call__
+
+    def noting_call(encoder, values):
+        callers.append(threading.current_thread().name)
+        return call(encoder, values)
+    monkeypatch.setattr(openvino_runtime.Compiled, "__call__", noting_call)
+    scorer = load()
+    assert callers == [threading.current_thread().name]
+    scorer.encode_texts(scorer.tokenize(CAPTIONS)[0])
+    assert {name.split("_")[0] for name in callers[1:]} == {"lane"}
 
 
 # ── Near to torch ─────────────────────────────────────────────────────────────────────────────────────────────────────

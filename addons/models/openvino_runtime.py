@@ -105,6 +105,9 @@ class Encoders:
                     "INFERENCE_PRECISION_HINT": PRECISIONS[scorer.dtype]}
         self._images = Compiled(core, folder / openvino_convert.IMAGE_FILE, settings)
         self._texts = Compiled(core, folder / openvino_convert.TEXT_FILE, settings)
+        # OpenVINO's Python part sets itself up in the first call, and two threads whose first calls come together wait for
+        # each other for ever: one holds the interpreter, the other one what is being set up
+        self._texts(openvino_convert.pad(self.family, self.family.tokenize(["a"])[0][0]))
 
     def identity(self) -> Json:
         """What the manifest says of it: the runtime, and the hash of the converted model."""
