@@ -62,6 +62,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import html
 import importlib
@@ -2515,12 +2516,25 @@ DEFAULT_BATCH = {"cpu": 16, "cuda": 256}  # of one core: larger ones are no fast
 Encoded = tuple["torch.Tensor", dict[str, float]]  # embeddings (n, d), and the seconds they took
 
 
+@contextlib.contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """While libraries are imported: Python would look for garbage a thousand times, and find none among a million objects."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Scorer:
     """A loaded model that turns images and captions into embeddings and cosines.
 
     `Scorer(load_config(path)).similarity(images, captions)` is all most callers need.
     """
 
+    @collecting_no_garbage()
     @profile
     def __init__(self, config: Config) -> None:
         import torch

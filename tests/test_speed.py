@@ -1,4 +1,5 @@
 """Speed without other results: batch sizes found and adopted, compiled encoders, and shortcuts that change nothing."""
+import gc
 import json
 import shutil
 import types
@@ -125,3 +126,26 @@ def pixels_of(scorer, path):
     config = script.Config(image_path=str(path.parent))
     loader = script.ImageLoader(script.open_source(config, 0), script.ImageDecoder(config, scorer.settings), scorer.resize)
     return torch.from_numpy(loader(path.name).pixels)[None]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_garbage_is_collected_again_after_the_start(is_on, bundled_model, monkeypatch):
+    """A model is loaded without a search for garbage; afterwards it is on or off as before, also where loading fails."""
+    seen = []
+    find_model = script.find_model
+
+    def noting_find_model(config):
+        seen.append(gc.isenabled())
+        return find_model(config)
+    monkeypatch.setattr(script, "find_model", noting_find_model)
+    was_on = gc.isenabled()
+    try:
+        gc.enable() if is_on else gc.disable()
+        script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False))
+        assert gc.isenabled() == is_on
+        with pytest.raises(script.Trouble):
+            script.Scorer(script.Config(pretrained_model="/no/such/folder", use_cuda=False))
+        assert gc.isenabled() == is_on
+        assert seen == [False, False]
+    finally:
+        gc.enable() if was_on else gc.disable()
