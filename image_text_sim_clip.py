@@ -640,7 +640,7 @@ class Record(NamedTuple):
 class TextTable(NamedTuple):
     """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
 
-    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (see LiteralQuotes),
+    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (addons/inputs/literal_quotes.py),
     `remarks` are what else is to be said of how it was read.
     """
 
