@@ -713,11 +713,11 @@ def test_too_many_open_files_are_told_and_cost_no_row(serve, monkeypatch, capfd)
     opened = []
     connect = http_client._connect
 
-    async def connect_if_there_is_room(family, address, port):
+    async def connect_if_there_is_room(family, address, port, within_s):
         opened.append(port)
         if len(opened) < 12:
             raise OSError(errno.EMFILE, "Too many open files")
-        return await connect(family, address, port)
+        return await connect(family, address, port, within_s)
     monkeypatch.setattr(http_client, "_connect", connect_if_there_is_room)
     get = fetcher()
     assert {status for _, status in fetch_all(get, [f"{server.url}/{n}" for n in range(20)])} == {"ok"}

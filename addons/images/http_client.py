@@ -18,7 +18,7 @@ from typing import NamedTuple
 from addons.images.names import Address
 
 CONNECT_TIMEOUT_S = 5.0  # to one address; as much again for the TLS handshake
-NEXT_ADDRESS_S = 0.5  # until the next address of the host is tried as well
+NEXT_ADDRESS_S = 1.0  # until the next address of the host is tried
 IDLE_S = 30.0  # how long a connection is kept for the next fetch at the same host
 CHUNK_BYTES = 65536
 LINE_BYTES = 65536  # of one line of a head
@@ -229,71 +229,40 @@ class Connection:
 
 async def open_connection(place: Place, addresses: list[Address], port: int, tls: ssl.SSLContext | None) -> Connection:
     """Connect to one of `addresses`, the first that takes it, at `port`. Raises OSError (its TimeoutError, ssl's errors), or
-    TooManyFiles."""
+    TooManyFiles.
+
+    All but the last have NEXT_ADDRESS_S to answer: a machine whose IPv6 leads nowhere has most hosts' first address wrong. They
+    are tried one after the other, as a host of many addresses could take all file descriptors otherwise.
+    """
     loop = asyncio.get_running_loop()
     trouble: OSError = ConnectionRefusedError()
-    while addresses:
+    for number, (family, address) in enumerate(addresses, 1):
         try:
-            sock, number = await _connect_to_any(addresses, port)
+            sock = await _connect(family, address, port, CONNECT_TIMEOUT_S if number == len(addresses) else NEXT_ADDRESS_S)
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    reader = _Reader(LINE_BYTES, loop)
+                    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+                    transport, _ = await loop.create_connection(lambda made=protocol: made, sock=sock, ssl=tls,
+                                                                server_hostname=place.host if tls else None)
+            except BaseException:
+                sock.close()
+                raise
+            return Connection(place, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         except OSError as error:  # TimeoutError is one
             if error.errno in TOO_MANY_FILES:
                 raise TooManyFiles from None
-            raise trouble if isinstance(trouble, ssl.SSLError) else error from None
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                reader = _Reader(LINE_BYTES, loop)
-                protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-                transport, _ = await loop.create_connection(lambda made=protocol: made, sock=sock, ssl=tls,
-                                                            server_hostname=place.host if tls else None)
-                return Connection(place, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
             trouble = error
-            addresses = addresses[number + 1:]
     raise trouble
 
 
-async def _connect_to_any(addresses: list[Address], port: int) -> tuple[socket.socket, int]:
-    """A connection to the first address that takes it, and that address's number. Raises OSError.
-
-    Each is tried when those before it have failed, or have had NEXT_ADDRESS_S for it: a machine whose IPv6 leads nowhere has
-    most hosts' first address wrong. (RFC 8305 does so too, sooner.)
-    """
-    trouble: OSError = ConnectionRefusedError()
-    numbers: dict[asyncio.Task[socket.socket], int] = {}
-    try:
-        while True:
-            if len(numbers) < len(addresses):
-                numbers[asyncio.create_task(_connect(*addresses[len(numbers)], port))] = len(numbers)
-            is_last = len(numbers) == len(addresses)
-            under_way = [task for task in numbers if not task.done()]
-            if under_way:
-                await asyncio.wait(under_way, timeout=None if is_last else NEXT_ADDRESS_S,
-                                   return_when=asyncio.FIRST_COMPLETED)
-            for task in [task for task in numbers if task.done()]:
-                error = task.exception()
-                if error is None:
-                    return task.result(), numbers.pop(task)
-                if not isinstance(error, OSError):
-                    raise error
-                trouble = error
-            if is_last and all(task.done() for task in numbers):
-                raise trouble
-    finally:
-        for task in numbers:
-            if not task.cancel() and not task.cancelled() and not task.exception():
-                task.result().close()
-
-
-async def _connect(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    """A connection to one address. Raises OSError: TimeoutError after CONNECT_TIMEOUT_S."""
+async def _connect(family: socket.AddressFamily, address: str, port: int, within_s: float) -> socket.socket:
+    """A connection to one address. Raises OSError: TimeoutError when it takes longer than `within_s`."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             await asyncio.get_running_loop().sock_connect(sock, (address, port))
     except BaseException:
         sock.close()
