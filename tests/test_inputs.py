@@ -387,7 +387,7 @@ def test_mutated_tars_are_rows(tmp_path, score_input, picture):
 
 
 def test_damage_while_running(tmp_path, picture):
-    """An image that is cut away, grown too large or gone is a row's failure; a tar of other rows is Trouble."""
+    """An image that is grown too large or gone is a row's failure; a tar that is written anew, or of other rows, is Trouble."""
     write_tar(tmp_path / "t.tar", sample("1", picture, "c"))
     config = script.Config(csv_path=str(tmp_path / "t.tar"), max_image_bytes=len(picture))
     reader = open_rows(config)
@@ -398,7 +398,7 @@ def test_damage_while_running(tmp_path, picture):
         reader.read_bytes(source)
     reader.max_bytes += 1
     os.truncate(tmp_path / "t.tar", 600)
-    with pytest.raises(script.RowFailure, match="cut off"):
+    with pytest.raises(script.Trouble, match="changed since"):
         reader.read_bytes(source)
     (tmp_path / "t.tar").unlink()
     with pytest.raises(script.RowFailure, match="corrupt"):
@@ -406,6 +406,35 @@ def test_damage_while_running(tmp_path, picture):
     write_tar(tmp_path / "t.tar", sample("1", picture, "c") + sample("2", picture, "c"))
     with pytest.raises(script.Trouble, match="changed since"):
         open_rows(config, files=[{"rows": 1}]).read(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "images", "tar"])
+def test_input_that_is_replaced_while_running(tmp_path, monkeypatch, score_input, picture, kind):
+    """A file that is replaced in the midst of a run by one of as many rows ends it: no row gets another's image or caption."""
+    path = tmp_path / ("t.tar" if kind == "tar" else "t.parquet")
+
+    def write(words):
+        if kind == "tar":
+            members = [sample(f"{n}{words}"[:5], picture, f"{words}{n}") for n in range(6)]
+            write_tar(tmp_path / "new", list(itertools.chain.from_iterable(members)))
+        else:
+            cells = [{"bytes": picture, "path": f"{words}{n}"} for n in range(6)]
+            urls = [cell["path"] for cell in cells] if kind == "parquet" else cells
+            pq.write_table(pa.table({"url": urls, "caption": [f"{words}{n}" for n in range(6)]}), tmp_path / "new",
+                           row_group_size=2)
+        (tmp_path / "new").rename(path)
+    write("old")
+    begun = []
+    real = script.PartitionRun.open
+
+    def replace_then_open(plan, partition, retry):
+        if partition.index == 1:
+            begun.append(partition)
+            write("new")
+        return real(plan, partition, retry)
+    monkeypatch.setattr(script.PartitionRun, "open", replace_then_open)
+    outcome = score_input(path.name, partition_rows=2, loader_threads=0)[0]
+    assert begun and outcome.code == 3 and len(outcome.stderr.splitlines()) == 1, outcome.stderr
 
 
 # ── Where files lie, and new kinds ────────────────────────────────────────────────────────────────────────────────────────

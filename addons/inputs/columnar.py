@@ -519,7 +519,7 @@ class BlockRows(FileRows):
         with reading(file.name):
             opened = self.reader.open_file(file)
             info = file.info() if file.in_store else None
-        is_new = info is not None and is_other(info, self.entries[number])
+        is_new = is_other(info, self.entries[number]) if info else self.reader.has_changed(file, self.entries[number])
         if is_new or sum(opened.block_rows) != self.first_input_rows[number + 1] - self.first_input_rows[number]:
             raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
         return opened

@@ -496,7 +496,7 @@ class InPlaceReader:
         found = list_files(config.csv_path, self)
         entries = manifest["files"]
         with listing([file.path for file in found]):
-            return name_differences(entries, found[:len(entries)] if config.limit else found, self._has_changed)
+            return name_differences(entries, found[:len(entries)] if config.limit else found, self.has_changed)
 
     def used_besides(self, found: list[InputFile], described: Manifest) -> Container[str]:
         """The paths of files that were used to describe those that were found, so that nobody says they were left aside."""
@@ -510,7 +510,7 @@ class InPlaceReader:
         """`hash_index` of a file that has this entry in manifest.json."""
         return self.hash_index(file)
 
-    def _has_changed(self, file: InputFile, entry: Manifest) -> bool:
+    def has_changed(self, file: InputFile, entry: Manifest) -> bool:
         """Whether it is another file; one of the same size under a new time is not if its index is the same."""
         identity = self.identify(file)
         changed = [key for key, value in identity.items() if entry.get(key) != value]

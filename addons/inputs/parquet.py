@@ -25,7 +25,7 @@ class ParquetFile(BlockFile):
 
     def __init__(self, file: InputFile) -> None:
         self._input = file
-        self._info = file.info() if file.in_store else None
+        self._info = file.info()
         self._file = pq.ParquetFile(file.open_native())
         self._check_same()
         self._metadata = self._file.metadata
@@ -79,7 +79,7 @@ class ParquetFile(BlockFile):
 
     def _check_same(self) -> None:
         """Raise OSError where another object has taken the place of the one whose footer was read."""
-        if self._info is not None and self._input.info() != self._info:
+        if self._input.info() != self._info:
             raise OSError("it was replaced while it was read")
 
     def _dictionary_bytes(self, number: int, place: int) -> int:

@@ -32,6 +32,7 @@ from image_text_sim_clip import EXIT_INPUT, Config, RowFailure, Trouble, column_
 if TYPE_CHECKING:
     import pandas as pd
 
+    from addons.stores import FileInfo
     from addons.stores.spool import Spool
 
 # those that are not read here become rows all the same, and their status says so
@@ -413,8 +414,10 @@ class TarRows(FileRows):
         self.max_bytes = config.max_image_bytes
         self.entry_counts: list[int] = [file.get("input_rows", file["rows"]) for file in manifest["files"]]
         self.counted_by: list[str] = [file.get("counted_by", "") for file in manifest["files"]]  # a file next to it, or itself
+        self._planned: list[Manifest] = manifest["files"]
         self._told: set[str] = set()  # what need not be said of each tar
         self._spool: Spool | None = open_spool(found, manifest["files"]) if is_in_store(found) else None
+        self._infos: dict[int, FileInfo | None] = {}  # of tars on a disk, by their places in `files`, as they were indexed
         self._indexed_number = -1  # the place in `files` of the tar whose index is kept
         self._entries: list[Entry] = []
         self._picks: Sequence[Pick] = []  # of the rows of that tar
@@ -433,13 +436,15 @@ class TarRows(FileRows):
                 raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
             if self.counted_by[number]:
                 self._check_texts(number, texts_of.values())
-            rows += [self._make_row(file, self._entries[pick.place], texts_of[pick.place].rows, pick.caption) for pick in picks]
+            rows += [self._make_row(number, pick, texts_of[pick.place].rows) for pick in picks]
         return pd.DataFrame(rows, columns=self.columns, dtype="str")
 
-    def _make_row(self, file: InputFile, entry: Entry, rows: list[Cells], caption: int) -> list[str]:
-        if caption >= len(rows):
-            raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
-        cells = rows[caption]
+    def _make_row(self, number: int, pick: Pick, rows: list[Cells]) -> list[str]:
+        if pick.caption >= len(rows):
+            raise self._refuse_other(number)
+        file = self.files[number]
+        entry = self._entries[pick.place]
+        cells = rows[pick.caption]
         name = as_text(entry.image.name if entry.image else entry.key)
         of_folders = dict(file.folder_columns)
         last = {**of_folders, self.url_column: f"{as_text(file.name)}/{name}", CAPTION_INDEX: "0"}
@@ -458,7 +463,7 @@ class TarRows(FileRows):
         return found
 
     def read_bytes(self, source: str) -> bytes:
-        """The image that one of `sources` names. Raises RowFailure: missing, too_large or corrupt."""
+        """The image that one of `sources` names. Raises RowFailure: missing, too_large or corrupt; Trouble for another tar."""
         number, offset, size, _ = source.split(":", 3)
         if not offset:
             raise RowFailure("missing", "no image in the tar")
@@ -466,6 +471,9 @@ class TarRows(FileRows):
             raise RowFailure("too_large", f"{size} bytes")
         reserve_for_image(int(size))
         tar_file = self._spool.find(int(number)) if self._spool else self.files[int(number)]
+        info = tar_file.info()
+        if self._spool is None and info is not None and info != self._infos[int(number)]:
+            raise self._refuse_other(int(number))  # other images may lie at that place now
         try:
             with tar_file.open() as file:
                 file.seek(int(offset))
@@ -496,6 +504,10 @@ class TarRows(FileRows):
 
     def _index(self, number: int) -> list[Entry]:
         file = self.files[number]
+        if self._spool is None:
+            self._infos[number] = file.info()
+            if READER.has_changed(file, self._planned[number]):
+                raise self._refuse_other(number)
         try:
             index = index_shard(self._fetch(number))
         except PermissionError as error:
@@ -503,7 +515,7 @@ class TarRows(FileRows):
         if self.counted_by[number]:
             self._check_index(number, index)
         elif len(index.entries) != self.entry_counts[number]:
-            raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
+            raise self._refuse_other(number)
         return index.entries
 
     def _check_index(self, number: int, index: TarIndex) -> None:
@@ -533,6 +545,9 @@ class TarRows(FileRows):
             say(f"left aside in {self.files[number].name}, and perhaps in other tars, because {self.counted_by[number]} does "
                 f"not tell of them: the fields {', '.join(sorted(unknown))[:300]}")
 
+    def _refuse_other(self, number: int) -> Trouble:
+        return Trouble(EXIT_INPUT, f"{self.files[number].name} has changed since the run was planned")
+
     def _refuse_count(self, number: int, found: str) -> Trouble:
         counted_by = self.counted_by[number]
         return Trouble(EXIT_INPUT, f"{self.files[number].name} holds {found}, but {counted_by} tells of "
@@ -550,7 +565,7 @@ class TarRows(FileRows):
         except OSError as error:
             raise Trouble(EXIT_INPUT, f"cannot read {file.name}: {error.strerror or error}") from None
         if len(picks) != self.counts[number]:
-            raise Trouble(EXIT_INPUT, f"{file.name} has changed since the run was planned")
+            raise self._refuse_other(number)
         return picks
 
 
