@@ -472,7 +472,7 @@ class TarRows(FileRows):
         reserve_for_image(int(size))
         tar_file = self._spool.find(int(number)) if self._spool else self.files[int(number)]
         info = tar_file.info()
-        if self._spool is None and info is not None and info != self._infos[int(number)]:
+        if self._spool is None and info is not None and info != self._infos.get(int(number), info):
             raise self._refuse_other(int(number))  # other images may lie at that place now
         try:
             with tar_file.open() as file:
