@@ -38,6 +38,7 @@ PEERS = {"torchmetrics CLIPScore": os.environ.get("TORCHMETRICS"),  # name -> th
 ON_CPU = {"defaults": {}, "bfloat16": {"dtype": "bfloat16"},
           "bfloat16, scaled": {"dtype": "bfloat16", "decode": "scaled"},
           "int8, scaled": {"quantization": "int8", "decode": "scaled", "runtime": "torch"},
+          "OpenVINO": {"runtime": "openvino"},
           "OpenVINO, bfloat16, scaled": {"runtime": "openvino", "dtype": "bfloat16", "decode": "scaled"},
           "OpenVINO, int8, scaled": {"runtime": "openvino", "quantization": "int8", "decode": "scaled"}}
 ON_GPU = {"defaults": {}, "scaled": {"decode": "scaled"}, "gpu decode": {"decode": "gpu"},
