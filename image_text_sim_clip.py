@@ -1098,7 +1098,7 @@ def open_staged(manifest: Json, output: pathlib.Path) -> StagedRows:
 
 # ── Plan: what a run is ───────────────────────────────────────────────────────────────────────────────────────────────
 
-FORMAT = 2  # of the output folder; 0.1 wrote format 1, whose parts were two files
+FOLDER_FORMAT = 2  # of the output folder; 0.1 wrote format 1, whose parts were two files
 RUN_FILES = ("manifest.json", "pairs.parquet", "bad_rows.csv", "scores.csv", "scores.parquet", "profile.json",
              "memory-time.png", "curated/curated.json")
 STAGED_FILES = ("pairs.parquet", "bad_rows.csv")  # what staging writes; manifest.json has the sha256 of each
@@ -1261,7 +1261,7 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
 def read_manifest(output: pathlib.Path) -> Json | None:
     """manifest.json as it was written, None where there is none; one of another format is not checked."""
     known = read_json(output / "manifest.json")
-    if known is not None and known.get("format") != FORMAT:
+    if known is not None and known.get("format") != FOLDER_FORMAT:
         return known
     return read_sealed(output / "manifest.json")
 
@@ -1301,7 +1301,7 @@ def is_this_run(manifest: Json | None, config: Config, staged: dict[str, str]) -
 
     What becomes of anything else is decided, and said, in addons/results/earlier_run.py.
     """
-    if manifest is None or manifest.get("format") != FORMAT:
+    if manifest is None or manifest.get("format") != FOLDER_FORMAT:
         return False
     has_these_settings = manifest["settings"] == json.loads(json.dumps(settings_of(config)))
     with contextlib.suppress(Trouble):  # there is no input any more
@@ -1336,7 +1336,8 @@ def _write_manifest(config: Config, output: pathlib.Path) -> Json:
         size = max(1, described["rows"])  # a tar is one partition
     elif size == "auto":
         size = min(10_000, max(256, described["rows"] // 200))
-    manifest = {"version": __version__, "format": FORMAT, "settings": settings_of(config), **described, "partition_rows": size}
+    manifest = {"version": __version__, "format": FOLDER_FORMAT, "settings": settings_of(config), **described,
+                "partition_rows": size}
     if (output / "pairs.parquet").exists():
         manifest["staged"] = describe_staged(output)
     if in_store(output):
@@ -2000,7 +2001,7 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 # Everything in a model folder that is read and decides a score, by patterns of names.
-DECISIVE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*processor_config.json", "tokenizer*", "vocab.*",
+DECISIVE_FILES = ("config.json", *SAFETENSORS, "model-*-of-*.safetensors", "*processor_config.json", "tokenizer*", "vocab.*",
                   "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json", "adapter_*",
                   "open_clip_*", "bpe_simple_vocab*")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -2037,14 +2038,19 @@ class ModelFiles:
 
 def hash_decisive_files(folder: pathlib.Path) -> dict[str, str]:
     """The sha256 of each file in `folder` that is read and decides a score, by name."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_decisive(path.name)]
+    shards = _name_shards(folder)
+    paths = [path for path in sorted(folder.iterdir())
+             if path.is_file() and (path.name in shards or any(fnmatch.fnmatch(path.name, name) for name in DECISIVE_FILES))]
     with ThreadPoolExecutor(usable_cores()) as pool:
         digests = pool.map(lambda path: _hash_unchanged(path, path.stat().st_size, path.stat().st_mtime_ns), paths)
         return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
 
 
-def _is_decisive(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in DECISIVE_FILES)
+def _name_shards(folder: pathlib.Path) -> set[str]:
+    """The files of weights that the folder's index names, which may call them anything."""
+    index = folder / SAFETENSORS[1]
+    files = (read_json(index) or {}).get("weight_map") if index.is_file() else None
+    return set(map(str, files.values())) if isinstance(files, dict) else set()
 
 
 @functools.lru_cache

@@ -25,7 +25,7 @@ def write_finished_run(output, similarities, captions=None, sources=None, status
     (output / "parts").mkdir(parents=True)
     config = script.Config(pretrained_model=model, output_path=str(output), csv_path="table.csv")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in script.HARMLESS_KEYS}
-    manifest = {"version": script.__version__, "format": script.FORMAT, "settings": settings, "kind": "csv",
+    manifest = {"version": script.__version__, "format": script.FOLDER_FORMAT, "settings": settings, "kind": "csv",
                 "columns": list(columns), "rows": count, "malformed": 0, "files": [], "partition_rows": partition_rows,
                 "staged": {}, "resolved": {}}
     script.write_sealed(output / "manifest.json", manifest)

@@ -111,7 +111,7 @@ def test_equal_images_are_resized_once(shapes, run_main, bundled_model, read_tab
     monkeypatch.setattr(script.Scorer, "resize", resize_and_count)
     models = {"b32": bundled_model, "copy": str(copy)}
     assert run_main("--config", shapes(pretrained_model=models, rows=30, preprocess=preprocess)).code == 0
-    assert len(calls) == 2 + times * len({row["url"] for row in read_table(tmp_path / "out/scores.csv")})  # each tries one
+    assert len(calls) == 4 + times * len({row["url"] for row in read_table(tmp_path / "out/scores.csv")})  # each tries two
     rows = read_table(tmp_path / "out/scores.csv")
     assert [row["similarity_copy"] for row in rows] == [row["similarity"] for row in rows]
 

@@ -13,7 +13,7 @@ import psutil
 
 from image_text_sim_clip import (
     EXIT_CONFIG,
-    FORMAT,
+    FOLDER_FORMAT,
     HOST,
     STAGED_FILES,
     Config,
@@ -36,7 +36,7 @@ from image_text_sim_clip import (
 
 def refuse_other_format(manifest: Json, output: pathlib.Path) -> None:
     """Raise Trouble (exit 2) for a folder that another version wrote in another format."""
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") != FOLDER_FORMAT:
         raise Trouble(EXIT_CONFIG, f"{output} was written by version {manifest.get('version', 'unknown')}, whose parts this "
                                    f"version ({__version__}) does not read: use that version, discard the folder with --fresh, "
                                    "or write elsewhere with --set output_path=...")
@@ -52,7 +52,7 @@ def check(manifest: Json | None, config: Config, output: pathlib.Path, staged: d
     elsewhere = "discard it with --fresh, or write elsewhere with --set output_path=..."
     if manifest is None:
         raise Trouble(EXIT_CONFIG, f"{output} holds parts of a run but no readable manifest.json: {elsewhere}")
-    if not has_parts(output) and manifest.get("format") != FORMAT:
+    if not has_parts(output) and manifest.get("format") != FOLDER_FORMAT:
         return None
     refuse_other_format(manifest, output)
     differences = [f"{key} was {manifest['settings'].get(key)!r}, now {value!r}"
