@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance
 
 import curate
 import image_text_sim_clip as script
-from addons.curation import semantic
+from addons.curation import duplicates, semantic
 
 pytest.importorskip("faiss")
 
@@ -67,6 +67,24 @@ def test_clusters_find_what_a_plain_search_finds(tmp_path, monkeypatch):
     assert (groups[3000:] == np.arange(3000)).mean() >= 0.99
     assert (groups[:3000] == np.arange(3000)).mean() >= 0.99
     np.testing.assert_array_equal(semantic.group_vectors(file, 0.035), groups)
+
+
+def test_a_row_without_an_embedding_is_like_no_other(tmp_path):
+    """A row whose image only another model could embed is in nobody's group, whatever the images beside it."""
+    vectors = unit(np.array([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0]], np.float32))
+
+    class Saved:
+        """Stands for SavedImages: three images of one part."""
+
+        @staticmethod
+        def write(numbers):
+            return write_vectors(tmp_path / "vectors", vectors[numbers.astype(int)])
+    images = np.array([semantic.PLACE, 0, semantic.PLACE, 1, 2], np.uint64)
+    nothing = np.zeros(5, np.uint64)
+    rows = duplicates.Neighbours(np.arange(5), nothing.astype(np.uint32), np.arange(5).astype(np.uint64), nothing, images)
+    assert semantic.SemanticImages(Saved(), 0.035).find_staying(rows).tolist() == [0, 1, 2, 1, 4]
+    unseen = rows._replace(images=np.full(5, semantic.PLACE))
+    assert semantic.SemanticImages(Saved(), 0.035).find_staying(unseen).tolist() == [0, 1, 2, 3, 4]
 
 
 # ── In a run ──────────────────────────────────────────────────────────────────────────────────────────────────────────

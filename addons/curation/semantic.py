@@ -28,6 +28,7 @@ EXACT_IMAGES = 20_000
 PROBES = 16  # clusters that are looked into
 CANDIDATES = 4  # leaders that are checked for each image
 SLACK = 0.005  # by which the cosines that faiss computes from bytes may be off
+PLACE = np.uint64(0xFFFFFFFF)  # the part of an image's number that is its place; all ones for a row without an image
 BATCH = 2048  # images that are looked up at a time
 TRAINING_IMAGES = 40  # for each cluster; faiss warns below 39
 
@@ -68,10 +69,10 @@ class SavedImages:
         self._starts = np.array([partition.start for partition in run.plan.partitions])
 
     def numbers_of(self, first_row: int, count: int) -> np.ndarray:
-        """The number of each row's image, uint64 (count,), of rows of one part; any number for a row that has none."""
+        """The number of each row's image, uint64 (count,), of rows of one part; its place is PLACE for none."""
         index = int(np.searchsorted(self._starts, first_row, "right")) - 1
         places = self._places_in(index)[first_row - self._starts[index]:][:count]
-        return (np.uint64(index) << np.uint64(32)) | np.maximum(places, 0).astype(np.uint64)
+        return (np.uint64(index) << np.uint64(32)) | np.where(places < 0, PLACE, places.astype(np.uint64))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - of this part, while its rows come in several pieces
     def _places_in(self, index: int) -> np.ndarray:
@@ -82,7 +83,7 @@ class SavedImages:
     def write(self, numbers: np.ndarray) -> VectorFile:
         """Write the vectors of these images, (n,) uint64 without repetition, in this order."""
         parts = (numbers >> np.uint64(32)).astype(np.int64)
-        places = (numbers & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        places = (numbers & PLACE).astype(np.int64)
         by_part = np.argsort(parts, kind="stable")
         present, starts = np.unique(parts[by_part], return_index=True)
         width = 0
@@ -175,12 +176,18 @@ class SemanticImages:
     name: ClassVar[str] = "duplicate_image"
 
     def find_staying(self, rows: Neighbours) -> np.ndarray:
-        """For each row the place of the best one of its group, or its own if it is of that one's source: int64 (n,)."""
-        if not len(rows.images):
-            return np.empty(0, np.int64)
-        distinct, first, image_of_row = np.unique(rows.images, return_index=True, return_inverse=True)
+        """For each row the place of the best one of its group, or its own if it is of that one's source: int64 (n,).
+
+        A row without an embedding of its image, which another model has scored, is like no other.
+        """
+        staying = np.arange(len(rows.images))
+        embedded = np.flatnonzero(rows.images & PLACE != PLACE)
+        if not len(embedded):
+            return staying
+        distinct, first, image_of_row = np.unique(rows.images[embedded], return_index=True, return_inverse=True)
         order = np.argsort(first)  # the best row's image first
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         groups = group_vectors(self.saved.write(distinct[order]), self.distance)
-        return find_first_source(groups[rank[image_of_row]], rows.sources)
+        staying[embedded] = embedded[find_first_source(groups[rank[image_of_row]], rows.sources[embedded])]
+        return staying
