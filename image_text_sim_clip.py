@@ -2066,6 +2066,8 @@ def find_model(config: Config) -> ModelFiles:
     if ADDONS.is_dir():
         addon("models.open_clip_files", "pretrained_model").refuse_openai_checkpoint(name)
     if folder.is_dir():
+        if config.revision != Config.revision:
+            say(f"warning: {name} is a folder, so that revision: {config.revision} says nothing; it is for models of the Hub")
         return find_in_folder(folder, name, config.safetensors_only)
     if not re.fullmatch(r"(hf-hub:)?[\w-][\w.-]*/[\w.-]+", name):
         raise Trouble(EXIT_MODEL, f"pretrained_model {name!r} is neither a folder nor a Hub id (owner/name); {BUNDLED_HINT}")

@@ -240,6 +240,14 @@ def assert_one_line(outcome, *parts):
         assert advice not in outcome.stderr
 
 
+def test_a_revision_of_a_folder_is_told(run_main, shapes, bundled_model):
+    """A folder has no revisions: one that is set is a warning, and the run goes on."""
+    outcome = run_main("--config", shapes(pretrained_model=bundled_model, rows=2, revision="v2"))
+    assert outcome.code == 0
+    assert [line for line in outcome.stderr.splitlines() if line.startswith("warning") and "revision: v2" in line]
+    assert "revision" not in run_main("--config", shapes(pretrained_model=bundled_model, rows=2), "--fresh").stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_fault_is_told_when_the_model_is_loaded(what, broken, run_main, shapes):
