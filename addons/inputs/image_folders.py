@@ -280,8 +280,11 @@ def find_unnamed(pairs: list[Pair], config: Config, staged: pathlib.Path) -> lis
         for batch in file.iter_batches(columns=[url_column]):
             for url in batch[url_column].to_pylist():
                 name = posixpath.normpath(url)
-                spellings = [url] if name in there else [*names_in_folder(url), *other_spellings(names_in_folder(url))]
-                named.update(map(posixpath.normpath, spellings))
+                if name in there:
+                    named.add(name)
+                    continue
+                own = names_in_folder(url)
+                named.update(map(posixpath.normpath, [*own, *other_spellings(own)]))
     return [name for name in there if name not in named]
 
 

@@ -1,7 +1,8 @@
 """An output folder that holds a run which is not quite the one asked for: what differs, in words, and whether it may go on.
 
-The script comes here only where its manifest is not that of this very run, or where the model is not the one that the run was
-begun with. Nothing that is scored is ever thrown away here: it is refused, or planned anew while nothing is scored.
+The script comes here where its manifest is not that of this very run, or where the model is not the one that the run was begun
+with. Nothing that is scored is ever thrown away here: it is refused, or planned anew while nothing is scored. Each run also has
+removed here what killed processes left half-written.
 """
 import contextlib
 import itertools
