@@ -687,10 +687,11 @@ def test_retried_rows_score_as_at_first(scored, run_main, read_table, tmp_path):
 def test_may_pass():
     """Of the statuses, the network's and the busy servers' may pass."""
     import pyarrow as pa
-    status = [*script.STATUSES, "http_4xx"]
-    table = pa.table({"status": status, "detail": ["404"] * len(script.STATUSES) + ["429"]})
+    details = ["404"] * len(script.STATUSES) + ["429", "429, asks to come back later", "408", "425", "404", "42", ""]
+    status = [*script.STATUSES, *["http_4xx"] * 7]
+    table = pa.table({"status": status, "detail": details})
     assert [s for s, may in zip(status, retry.may_pass(table), strict=True) if may] == \
-        ["timeout", "dns", "connect", "http_5xx", "http_4xx"]
+        ["timeout", "dns", "connect", "http_5xx", *["http_4xx"] * 4]
 
 
 def test_parquet_results(dry, run_main, read_table, tmp_path):

@@ -168,6 +168,33 @@ def test_request_holds_no_more_than_one_line_of_the_url():
         assert request.split("\r\n")[0].count(" ") == 2
 
 
+@pytest.mark.parametrize(("written", "asked_for"), [
+    ("/a%20b-100%.jpg", "/a%20b-100%25.jpg"), ("/50%25%20off%.jpg?q=%zz%20", "/50%25%20off%25.jpg?q=%25zz%20"),
+    ("/%7Eme/%41%2d.png?sig=%2f%c3%a9", "/%7Eme/%41%2d.png?sig=%2f%c3%a9"), ("//a//b.png?x=//y", "//a//b.png?x=//y"),
+    ("/a\\2020\\b.png?c=\\d", "/a/2020/b.png?c=%5Cd"), ("\\a.png", "/a.png"), ("/a\n\tb.png", "/ab.png"),
+    ("/a/../b/./c.png", "/b/c.png"), ("/a/%2E%2e/b/%2e", "/b/"), ("/../../b/..", "/"), ("?x=1#y", "/?x=1"), ("", "/"),
+    ("/a?", "/a?"), ("/a b\u00e9\u65e5\ud800.png", "/a%20b%C3%A9%E6%97%A5%ED%A0%80.png"),
+    ("/a;b=c,d'(e)!*@:&+$~.png", "/a;b=c,d'(e)!*@:&+$~.png"),
+    ("/[a]|{b}^\"<c>`.png", "/%5Ba%5D%7C%7Bb%7D%5E%22%3Cc%3E%60.png")])
+def test_path_is_sent_as_it_is_written(written, asked_for):
+    """What is escaped stays as it is, or a server that signs its URLs would refuse them; the rest is as browsers do it."""
+    target = targets.read_url(f"http://h.example{written}", config_of())
+    assert target.request.split(b"\r\n")[0].decode() == f"GET {asked_for} HTTP/1.1"
+    assert target.url == f"http://h.example{asked_for}"
+    assert target.place.host == "h.example"
+
+
+@pytest.mark.parametrize(("location", "asked_for"), [
+    ("/synspr\xf8ve.png", "/synspr%F8ve.png"), ("/\u00e9.png".encode().decode("latin-1"), "/%C3%A9.png"),
+    ("b.png", "/a%20100%25/b.png"), ("?x=%e9\xe9", "/a%20100%25/c?x=%e9%E9"), ("\\b\\c.png", "/b/c.png")])
+def test_redirect_is_read_as_browsers_do(serve, location, asked_for):
+    """Bytes of any encoding in a Location are sent back as they came, and it counts from the URL that was asked for."""
+    server = serve(lambda connection, path, server: connection.sendall(
+        answer_with(IMAGE) if path == asked_for
+        else f"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: {location}\r\n\r\n".encode("latin-1")))
+    assert fetcher()(f"{server.url}/a%20100%/c") == IMAGE
+
+
 def test_resolver_that_does_not_answer(monkeypatch):
     """A name whose look-up hangs is `dns`, in time, and other names are found meanwhile."""
     free = threading.Event()
@@ -689,6 +716,33 @@ def test_closed_connection_is_no_failure(serve):
     get = fetcher()
     assert [get(f"{server.url}/{n}") for n in range(5)] == [IMAGE] * 5
     assert len(server.seen) == 5
+
+
+def test_408_on_a_kept_connection_is_its_end(serve):
+    """A server that says 408 when it gives up an idle connection has not timed out the request that crosses it."""
+    given_up = []
+
+    def answer(connection, path, server):
+        if connection.fileno() in given_up:
+            connection.sendall(answer_with(b"", code="408 Request Timeout"))
+            given_up.clear()
+            return "close"
+        given_up.append(connection.fileno())
+        connection.sendall(answer_with(IMAGE))
+        return ""
+    server = serve(answer)
+    get = fetcher()
+    assert [get(f"{server.url}/{n}") for n in range(4)] == [IMAGE] * 4
+    assert len(server.seen) > 4
+
+
+@pytest.mark.parametrize("code", ["408 Request Timeout", "425 Too Early"])
+def test_codes_that_may_pass(serve, code):
+    """408 and 425 are tried again, and are http_4xx where that does not help."""
+    server = serve(lambda connection, path, server: connection.sendall(
+        answer_with(IMAGE) if len(server.seen) > 1 and path == "/x" else answer_with(b"", code=code)))
+    assert fetcher(fetch_retries=1)(f"{server.url}/x") == IMAGE
+    assert outcome(fetcher(fetch_retries=1), f"{server.url}/y") == ("http_4xx", code[:3])
 
 
 def test_connections_stay_within_the_limit_on_open_files(serve, monkeypatch):

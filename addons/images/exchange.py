@@ -26,6 +26,8 @@ from image_text_sim_clip import EXIT_CONFIG, Config, RowFailure, Trouble
 
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 REFUSING_CODES = (429, 503)
+REQUEST_TIMED_OUT = 408
+TOO_EARLY = 425
 # what servers send as a Content-Encoding although it says nothing of the bytes, as a media type (image/png) does
 NO_CODINGS = {"", "identity", "none", "null", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "binary", "7bit",
               "8bit", "aws-chunked", "jpeg", "jpg", "png", "webp", "gif"}
@@ -237,7 +239,10 @@ class Web:
         kept = self.connections.take(target.place, asyncio.get_running_loop().time())
         if kept:
             with contextlib.suppress(BadAnswer, OSError):  # the server had given it up, which is no failure
-                return kept, await self._send_and_read_head(kept, target)
+                head = await self._send_and_read_head(kept, target)
+                if head.code != REQUEST_TIMED_OUT:  # what some servers say when they give up an idle connection
+                    return kept, head
+                kept.close()
         connection = await self._connect(attempt)
         return connection, await self._send_and_read_head(connection, target)
 
@@ -330,6 +335,8 @@ class Web:
             raise Refused(code, read_retry_after(head.headers.get("retry-after", "")))
         if code >= 500:
             raise PassingFailure("http_5xx", str(code))
+        if code in (REQUEST_TIMED_OUT, TOO_EARLY):
+            raise PassingFailure("http_4xx", str(code))
         if not 200 <= code < 300:
             raise RowFailure("http_4xx", str(code))
         codings = re.split(r"[\s,]+", head.headers.get("content-encoding", "").lower())

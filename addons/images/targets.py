@@ -1,4 +1,8 @@
-"""What a URL of the table means: whom to ask, over what, and for which path. `requests` reads it, as a browser would."""
+"""What a URL of the table means: whom to ask, over what, and for which path, as a browser would read it.
+
+`requests` reads who is to be asked. The path is sent as it is written: `requests` would spell it otherwise (%7E as ~, %c3 as
+%C3), for which a server that signs its URLs refuses them, and would take every %20 for text where a single % stands alone.
+"""
 import base64
 import re
 import urllib.parse
@@ -13,6 +17,7 @@ from addons.images.names import one_spelling
 from image_text_sim_clip import Config, RowFailure
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+SAFE_BYTES = bytes(range(128))
 
 
 class Proxy(NamedTuple):
@@ -45,19 +50,19 @@ def can_be_split(url: str) -> bool:
 def read_url(url: str, config: Config) -> Target:
     """Take a URL that a stranger wrote apart; raises RowFailure (missing, forbidden) for what cannot be asked for."""
     prepared = requests.PreparedRequest()
+    written = _as_browsers_read(url)
     try:
-        prepared.prepare_url(url, None)
-        clean = prepared.url or ""
-        parts = urllib.parse.urlsplit(clean)
+        prepared.prepare_url(written, None)
+        parts = urllib.parse.urlsplit(prepared.url or "")
         if parts.scheme not in DEFAULT_PORTS:
             raise RowFailure("forbidden", "only http and https")
         port = parts.port or DEFAULT_PORTS[parts.scheme]
         host = parts.hostname or ""
-        path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        path.encode("ascii")
         host.encode("ascii")
     except (requests.exceptions.RequestException, urllib3.exceptions.LocationValueError, ValueError):  # UnicodeError is one
         raise RowFailure("missing", "not a URL") from None
+    path = _path_to_ask_for(written)
+    clean = f"{parts.scheme}://{parts.netloc}{path}"
     if not host or re.search(r"[\x00-\x20\x7f]", host + path):
         raise RowFailure("missing", "not a URL")
     is_default = port == DEFAULT_PORTS[parts.scheme]
@@ -74,6 +79,31 @@ def read_url(url: str, config: Config) -> Target:
     head = f"GET {path} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in headers.items()) + "\r\n"
     return Target(clean, Place(host.rstrip("."), port, parts.scheme == "https", over),
                   name if is_default else f"{name}:{port}", head.encode("utf-8"), proxy)
+
+
+def _as_browsers_read(url: str) -> str:
+    """The URL without tabs and line breaks, and with slashes for the backslashes before its query."""
+    text = re.sub(r"[\t\r\n]", "", url)
+    end = re.search(r"[?#]|$", text)
+    assert end
+    return text[:end.start()].replace("\\", "/") + text[end.start():]
+
+
+def _path_to_ask_for(url: str) -> str:
+    """Path and query of an http(s) URL, in ASCII: what is escaped stays as it is, what has to be is, `..` is a step up."""
+    written = re.sub(r"^\s*[^:/?#]*://[^/?#]*", "", url).partition("#")[0]
+    path, mark, query = written.partition("?")
+    steps: list[str] = []
+    for step in path.split("/")[1:]:
+        plain = step.lower().replace("%2e", ".")
+        if plain == "..":
+            del steps[-1:]
+        elif plain != ".":
+            steps.append(step)
+    if re.search(r"/(\.|%2e){1,2}$", path, re.I):
+        steps.append("")
+    text = "/" + "/".join(steps) + mark + query
+    return urllib.parse.quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), "%!$&'()*+,/:;=?@~", errors="surrogatepass")
 
 
 def _find_password(url: str, config: Config) -> str:
@@ -106,5 +136,10 @@ def find_proxy(url: str) -> Proxy | None:
 
 def follow_redirect(url: str, location: str) -> str:
     """Where a redirect from `url` leads; `location` is the header as it was sent, read as latin-1."""
-    target = location.encode("latin-1").decode("utf-8", "replace")
+    sent = location.encode("latin-1")
+    try:
+        target = sent.decode("utf-8")
+    except UnicodeDecodeError:  # bytes of another encoding, which the server knows
+        target = urllib.parse.quote_from_bytes(sent, SAFE_BYTES)
+    target = _as_browsers_read(target)
     return urllib.parse.urljoin(url, target) if can_be_split(target) else target

@@ -31,15 +31,16 @@ from image_text_sim_clip import (
 if typing.TYPE_CHECKING:
     import pandas as pd
 
-# Failures that may be gone at another time; of http_4xx that is 429 alone, which the column `detail` tells.
+# Failures that may be gone at another time; of http_4xx that are few, by the code with which the column `detail` begins.
 PASSING = ("timeout", "connect", "dns", "http_5xx")
+PASSING_4XX = ("408", "425", "429")
 
 
 def may_pass(table: "pa.Table") -> "np.ndarray":
     """Which rows of a part failed for a reason that may be gone by now: bool (n,), from the columns status and detail."""
     status = table["status"].to_numpy(zero_copy_only=False).astype(str)
     detail = table["detail"].to_numpy(zero_copy_only=False).astype(str)
-    busy = (status == "http_4xx") & np.char.startswith(detail, "429")
+    busy = (status == "http_4xx") & np.isin(detail.astype("U3"), PASSING_4XX)
     return np.isin(status, PASSING) | busy
 
 
