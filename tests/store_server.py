@@ -110,6 +110,7 @@ class FaultyProxy:
         self._count = itertools.count(1)
         self.met = dict.fromkeys(kinds, 0)
         self.requests = []  # (method, path, bytes of the answer's body)
+        self.codings = set()  # the Accept-Encoding of all of them
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -139,6 +140,7 @@ class FaultyProxy:
         counts = self._every and self._only(request.command, urllib.parse.unquote(request.path))
         kind = next(self._kinds) if counts and next(self._count) % self._every == 0 else ""
         body = self._read_body(request)
+        self.codings.add(request.headers.get("Accept-Encoding"))
         if kind:
             self.met[kind] += 1
         if kind == "reset":

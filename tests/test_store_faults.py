@@ -149,6 +149,15 @@ def test_many_at_a_time_meet_the_same_faults(bucket, proxied):  # noqa: F811
     assert remote.STORE.submit_ranges([("memory://many/x", 1, 3)])[0].result() == b"bc"
 
 
+def test_no_compressed_bodies_are_asked_for(bucket, proxied):  # noqa: F811
+    """Nothing on the way, such as a gateway that compresses for whoever lets it, may change an object's bytes."""
+    path = bucket.put("a.bmp", b"abc")
+    proxy = proxied(0)
+    assert remote.STORE.submit_ranges([(path, 0, 9)])[0].future.result() == b"abc"
+    assert remote.STORE.read_range(path, 0, 9) == b"abc" == remote.STORE.read(path)
+    assert len(proxy.requests) >= 3 and proxy.codings == {"identity"}
+
+
 # ── What a killed process had sent in part ────────────────────────────────────────────────────────────────────────────
 
 def begin_upload(bucket, key):

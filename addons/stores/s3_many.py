@@ -68,7 +68,7 @@ class ManyReader:
                 future.set_result(data)
 
     async def _try(self, wanted: Wanted) -> bytes:
-        headers = {"Range": f"bytes={wanted.start}-{wanted.stop - 1}"}
+        headers = {"Range": f"bytes={wanted.start}-{wanted.stop - 1}", "Accept-Encoding": "identity"}
         if self._session is None:
             self._session = _open_session(self._at_once)
         for attempt in range(TRIES):
