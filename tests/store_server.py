@@ -89,6 +89,8 @@ class Bucket:
 
 REFUSALS = {"503": (503, "SlowDown", "Please reduce your request rate."), "403": (403, "AccessDenied", "Access Denied"),
             "expired": (400, "ExpiredToken", "The provided token has expired."),
+            "409": (409, "ConditionalRequestConflict", "The conditional request cannot succeed: a conflict."),
+            "invalid": (400, "InvalidToken", "The provided token is malformed or otherwise not valid."),
             "501": (501, "NotImplemented", "A header you provided implies functionality that is not implemented")}
 
 

@@ -3,6 +3,7 @@ import os
 import random
 import time
 
+import botocore.exceptions
 import pytest
 import store_server
 from test_store_output import remote_run, results_in, results_of, strange_objects  # noqa: F401 - a fixture
@@ -163,6 +164,36 @@ def test_refused_credentials_are_told_apart():
         with pytest.raises(PermissionError) as raised, remote.calling("s3://b/k"):
             raise PermissionError(said)
         assert isinstance(raised.value, remote.ExpiredCredentials) == is_expired
+
+
+def test_answers_are_told_by_their_code():
+    """A number in a message, such as a part's, is no code; a bad token is no lost object."""
+    def raised_for(error):
+        with pytest.raises(OSError) as raised, remote.calling("s3://b/k"):
+            raise error
+        return type(raised.value)
+
+    def answer_of_s3(status, code):
+        answer = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        error = OSError(5, "")
+        error.__cause__ = botocore.exceptions.ClientError(answer, "PutObject")
+        return error
+    assert raised_for(Exception('Could not connect to "http://127.0.0.1:4123/b/parts/part-412.parquet"')) is OSError
+    assert raised_for(answer_of_s3(412, "PreconditionFailed")) is FileExistsError
+    assert raised_for(answer_of_s3(409, "ConditionalRequestConflict")) is remote.Conflict
+    assert raised_for(answer_of_s3(403, "Unheard")) is PermissionError
+    assert raised_for(answer_of_s3(400, "InvalidToken")) is remote.ExpiredCredentials
+
+
+def test_conflict_with_others_is_tried_again(bucket, proxied, monkeypatch):
+    """What S3 says when two create an object in the same moment is waited for; where it goes on, it is one error."""
+    monkeypatch.setattr(remote, "CONFLICT_PAUSES_S", (0.01, 0.01))
+    proxy = proxied(1, ("409",), lambda method, path: method == "PUT" and path.endswith("/once") and not proxy.met["409"])
+    assert commits.create(StorePath(bucket.url("once")), b"x") and proxy.met["409"] == 1
+    proxied(1, ("409",), lambda method, path: method == "PUT" and path.endswith("/always"))
+    with pytest.raises(script.Trouble, match="ConditionalRequestConflict") as caught:
+        commits.create(StorePath(bucket.url("always")), b"x")
+    assert caught.value.exit_code == script.EXIT_DISK
 
 
 def test_object_that_is_replaced_while_it_is_read(bucket, tmp_path, monkeypatch):

@@ -59,8 +59,9 @@ def test_images_that_may_not_be_read(remote_run, proxied):  # noqa: F811
     assert remote_run().result["failed"] == {"forbidden": 8, "missing": 8}
 
 
-@pytest.mark.parametrize("where", ["images/", "/out/parts/", "table.csv"])
-def test_token_that_expires(remote_run, bucket, tmp_path, proxied, where):  # noqa: F811
+@pytest.mark.parametrize(("where", "kind"), [("images/", "expired"), ("images/", "invalid"), ("/out/parts/", "expired"),
+                                             ("table.csv", "expired")])
+def test_token_that_expires(remote_run, bucket, tmp_path, proxied, where, kind):  # noqa: F811
     """A token that expires in the middle ends the run in one line, makes no row a failure, and the same command goes on."""
     assert remote_run.local().code == 0
     requests = []
@@ -69,10 +70,10 @@ def test_token_that_expires(remote_run, bucket, tmp_path, proxied, where):  # no
         if where in path and method in ("GET", "PUT"):
             requests.append(path)
         return where in path and len(requests) > 2
-    proxy = proxied(1, ("expired",), late)
+    proxy = proxied(1, (kind,), late)
     outcome = remote_run()
-    if proxy.met["expired"]:
-        told_once(outcome, 5 if "out" in where else 3, "expired")
+    if proxy.met[kind]:
+        told_once(outcome, 5 if "out" in where else 3, "expired" if kind == "expired" else "not valid")
     proxied(0)
     assert remote_run().code == 0
     assert results_in(bucket, "out") == results_of(tmp_path / "local")

@@ -12,8 +12,10 @@ import functools
 import io
 import json
 import os
+import random
 import re
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
@@ -37,6 +39,7 @@ READ_BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its e
 WRITE_BLOCK_BYTES = 16 << 20  # a smaller object is one PUT, a larger one a multipart upload in such pieces
 LISTING_THREADS = 16
 REQUEST_THREADS = 32
+CONFLICT_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before another try to create what others are creating, too
 CONNECTIONS = 256  # that an S3 client may keep open
 SECRET = re.compile(r"key|secret|token|password|passwd|credential|connection_string|sas", re.I)
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "AZURE_STORAGE_KEY",
@@ -48,6 +51,10 @@ NO_LONGER_VALID = ("ExpiredToken", "token has expired", "TokenRefreshRequired", 
 
 class ExpiredCredentials(PermissionError):
     """The store no longer takes the credentials: no file is to blame for that, and no further request will fare better."""
+
+
+class Conflict(OSError):
+    """Another process is writing the same object in this moment; S3 asks to try again."""
 
 
 # ── Errors in one line, without secrets ───────────────────────────────────────────────────────────────────────────────
@@ -84,6 +91,18 @@ def _is_about_credentials(error: BaseException) -> bool:
     return any(text.lower() in told.lower() for text in NO_LONGER_VALID)
 
 
+def _code_of(error: BaseException) -> int:
+    """The HTTP status of the answer that an error tells of, 0 for none; its text may have any number, such as a part's."""
+    for told in (error, error.__cause__):
+        answer = getattr(told, "response", None)
+        if isinstance(answer, dict):  # botocore's
+            return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        for code in (getattr(answer, "status_code", None), getattr(told, "status_code", None), getattr(told, "code", None)):
+            if str(code).isdigit():
+                return int(str(code))
+    return 0
+
+
 @contextlib.contextmanager
 def calling(path: str) -> Iterator[None]:
     """What a store's client raises in this block becomes an OSError: not found, exists, no permission, or anything else."""
@@ -103,10 +122,15 @@ def calling(path: str) -> Iterator[None]:
     except (Trouble, AssertionError, MemoryError):
         raise
     except Exception as error:  # each store's client has its own kinds
-        if "412" in str(error) or "pre-condition" in str(error) or "ConditionNotMet" in str(error):
+        code = _code_of(error)
+        if code == 412 or "pre-condition" in str(error) or "ConditionNotMet" in str(error):
             raise FileExistsError(errno.EEXIST, "it exists already", path) from None
-        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+        if _is_about_credentials(error):
+            raise ExpiredCredentials(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
+        if code in (401, 403):
             raise PermissionError(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
+        if code == 409:
+            raise Conflict(errno.EREMOTEIO, f"the object store did not do it ({_describe_error(error)})", path) from None
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         number = errno.EREMOTEIO if number in (errno.EIO, errno.ENOENT) else number  # EIO is a disk's, and is never tried again
         reason = f"the object store did not do it ({type(error).__name__}: {_describe_error(error)})"
@@ -473,6 +497,15 @@ class RemoteStore:
 
     def create(self, path: str, content: bytes) -> None:
         """Write an object whole; FileExistsError where there is one. Of several at a time one succeeds."""
+        for pause_s in CONFLICT_PAUSES_S:
+            try:
+                self._create_once(path, content)
+                return
+            except Conflict:
+                time.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+        self._create_once(path, content)
+
+    def _create_once(self, path: str, content: bytes) -> None:
         system, inner = open_file_system(path)
         with calling(path):
             system.pipe_file(inner, content, mode="create")
