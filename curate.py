@@ -34,7 +34,7 @@ import numpy as np
 from addons.curation import ImageRule, duplicates, examples, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows, remove_tables_of_other_rows
 from addons.curation.finished import FinishedRun, check_embeddings, open_run, read_similarities, read_values
-from addons.curation.images import RunImages
+from addons.curation.images import RunImages, ScoredImage
 from addons.curation.overlaps import Overlaps
 from addons.curation.semantic import SavedImages
 from addons.measures import random_pairs
@@ -112,7 +112,9 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
         verdicts[first_row:first_row + len(judged)] = judged
         if neighbour_rules:
             left = np.flatnonzero(judged == rules.KEPT)
-            names = images.locate(first_row, table) if images and run.holds_uris else table[run.source_name].to_pylist()
+            names = table[run.source_name].to_pylist()
+            if images and run.holds_uris:
+                names = [image.source for image in images.locate(first_row, table)]
             sources = np.array([duplicates.hash_bytes(names[i].encode()) for i in left], np.uint64)
             if run.holds_images:  # where one name may be that of several images
                 sources ^= contents[left]
@@ -125,13 +127,13 @@ def judge_all(run: FinishedRun, curation: rules.Curation, cuts: rules.Cuts, imag
     return overlaps, dropped
 
 
-def judge_images(images: RunImages, image_rules: Sequence[ImageRule], sources: list[str], perceptual: bool,
+def judge_images(images: RunImages, image_rules: Sequence[ImageRule], of_rows: list[ScoredImage], perceptual: bool,
                  judged: np.ndarray, fingerprints: np.ndarray, contents: np.ndarray) -> None:
-    """Judge the images, (n,) `sources`, of the rows that are kept so far: fills in `judged` and, (n,), their hashes."""
+    """Judge the images `of_rows`, (n,), of the rows that are kept so far: fills in `judged` and, (n,), their hashes."""
     left = np.flatnonzero(judged == rules.KEPT)
-    facts_of = images.measure_all((sources[i] for i in left), perceptual)
+    facts_of = images.measure_all((of_rows[i] for i in left), perceptual)
     for i in left:
-        facts = facts_of[sources[i]]
+        facts = facts_of[of_rows[i]]
         judged[i] = rules.judge_image(image_rules, facts)
         if facts:
             fingerprints[i] = facts.fingerprint
@@ -326,6 +328,9 @@ def curate(config: Config) -> tuple[rules.Choice, pathlib.Path]:
             shown = examples.choose_examples(verdicts, dropped, review.scatter)
             review.write_review(run, images, config, verdicts, choice, shown, curation.review_rows, folder / "review.html")
         write_json(folder / "curated.json", dataclasses.asdict(choice))
+        if images and images.changed:
+            say(f"warning: {len(images.changed):,} of the images that were read have changed since they were scored, by their "
+                "bytes: they are used for nothing here; score them again (--fresh), or put the scored ones back")
     return choice, folder
 
 

@@ -2965,6 +2965,7 @@ class EmbeddedImages:
     """Each source's place among the embeddings (m, d), or why it has none."""
 
     place_of: dict[str, int] = dataclasses.field(default_factory=dict)
+    place_of_digest: dict[bytes, int] = dataclasses.field(default_factory=dict)  # those of files with equal bytes are one
     failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
     remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
     embeddings: "torch.Tensor | None" = None
@@ -2979,7 +2980,6 @@ class ImageGatherer:
 
     def __init__(self, scorer: Scorer | None, clock: Clock) -> None:
         self._images = EmbeddedImages()
-        self._known: dict[bytes, int] = {}  # digest -> place
         self._on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
         self._encoder = ImageEncoder(scorer, clock) if scorer else None
 
@@ -2993,8 +2993,8 @@ class ImageGatherer:
         if loaded.failure:
             self._images.failure_of[source] = loaded.failure
             return False
-        is_new = loaded.digest not in self._known
-        place = self._known.setdefault(loaded.digest, len(self._known))
+        is_new = loaded.digest not in self._images.place_of_digest
+        place = self._images.place_of_digest.setdefault(loaded.digest, len(self._images.place_of_digest))
         self._images.place_of[source] = place
         if loaded.remark != NO_REMARK:
             self._images.remark_of[source] = loaded.remark
@@ -3839,7 +3839,7 @@ def result_tables(snapshot: Snapshot) -> Iterator["pa.Table"]:
     """Each partition's rows with their results, in input order; rows of one that never ran are `not_tried`.
 
     Raises FlawedPart (exit 7) for a damaged part, Trouble (exit 7) where fewer or more rows go out than came in, and
-    PartsChanged.
+    PartsChanged. Columns of the type uint32 are of parts alone (addons/measures/image_digests.py).
     """
     plan = snapshot.plan
     written = 0
@@ -3847,7 +3847,7 @@ def result_tables(snapshot: Snapshot) -> Iterator["pa.Table"]:
         table = part.table if part else _untried_table(plan, partition)
         for measure, total in snapshot.totals:
             table = measure.complete(table, total)
-        yield table
+        yield table.select([field.name for field in table.schema if field.type != "uint32"])
         written += table.num_rows
     if not plan.partitions:
         yield _untried_table(plan, Partition(0, 0, 0, plan.output))  # of no rows: the columns still come out

@@ -103,6 +103,17 @@ def test_exports_keep_the_columns(tmp_path, score_and_export, kind, export):
     assert [row["mixed"] for row in found] == ([0, 1, 2] if kind == "parquet" else ["0", "1", "x" if kind == "jsonl" else "2"])
 
 
+def test_unsigned_numbers_keep_their_digits(tmp_path, score_and_export):
+    """A column with whole numbers that need all of 64 bits is exported as text, which nobody rounds; others stay numbers."""
+    table = pa.table({"url": NAMES[:3], "caption": ["a star"] * 3, "hash": pa.array([1, None, 2**64 - 1], pa.uint64()),
+                      "small": pa.array([1, None, 2**63 - 1], pa.uint64())})
+    pq.write_table(table, tmp_path / "t.parquet")
+    _, exported = score_and_export(tmp_path / "t.parquet", "imagefolder")
+    found = [json.loads(line) for line in (exported / "train/metadata.jsonl").read_text().splitlines()]
+    assert [row["hash"] for row in found] == ["1", "", "18446744073709551615"]
+    assert [row["small"] for row in found] == [1, None, 2**63 - 1]
+
+
 @pytest.mark.slow
 def test_names_of_files_stay_text(tmp_path, datasets, score_and_export):
     """Columns that `datasets` would take for paths of images come back as text, under other names."""

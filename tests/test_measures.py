@@ -54,12 +54,13 @@ def find(**keys):
 
 
 def test_measures_of_the_defaults():
-    """A run with a model has random pairs and a passport and counts captions; both kinds count what is odd about images."""
-    of_all = ["captions", "images", "passport", "random_pairs", "published_thresholds"]
+    """A run with a model has random pairs and a passport and counts captions; both kinds count what is odd about images, and
+    keep digests of them."""
+    of_all = ["captions", "image_digests", "images", "passport", "random_pairs", "published_thresholds"]
     assert [measure.name for measure in find()] == of_all
     assert [measure.name for measure in find(save_embeddings="int8")] == ["captions", "saved_embeddings", *of_all[1:]]
     assert [measure.name for measure in find(parity_rows=0)] == [name for name in of_all if name != "passport"]
-    assert [measure.name for measure in find(pretrained_model="none", save_embeddings="int8")] == ["images"]
+    assert [measure.name for measure in find(pretrained_model="none", save_embeddings="int8")] == ["image_digests", "images"]
 
 
 @pytest.mark.usefixtures("three_files")

@@ -7,6 +7,7 @@ same bytes as one that was not. That the whole is complete is written last and t
 """
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -21,7 +22,7 @@ import numpy as np
 
 from addons.curation import Export
 from addons.curation.finished import FinishedRun
-from addons.curation.images import RunImages
+from addons.curation.images import RunImages, ScoredImage
 from addons.curation.rules import KEPT, Curation
 from addons.measures.embeddings import read_embeddings
 from addons.results.formulas import escape_formula
@@ -59,7 +60,7 @@ class Record:
     """One kept row: its number in the input, where its image is, and what is said of it."""
 
     row: int
-    source: str
+    image: ScoredImage
     url: str
     caption: str
     similarity: float
@@ -113,6 +114,18 @@ class KeptRows:
         """How many rows were kept."""
         return int((np.asarray(self.verdicts) == KEPT).sum())
 
+    @functools.cached_property
+    def types(self) -> dict[str, str]:
+        """The type of each column of the input that is exported as another than text.
+
+        Whole numbers beyond 64 bits with a sign, as unsigned hashes are, stay text: Arrow, and so `datasets`, would round them.
+        """
+        types = self.run.types
+        for name in [name for name, kind in types.items() if kind == "int"]:
+            if not all(are_64_bits(table[name]) for _, table in self.run.chunks([name])):
+                del types[name]
+        return types
+
     def tables(self) -> Iterator["pa.Table"]:
         """Yield the kept rows as tables with the columns of scores.csv."""
         import pyarrow as pa
@@ -128,15 +141,26 @@ class KeptRows:
             places = np.flatnonzero(verdicts == KEPT)
             if not len(places):
                 continue
-            sources = images.locate(first_row, table)
+            of_rows = images.locate(first_row, table)
             columns = [table[name].take(places).to_pylist() for name in names]
-            cells_of = {name: typed_cells(table[name].take(places).to_pylist(), self.run.types.get(name, ""))
+            cells_of = {name: typed_cells(table[name].take(places).to_pylist(), self.types.get(name, ""))
                         for name in others}
             for number, (url, caption, similarity, dissimilarity, *cells) in enumerate(zip(*columns, strict=True)):
                 place = int(places[number])
                 own = {name: column[number] for name, column in cells_of.items()}
                 further = dict(zip(further_names, map(none_for_nan, cells), strict=True))
-                yield Record(first_row + place, sources[place], url, caption, similarity, dissimilarity, own, further)
+                yield Record(first_row + place, of_rows[place], url, caption, similarity, dissimilarity, own, further)
+
+
+def are_64_bits(cells: "pa.ChunkedArray") -> bool:
+    """Whether all the numbers in a column of text, some of whose cells may be empty, lie in [-2^63, 2^63)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    try:
+        pc.cast(pc.if_else(pc.equal(cells, ""), None, cells), pa.int64())
+        return True
+    except pa.ArrowInvalid:
+        return False
 
 
 def typed_cells(texts: list[str], kind: str) -> list[Cell]:
@@ -322,7 +346,7 @@ def describe_files(folder: pathlib.Path) -> dict[str, int]:
 
 
 def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]], escape: bool) -> None:
-    """Write not_exported.csv: kept rows whose image cannot be had any more; no file where there are none.
+    """Write not_exported.csv: kept rows whose scored image cannot be had any more; no file where there are none.
 
     With `escape`, URLs that a spreadsheet would run as formulas are made plain text.
     """
@@ -334,7 +358,8 @@ def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]], escap
         rows = [(row, escape_formula(url) if escape else url, reason) for row, url, reason in missing]
         csv.writer(text, lineterminator="\n").writerows([("row", "url", "reason"), *rows])
         text.detach()
-    say(f"{len(missing)} kept rows have no image any more: see {path}; the same command tries them again")
+    say(f"{len(missing):,} kept rows have no image any more, or another one than was scored: see {path}; the same command "
+        "tries them again")
 
 
 def find_extension(data: bytes) -> str | None:
@@ -346,7 +371,7 @@ def find_extension(data: bytes) -> str | None:
 
 def load_records(records: list[Record], images: RunImages, exported: Exported) -> Iterator[tuple[Record, bytes, str]]:
     """Yield (record, bytes, extension) for those whose image can be had; the others are noted in `exported`."""
-    for record, data in zip(records, images.load([record.source for record in records]), strict=True):
+    for record, data in zip(records, images.load([record.image for record in records]), strict=True):
         if isinstance(data, RowFailure):
             exported.missing.append((record.row, record.url, str(data)))
             continue

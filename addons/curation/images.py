@@ -1,11 +1,16 @@
 """The images of finished rows, read again the way the scoring script reads them: several at a time and in order."""
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from addons.curation.duplicates import ImageFacts, measure_image
 from addons.curation.finished import FinishedRun
 from addons.inputs import image_folders
+from addons.measures.image_digests import find_column, short_digest
 from image_text_sim_clip import (
     EXIT_INPUT,
     URL,
@@ -53,13 +58,54 @@ def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
     return rows
 
 
+class ScoredImage(NamedTuple):
+    """The image of a row: its URL or path, or its place in an input that brings images along; and the digest of the bytes that
+    were scored, None where the parts hold none."""
+
+    source: str
+    digest: int | None
+
+
+class ScoredDigests:
+    """The digests that the parts of a run hold of its images (addons/measures/image_digests.py)."""
+
+    def __init__(self, run: FinishedRun) -> None:
+        self._run = run
+        self._starts = np.array([partition.start for partition in run.plan.partitions])
+
+    def of_rows(self, first_row: int, count: int) -> list[int | None]:
+        """Those of rows of one part that follow each other."""
+        index = int(np.searchsorted(self._starts, first_row, "right")) - 1
+        digests = self._of_part(index)
+        return digests[first_row - self._starts[index]:][:count] if digests else [None] * count
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - of this part, while its rows come in several pieces
+    def _of_part(self, index: int) -> list[int | None]:
+        """A part's digests; none for a part that was written by the script alone."""
+        import pyarrow.parquet as pq
+        with self._run.plan.partitions[index].parquet.open("rb") as file, pq.ParquetFile(file) as part:
+            column = find_column(part.schema_arrow)
+            digests: list[int | None] = part.read([column])[column].to_pylist() if column else []
+            return digests
+
+
+def hash_loaded(data: bytes) -> bytes:
+    """The hash that `ImageLoader` takes of an image's bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 class RunImages:
-    """Sources -> bytes -> images. Use it in a `with`: at its end what is still queued is dropped."""
+    """Scored images -> bytes -> images. Use it in a `with`: at its end what is still queued is dropped.
+
+    Whatever has other bytes than those that were scored fails as `changed`.
+    """
 
     def __init__(self, config: Config, run: FinishedRun) -> None:
         """Open the source of images that the config names. Trouble (exit 3) for a folder or an input that is not there."""
         self._config = config
         self._source_name = run.source_name
+        self._digests = ScoredDigests(run)
+        self.changed: set[str] = set()  # the sources at which there is another image than was scored
         is_far = config.image_path == "url" or URL.match(config.image_path)
         threads = FETCHES_AHEAD if is_far else loader_threads(config)
         self._rows = open_rows_with_images(config, run)
@@ -74,17 +120,23 @@ class RunImages:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
 
-    def locate(self, first_row: int, table: "pa.Table") -> list[str]:
-        """The source of each row of a chunk: its URL or path, or its place in an input that brings images along."""
+    def locate(self, first_row: int, table: "pa.Table") -> list[ScoredImage]:
+        """The image of each row of a chunk, whose rows are of one part."""
         if self._rows:
-            return self._rows.sources(first_row, first_row + table.num_rows)
-        return table[self._source_name].to_pylist()
+            sources = self._rows.sources(first_row, first_row + table.num_rows)
+        else:
+            sources = table[self._source_name].to_pylist()
+        return list(map(ScoredImage, sources, self._digests.of_rows(first_row, table.num_rows)))
 
-    def load(self, sources: list[str]) -> Iterator[bytes | RowFailure]:
-        """Yield for each source its bytes, or the RowFailure that says why there are none."""
-        self._pool.add(self._read_or_fail, sources)
-        for _ in sources:
-            yield self._pool.take()
+    def load(self, images: Sequence[ScoredImage]) -> Iterator[bytes | RowFailure]:
+        """Yield for each image its bytes, or the RowFailure that says why there are none."""
+        self._pool.add(self._read_or_fail, [image.source for image in images])
+        for image in images:
+            data = self._pool.take()
+            if isinstance(data, bytes) and image.digest not in (None, short_digest(hash_loaded(data))):
+                self.changed.add(image.source)
+                data = RowFailure("changed", "not the image that was scored")
+            yield data
 
     def _read_or_fail(self, source: str) -> bytes | RowFailure:
         try:
@@ -96,12 +148,12 @@ class RunImages:
         """Bytes -> 8-bit RGB image; raises RowFailure."""
         return decode_image(data, self._config)
 
-    def measure_all(self, sources: Iterable[str], perceptual: bool) -> dict[str, ImageFacts | None]:
-        """Each source's facts, or None where the image cannot be read; every source is read once."""
-        names = list(dict.fromkeys(sources))
+    def measure_all(self, images: Iterable[ScoredImage], perceptual: bool) -> dict[ScoredImage, ImageFacts | None]:
+        """Each image's facts, or None where it cannot be read or is another one by now; every image is read once."""
+        distinct = list(dict.fromkeys(images))
         facts = {}
-        for name, data in zip(names, self.load(names), strict=True):
-            facts[name] = None if isinstance(data, RowFailure) else self._measure(data, perceptual)
+        for image, data in zip(distinct, self.load(distinct), strict=True):
+            facts[image] = None if isinstance(data, RowFailure) else self._measure(data, perceptual)
         return facts
 
     def _measure(self, data: bytes, perceptual: bool) -> ImageFacts | None:

@@ -23,7 +23,7 @@ import numpy as np
 from addons.curation.examples import Examples
 from addons.curation.export import Cell, none_for_nan
 from addons.curation.finished import FinishedRun
-from addons.curation.images import RunImages
+from addons.curation.images import RunImages, ScoredImage
 from addons.curation.labels import BETS, ERROR_RATE, Cells, make_cells
 from addons.curation.rules import RULE_TEXTS, RULES, Choice
 from addons.measures.random_pairs import RESOLUTION
@@ -103,7 +103,7 @@ class ShownRow:
     row: int  # its number in the input
     similarity: float | None
     url: str
-    source: str  # where its image is; stays off the page
+    image: ScoredImage  # stays off the page
     caption: str
     status: str
     detail: str
@@ -116,7 +116,7 @@ class ShownRow:
     def for_page(self) -> Json:
         """The row as an object of the page's JSON."""
         shown = dataclasses.asdict(self)
-        del shown["source"]
+        del shown["image"]
         return shown
 
 
@@ -151,14 +151,14 @@ def find_first_failures(statuses: list[str], seen: "collections.Counter[str]") -
 def _read_rows(run: FinishedRun, images: RunImages, first_row: int, table: "pa.Table", verdicts: np.ndarray,
                places: list[int]) -> list[ShownRow]:
     """The rows at these places of a chunk."""
-    sources = images.locate(first_row, table)
+    of_rows = images.locate(first_row, table)
     further_names = [column.name for column in run.further_columns]
     names = [run.source_name, run.caption_name, run.similarity_column, "status", "detail", *further_names]
     columns = [table[name].take(places).to_pylist() for name in names]
     rows = []
     for place, (url, caption, similarity, status, detail, *cells) in zip(places, zip(*columns, strict=True), strict=True):
         rows.append(ShownRow(
-            row=first_row + place, similarity=similarity, url=url[:URL_CHARS], source=sources[place],
+            row=first_row + place, similarity=similarity, url=url[:URL_CHARS], image=of_rows[place],
             caption=_shorten(caption), status=status, detail=detail, rule=RULES[verdicts[place]],
             further=dict(zip(further_names, map(_show_cell, cells), strict=True))))
     return rows
@@ -209,19 +209,19 @@ def find_limits(cells: Cells, similarities: Callable[[], Iterable[np.ndarray]], 
 def add_thumbnails(rows: Sequence[ShownRow], images: RunImages, config: Config) -> list[str]:
     """Make a thumbnail of each image that the rows show, once; set their `thumbnail` to its number. Returns data: URLs."""
     thumbnails: list[str] = []
-    number_of: dict[str, int] = {}
-    sources = list(dict.fromkeys(row.source for row in rows))
-    for source, data in zip(sources, images.load(sources), strict=True):
+    number_of: dict[ScoredImage, int] = {}
+    distinct = list(dict.fromkeys(row.image for row in rows))
+    for image, data in zip(distinct, images.load(distinct), strict=True):
         if isinstance(data, RowFailure):
             continue
         try:
             thumbnail = make_thumbnail(data, config)
         except RowFailure:
             continue
-        number_of[source] = len(thumbnails)
+        number_of[image] = len(thumbnails)
         thumbnails.append("data:image/webp;base64," + base64.b64encode(thumbnail).decode())
     for row in rows:
-        row.thumbnail = number_of.get(row.source)
+        row.thumbnail = number_of.get(row.image)
     return thumbnails
 
 

@@ -37,7 +37,7 @@ RULE_TEXTS = {
     "max_random_rate": "more than max_random_rate of random pairs score as high",
     "min_precision": "scores below the cut that the marked pairs prove for min_precision",
     "min_recall": "scores below the cut that the marked pairs prove for min_recall",
-    "unreadable_image": "the image could not be read again",
+    "unreadable_image": "the image could not be read again, or is another one than was scored",
     "image_size": "the image is smaller than min_width x min_height",
     "aspect": "the image is longer than max_aspect allows",
     "one_caption_per_image": "another caption of the same image scores higher",

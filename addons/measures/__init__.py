@@ -4,6 +4,7 @@
     passport.py       a few rows scored again the slow reference way, and by how much the scores differ (`parity_rows`)
     embeddings.py     image and text embeddings saved next to the scores (`save_embeddings`)
     images.py         rows whose URLs end at one file, and images that EXIF would turn, counted
+    image_digests.py  a digest of each row's image in the parts, by which curation finds images that were replaced since
     captions.py       how many captions hold HTML entities, or tokens that the tokenizer does not know
     further_models.py the scores of further models in the same pass (`pretrained_model` as a mapping)
     thresholds.py     where others have cut this model's scores, and how many rows pass there
@@ -13,7 +14,7 @@
     target_embeddings.py    how near each image is to the images of another run
     image_columns.py, drift.py, moments.py    what several measures share; no measures themselves
 
-A run with a model computes every measure whose `wanted(config)` is true. The first seven are always wanted, or have keys of
+A run with a model computes every measure whose `wanted(config)` is true. The first eight are always wanted, or have keys of
 their own in the config; any other is asked for by its name under `measures`, with its settings:
 
     measures:

@@ -75,7 +75,7 @@ def choose_rows(plan: Plan, partition: Partition, rows: "pd.DataFrame",
         return rows, keep, None
     with output_disk(plan.output):
         remove_path(plan.output / "curated/curated.json")  # what curate.py made of the scores as they were is finished no more
-    part_table = part.table
+    part_table = part.table.select([field.name for field in part.table.schema if field.type != "uint32"])  # image_digests.py
     again = may_pass(part_table)  # (n,)
     # where each row's results stand once the new ones follow the old: the k-th row scored again is at n + k
     places = np.where(again, len(part_table) - 1 + np.cumsum(again), np.arange(len(part_table)))
