@@ -228,7 +228,8 @@ def outcome(url, **keys):
                                   "header/Content-Encoding/identity", "header/X-Robots-Tag/noindex",
                                   "header/Content-Encoding/utf-8", "header/Content-Encoding/aws-chunked",
                                   "header/Content-Encoding/none", "header/Content-Encoding/png",
-                                  "header/Content-Encoding/binary", "header/Content-Type/nonsense",
+                                  "header/Content-Encoding/binary", "header/Content-Encoding/base64",
+                                  "header/Content-Encoding/x-unknown", "header/Content-Type/nonsense",
                                   "header/Content-Disposition/attachment", "header/Content-Length-Hint/1"])
 def test_image_arrives(server, path):
     """An image arrives whole: with a length, without one, in chunks, or after up to five redirects."""
@@ -370,7 +371,7 @@ def test_opted_out(server, value):
     assert outcome(f"{server.url}/header/X-Robots-Tag/{value}")[0] == "opted_out"
 
 
-@pytest.mark.parametrize("value", ["gzip", "br", "deflate", "x-unknown"])
+@pytest.mark.parametrize("value", ["gzip", "br", "deflate", "X-GZip", "identity,_zstd"])
 def test_encoded_body(server, value):
     """A body with a Content-Encoding, which was not asked for and could be a bomb, is unsupported."""
     assert outcome(f"{server.url}/header/Content-Encoding/{value}")[:2] == ("unsupported", "encoded body")

@@ -131,15 +131,17 @@ def fetch_all(get, urls, timeout_s=30):
 @pytest.mark.parametrize("address", [
     "127.0.0.1", "10.1.2.3", "169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192", "0.0.0.0", "224.0.0.1",
     "255.255.255.255", "::1", "fe80::1", "fd00:ec2::254", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:168.63.129.16",
-    "64:ff9b::7f00:1", "2002:7f00:1::", "2001::1", "::7f00:1"])
+    "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b::a83f:8110", "64:ff9b:1::808:808", "2002:7f00:1::", "2001::1",
+    "::7f00:1"])
 def test_addresses_that_are_not_public(address):
     """Private, loopback, link-local, multicast, embedded and metadata addresses are not public."""
     assert not names.is_public(address)
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "168.63.129.17", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("address", ["93.184.216.34", "168.63.129.17", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8",
+                                     "64:ff9b::808:808"])
 def test_addresses_that_are_public(address):
-    """Neighbours of those, and any others, are."""
+    """Neighbours of those, and any others, are; so is what NAT64 makes of a public IPv4 address."""
     assert names.is_public(address)
 
 

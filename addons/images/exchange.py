@@ -28,9 +28,8 @@ REDIRECT_CODES = (301, 302, 303, 307, 308)
 REFUSING_CODES = (429, 503)
 REQUEST_TIMED_OUT = 408
 TOO_EARLY = 425
-# what servers send as a Content-Encoding although it says nothing of the bytes, as a media type (image/png) does
-NO_CODINGS = {"", "identity", "none", "null", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "binary", "7bit",
-              "8bit", "aws-chunked", "jpeg", "jpg", "png", "webp", "gif"}
+# what changes a body; servers also send base64, UTF-8, image/png and more as a Content-Encoding, which browsers pass over
+CODINGS = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
 MOST_TUNNELS = 3  # that a proxy is asked for in turn: it may have no IPv6
 SMALL_BYTES = 128 * 2**10
 MEDIUM_BYTES = 4 * 2**20
@@ -341,7 +340,7 @@ class Web:
             raise RowFailure("http_4xx", str(code))
         codings = re.split(r"[\s,]+", head.headers.get("content-encoding", "").lower())
         transfer = head.headers.get("transfer-encoding", "").lower().replace("chunked", "").strip(" ,")
-        if transfer not in ("", "identity") or not all(coding in NO_CODINGS or "/" in coding for coding in codings):
+        if transfer not in ("", "identity") or not CODINGS.isdisjoint(codings):
             raise RowFailure("unsupported", "encoded body")
 
     async def _read_body(self, connection: Connection, head: Head, attempt: Attempt) -> bytes:

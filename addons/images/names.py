@@ -26,6 +26,9 @@ STACK_BYTES = 512 * 1024  # of such a thread, which holds little
 # Services of a cloud that answer to its own machines only, at addresses that are otherwise public.
 METADATA_NETWORKS = (ipaddress.ip_network("168.63.129.16/32"),)  # Azure
 
+# RFC 6052: how machines that have IPv6 alone reach a host that has IPv4 alone, whose address the last 32 bits are
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
 Address = tuple[socket.AddressFamily, str]  # of the kind AF_INET or AF_INET6, and as text
 
 
@@ -49,6 +52,8 @@ def is_public(address: str) -> bool:
             return is_public(str(ip.ipv4_mapped))
         if ip.is_site_local:
             return False
+        if ip in NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(ip) % 2**32)))
     if not ip.is_global or ip.is_private or ip.is_multicast or ip.is_reserved:
         return False
     return not any(ip in network for network in (*EXTRA_BLOCKED_NET_RANGES, *METADATA_NETWORKS))
