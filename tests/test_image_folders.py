@@ -164,6 +164,23 @@ def test_images_beside_other_tables(tmp_path, folder):
     assert inputs.find_reader(str(tmp_path / "f")).kind == "images"
 
 
+def test_images_without_any_caption(folder, score_input):
+    """A folder of images alone is told as that."""
+    folder(a_DOT_png=None, README_DOT_md="x")
+    outcome = score_input("f")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "images without captions" in outcome.stderr
+
+
+@pytest.mark.parametrize("table", [{"metadata_DOT_csv": "image,caption\na.png,c\n"},
+                                   {"metadata_DOT_jsonl": '{"image": "a.png", "caption": "c"}\n'}])
+def test_metadata_with_another_column_of_names(folder, score_input, table):
+    """Metadata that name their images otherwise than in `file_name` are refused with the way to read them."""
+    folder(a_DOT_png=None, **table)
+    outcome = score_input("f", url_column="image")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1
+    assert "'file_name'" in outcome.stderr and "image_path" in outcome.stderr
+
+
 def test_scores_of_a_folder_are_those_of_a_table(tmp_path, run_main, write_config, read_table, bundled_model):
     """Images with a .txt next to them get the scores that a table of them gives."""
     shapes = script.ADDONS.parent / "challenge_set/shapes"

@@ -244,6 +244,19 @@ def test_tars(tmp_path, score_input, picture):
         assert len(list((tmp_path / "out/parts").glob("*.parquet"))) == 3
 
 
+def test_keys_of_joined_tars(tmp_path, score_input, picture):
+    """Where tars were joined whose keys begin at 0, members that come back with another image are that image's; lone ones are
+    those of the image that had none."""
+    write_tar(tmp_path / "t.tar", [
+        ("0.png", picture), ("1.json", b'{"caption": "first 1"}'), ("1.png", picture), ("2.png", picture), ("3.png", picture),
+        ("0.json", b'{"caption": "second 0"}'), ("0.png", picture), ("0.txt", b"x"), ("1.png", picture), ("2.txt", b"late 2"),
+        ("3.txt", b"second 3"), ("3.png", picture)])
+    _, rows, _, _ = score_input("t.tar")
+    assert pairs(rows) == [("t.tar/0.png", ""), ("t.tar/1.png", "first 1"), ("t.tar/2.png", "late 2"), ("t.tar/3.png", ""),
+                           ("t.tar/0.png", "second 0"), ("t.tar/1.png", ""), ("t.tar/3.png", "second 3")]
+    assert [row["status"] for row in rows] == [("ok" if row["caption"] else "empty_caption") for row in rows]
+
+
 @pytest.mark.parametrize("flag", ["--verify", "--retry-failed"])
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_finished_runs_of_shards(tmp_path, score_input, picture, kind, flag):

@@ -69,6 +69,18 @@ def test_json_keys_are_columns_as_they_are(tmp_path, score_input):
     assert [(row[" n "], row[""], row["n"]) for row in rows] == [("1", "2", ""), ("", "", "3")]
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_nan_is_no_caption(tmp_path, score_input, name):
+    """NaN, which Python writes for what is missing, is no caption, and leaves a column of numbers one; Infinity is text."""
+    lines = ['{"url": "a", "caption": NaN, "n": NaN}', '{"url": "b", "caption": ["x", NaN], "n": 1.5}',
+             '{"url": "c", "caption": "NaN", "n": 2}', '{"url": "d", "caption": Infinity, "n": 2}']
+    (tmp_path / name).write_text("[" + ",\n".join(lines) + "]" if name == "t.json" else "\n".join(lines))
+    _, rows, _, manifest = score_input(name)
+    assert [row["caption"] for row in rows] == ["", "x", "", "NaN", "Infinity"]
+    assert rows[0]["status"] == rows[2]["status"] == "empty_caption"
+    assert [row["n"] for row in rows] == ["", "1.5", "1.5", "2", "2"] and manifest["types"]["n"] == "float"
+
+
 def test_json_lines_need_names(tmp_path, score_input):
     """Columns given by number are refused: there is no order of columns to count in."""
     (tmp_path / "t.jsonl").write_text('{"url": "a", "caption": "b"}\n')

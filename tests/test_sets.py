@@ -200,6 +200,43 @@ def test_files_that_are_no_text(tmp_path, score_input):
         assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and word in outcome.stderr, outcome.stderr
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "u.tar", "d"])
+def test_pointers_of_git_lfs(tmp_path, score_input, name):
+    """What Git LFS leaves in place of a file that was not fetched is told as that, whatever kind it stands for."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (tmp_path / "d").mkdir()
+    for path in ("d/a.parquet", "d/b.parquet", "t.csv", "t.jsonl", "t.parquet", "u.tar"):
+        (tmp_path / path).write_bytes(pointer)
+    outcome = score_input(name)[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "git lfs pull" in outcome.stderr
+
+
+def test_archives_called_parquet(tmp_path, score_input):
+    """A zip under the name of a Parquet file is told as one; a Parquet file that is cut off is still told as damaged."""
+    (tmp_path / "z.parquet").write_bytes(b"PK\x03\x04" + bytes(50))
+    assert "zip archive" in score_input("z.parquet")[0].stderr
+    pq.write_table(pa.table({"url": ["a"], "caption": ["b"]}), tmp_path / "p.parquet")
+    (tmp_path / "p.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
+    outcome = score_input("p.parquet")[0]
+    assert outcome.code == 3 and "cannot read p.parquet" in outcome.stderr
+
+
+def test_table_from_a_pipe(tmp_path, score_input):
+    """A pipe, such as the shell's <(...), is told as one: no such file would be untrue."""
+    os.mkfifo(tmp_path / "t.csv")
+    outcome = score_input("t.csv")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "is a pipe" in outcome.stderr
+
+
+def test_output_of_a_run_as_input(tmp_path, score_input):
+    """The folder that a run has written holds its rows several times over, so it is refused; a file in it is a table."""
+    (tmp_path / "t.csv").write_text("url,caption\na,b\n")
+    assert score_input("t.csv")[0].code == 0
+    outcome = score_input("out", output_path=str(tmp_path / "again"))[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "scores.csv" in outcome.stderr
+    assert score_input("out/scores.csv", output_path=str(tmp_path / "again"))[0].result["rows"] == 1
+
+
 def test_columns_that_change_type_between_files(tmp_path, score_input):
     """Parquet files whose columns differ, in type or at all, are one table of text."""
     (tmp_path / "d").mkdir()

@@ -232,3 +232,13 @@ def test_captions_of_one_image_show_one_number(tmp_path, score_images, picture_b
     assert [(row["image"], row["text"]) for row in found] == [
         ("0", "a"), ("0", "b"), ("2", "c"), ("3", "d"), ("3", "e"), ("3", "f")]
     assert {row["status"] for row in found} == {"ok"}
+
+
+def test_bytes_that_are_no_image_but_text(tmp_path, score_input):
+    """Captions as bytes, which old writers leave unmarked as text, are refused with their type; of URLs as bytes it is said."""
+    pq.write_table(pa.table({"url": ["a"], "caption": [b"c"]}), tmp_path / "c.parquet")
+    outcome = score_input("c.parquet")[0]
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and "binary" in outcome.stderr
+    pq.write_table(pa.table({"url": [b"https://x/a.png"], "caption": ["c"]}), tmp_path / "u.parquet")
+    row = score_input("u.parquet", max_failure_rate=1.0)[1][0]
+    assert row["status"] == "not_image" and "URL" in row["detail"]

@@ -269,7 +269,20 @@ def test_carriage_return_in_a_bad_row(rows_of):
     assert bad[0]["text"] == 'a,"b\rc",d'
 
 
+@pytest.mark.parametrize("line", ["sep=;\n", '"sep=;"\r\n', "\ufeffSEP=;\n"])
+def test_line_that_names_the_separator(rows_of, line):
+    """A first line `sep=;`, written for Excel, says what separates fields and is no header; `separator` goes before it."""
+    _, rows, bad = rows_of(line + "url;caption\na,1;b\nx\n")
+    assert captions(rows) == ["b"] and rows[0]["url"] == "a,1" and [cell["line"] for cell in bad] == ["4"]
+    assert captions(rows_of(line + "url,caption\na,b;c\n", separator=",")[1]) == ["b;c"]
+
+
 # ── Encodings, separators ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_two_byte_order_marks(rows_of):
+    """Programs that add a byte order mark to a file that has one hide no column by it."""
+    assert captions(rows_of(b"\xef\xbb\xbf\xef\xbb\xbfurl,caption\na,b\n")[1]) == ["b"]
+
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_is_said_clearly(rows_of, encoding):

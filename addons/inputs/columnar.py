@@ -297,7 +297,7 @@ def check_schema(schema: pa.Schema, needed: list[str], file_name: str) -> None:
             wanted = "text or a list of texts" if name == needed[-1] else "text, bytes or a struct of bytes and path"
             raise Trouble(EXIT_INPUT, f"{name!r} is {str(kind)[:100]} in {file_name}, where {wanted} can be read")
         if not is_textual(kind):
-            raise Trouble(EXIT_INPUT, f"{name!r} is not text in {file_name}: {', '.join(names)[:300]}")
+            raise Trouble(EXIT_INPUT, f"{name!r} is not text in {file_name}, but of the type {kind}: write it as strings")
 
 
 def is_textual(kind: pa.DataType) -> bool:

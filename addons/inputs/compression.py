@@ -11,7 +11,7 @@ import pyarrow as pa
 from image_text_sim_clip import EXIT_INPUT, Trouble
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # behind the suffix of a text
-MAGIC_BYTES = 10  # of a file that are looked at
+MAGIC_BYTES = 40  # of a file that are looked at
 ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what reading a damaged file raises
 
 
@@ -38,6 +38,8 @@ REFUSED = (Magic(b"PK\x03\x04", "a zip archive (or an Excel workbook), which is 
                             "(pandas.read_feather(...).to_parquet(...))"),
            Magic(b"\xff\xff\xff\xff", "an Arrow stream, as save_to_disk of datasets writes it, which is not read: write it as "
                                       "Parquet (datasets.load_from_disk(...).to_parquet(...))"),
+           Magic(b"version https://git-lfs.github.com/spec/", "what Git LFS leaves in place of a file that was not fetched: "
+                                                              "run git lfs pull"),
            Magic(b"FEA1", "a Feather file of version 1, which is not read: write it as Parquet"))
 
 

@@ -5,6 +5,8 @@ careful reader alone would find; the block sizes below decide how long it takes 
 """
 import codecs
 import csv
+import dataclasses
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ pa.enable_signal_handlers(False)  # Arrow's own would take a Ctrl-C that comes w
 
 BLOCK_BYTES = 1_000_000  # of text that is parsed at a time; larger ones are no faster and take more memory
 CAREFUL_BYTES = 128_000  # a block of this size that does not keep to the grammar is read record by record
+SEPARATOR_LINE = re.compile(rb'"?sep=([^\w"\r\n\x80-\xff])"?(?:\r\n|\n|\r)', re.IGNORECASE)
+SEPARATOR_LINE_BYTES = 10
 MOST_LINES_BACK = 1000  # how far from the end of a block the end of its last record is looked for
 
 QUOTE = ord('"')
@@ -50,6 +54,7 @@ def open_table(config: Config, known: list[str]) -> TextTable:
     Raises Trouble (exit 3) for a table that cannot be read, or lacks the columns.
     """
     text = Text(config.csv_path, config.encoding)
+    config = take_separator_line(text, config)
     separator = separator_of(config)
     escape = "" if config.escape in ("auto", "none") else config.escape
     escaped = EscapedQuotes(separator, config.escape == "auto" and config.quoting == "auto" and separator != ESCAPE)
@@ -60,6 +65,15 @@ def open_table(config: Config, known: list[str]) -> TextTable:
         grammar = grammar._replace(escape=find_escape(text, separator, len(columns)))
     return TextTable(columns, read_batches(text, grammar, columns), text.sha256, lambda: grammar.literal.lines,
                      lambda: tell_escapes(text.path, grammar))
+
+
+def take_separator_line(text: Text, config: Config) -> Config:
+    """Take a first line such as `sep=;`, by which programs tell Excel what separates fields; the config that heeds it."""
+    found = SEPARATOR_LINE.match(text.peek(SEPARATOR_LINE_BYTES))
+    if not found:
+        return config
+    text.take(found.end(), lines=1)
+    return dataclasses.replace(config, separator=found[1].decode()) if config.separator == "auto" else config
 
 
 def tell_escapes(path: str, grammar: "Grammar") -> list[str]:

@@ -11,6 +11,7 @@ import os
 import pathlib
 import posixpath
 import re
+import stat
 import typing
 import urllib.parse
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -183,9 +184,13 @@ def list_below(folder: str) -> Below:
             files, folders = _list_folder(store, here)
         except OSError as error:
             raise Trouble(EXIT_INPUT, f"cannot read the folder {here}: {error.strerror or error}") from None
-        if any(RUN_MARK.fullmatch(path.rpartition("/")[2]) for path in files) and here != folder.rstrip("/"):
+        names = {path.rpartition("/")[2] for path in files}
+        if any(map(RUN_MARK.fullmatch, names)) and here != folder.rstrip("/"):
             below.hidden_folders.append(here)  # the output of a run, this one's perhaps
             continue
+        if any(map(RUN_MARK.fullmatch, names)) and "manifest.json" in names:
+            raise Trouble(EXIT_INPUT, f"csv_path {folder!r} is the output of a run, which holds each row several times: name "
+                                      f"one of its files, such as {folder.rstrip('/')}/scores.csv")
         for path in files:
             (below.hidden_files if is_hidden(path) else below.files).append(path)
         for path in reversed(folders):
@@ -262,9 +267,11 @@ def list_files(csv_path: str, reader: Reader) -> list[InputFile]:
 
 
 def _refuse_locked(path: str) -> None:
-    """Raise Trouble (exit 3) for a file that may well be there, but in a folder that may not be entered."""
+    """Raise Trouble (exit 3) for a file that may well be there, but in a folder that may not be entered, and for a pipe."""
     try:
-        pathlib.Path(path).stat()
+        mode = pathlib.Path(path).stat().st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+            raise Trouble(EXIT_INPUT, f"csv_path {path} is a pipe or a device, which is not read: write a file first")
     except PermissionError as error:
         raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
     except (OSError, ValueError):
@@ -401,6 +408,9 @@ def _choose_in_folder(csv_path: str, paths: list[str], readers: Sequence[Reader]
     if not candidates:
         for path in paths[:MOST_LOOKED_INTO]:  # raises Trouble for Arrow's files, workbooks and archives
             name_compression(InputFile(path, path).read_range(0, MAGIC_BYTES), path)
+        if any(hasattr(reader, "claims") and fitting(reader, paths) for reader in readers):
+            raise Trouble(EXIT_INPUT, f"csv_path {csv_path!r} is a folder of images without captions: none has a .txt, .caption"
+                                      " or .json of its name next to it, and there is no table")
         raise _name_nothing(csv_path, readers)
     if len(candidates) > 1:
         example = f"*{candidates[0].suffixes[0]}"

@@ -231,7 +231,7 @@ def open_metadata(root: str, config: Config, known: list[str]) -> TextTable:
     if config.csv_path.lower().endswith(".parquet"):
         table = open_parquet(InputFile(posixpath.relpath(config.csv_path, root), config.csv_path), config)
     else:
-        table = reader_of(config.csv_path).open_table(config, [own.get(name, name) for name in known])
+        table = open_text(config, [own.get(name, name) for name in known])
 
     def batches() -> Iterator[Batch]:
         for rows, malformed in table.batches:
@@ -239,6 +239,19 @@ def open_metadata(root: str, config: Config, known: list[str]) -> TextTable:
             rows = rows.set_column(rows.schema.get_field_index(FILE_NAME), FILE_NAME, names)
             yield rows.rename_columns([shown.get(name, name) for name in rows.column_names]), malformed
     return table._replace(columns=[shown.get(name, name) for name in table.columns], batches=batches())
+
+
+def open_text(config: Config, known: list[str]) -> TextTable:
+    """A metadata file of text. Raises Trouble (exit 3) where it does not name its images as such files do."""
+    try:
+        return reader_of(config.csv_path).open_table(config, known)
+    except Trouble as trouble:
+        if repr(FILE_NAME) not in str(trouble):
+            raise
+        name = config.csv_path.rpartition("/")[2]
+        raise Trouble(EXIT_INPUT, f"{config.csv_path} is no metadata of the images next to it, which name these in "
+                                  f"{FILE_NAME!r}, and their captions in {config.caption_column!r} (caption_column): to read it"
+                                  f" as any other table, let csv_path name {name}, and image_path the folder") from None
 
 
 def reader_of(path: str) -> TextReader:

@@ -1,8 +1,8 @@
 """JSON Lines as a table of text: one object a line, its keys the columns, in the order in which they first appear.
 
 Cells are text as the file has it: strings without their quotes, numbers in their own digits, true and false as words,
-null and a key that is not there as an empty cell, nested values as JSON. A caption that is a list makes a row of each of its
-captions (caption_lists.py). A line that is no object, that lacks the URL's or the caption's key, or has an object for a
+null, NaN and a key that is not there as an empty cell, nested values as JSON. A caption that is a list makes a row of each of
+its captions (caption_lists.py). A line that is no object, that lacks the URL's or the caption's key, or has an object for a
 caption, is malformed: the JSON of an object is nobody's caption. Used for .jsonl, .ndjson and .json, which may also be one
 array of objects (json_arrays.py), compressed or not.
 """
@@ -42,7 +42,13 @@ LINE_ENDS = ("\n", "\r\n", "\r", "")
 
 JsonObject = dict[str, str | bool | list[object] | dict[str, object] | None]
 
-_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)  # numbers keep the digits they have
+
+def _read_constant(word: str) -> str | None:
+    """NaN, which is how Python and pandas write that there is no value, as null; Infinity as it stands."""
+    return None if word == "NaN" else word
+
+
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_read_constant)  # numbers keep their digits
 
 
 class JsonLinesReader(TextReader):

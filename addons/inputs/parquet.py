@@ -7,12 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from addons.inputs.columnar import BlockFile, BlockReader
+from addons.inputs.compression import MAGIC_BYTES, name_compression
 from addons.inputs.files import InputFile
 
 PIECE_ROWS = 8192  # read at a time, at most …
 PIECE_BYTES = 16_000_000  # … and fewer where they are long
 IMAGE_BYTES = 8_000_000  # the same of images
 MOST_REPEATED_BYTES = 512_000_000  # that a dictionary of images may stand for in a piece: reading row by row is slow
+PARQUET_START = b"PAR1"  # begins a file that is one, if perhaps not a whole one
 READ_BYTES = 1 << 18  # of a column's pages at a time
 PREFIXES = "DELTA_BYTE_ARRAY"  # the encoding in which a value begins as the one before it, of which it repeats any length
 MOST_PREFIXED_BYTES = 64_000_000  # of a piece, where it is also MOST_PREFIXED times as long as what the file holds for it
@@ -26,7 +28,13 @@ class ParquetFile(BlockFile):
     def __init__(self, file: InputFile) -> None:
         self._input = file
         self._info = file.info()
-        self._file = pq.ParquetFile(file.open_native())
+        try:
+            self._file = pq.ParquetFile(file.open_native())
+        except pa.ArrowInvalid:
+            start = file.read_range(0, MAGIC_BYTES)
+            if not start.startswith(PARQUET_START):
+                name_compression(start, file.name)  # raises Trouble for what is known
+            raise
         self._check_same()
         self._metadata = self._file.metadata
         self.schema = self._file.schema_arrow  # read here, so that a footer with flaws is found here

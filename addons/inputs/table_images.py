@@ -252,7 +252,10 @@ class BlockRowsWithImages(BlockRows):
             if data.size > self.config.max_image_bytes:
                 raise RowFailure("too_large", f"{data.size} bytes")
             reserve_for_image(data.size)
-            return bytes(data)
+            image = bytes(data)
+            if image[:4].lower() == b"http":
+                raise RowFailure("not_image", "the column holds bytes, and these are a URL: write it as strings")
+            return image
         if not path:
             raise RowFailure("missing", "no image in the table")
         return self._read_image(as_source(path))

@@ -81,7 +81,7 @@ def index_tar(tar_file: InputFile) -> TarIndex:
     """The entries of a tar; a flaw ends the list. Raises PermissionError, which is no flaw of the tar."""
     entries: list[Entry] = []
     left_aside = LeftAside()
-    places: dict[str, int] = {}  # of the last entry of each key
+    gathered = _Gathered(entries)
     try:
         with tar_file.open() as file:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedInfo) as tar:
@@ -93,7 +93,7 @@ def index_tar(tar_file: InputFile) -> TarIndex:
                         raise tarfile.ReadError("too many pax headers")
                     kind = kind_of_member(info)
                     if kind in ("image", "txt", "json"):
-                        _add_member(info, kind, entries, places)
+                        gathered.add(info, kind)
                     elif kind:
                         left_aside.add(kind, info.name)
                 end = tar.offset
@@ -153,14 +153,41 @@ def kind_of_member(info: tarfile.TarInfo) -> str:
     return ending if ending in ("txt", "json") else by_name
 
 
-def _add_member(info: tarfile.TarInfo, kind: str, entries: list[Entry], places: dict[str, int]) -> None:
-    """Add a member of an entry to the one of its key, or begin one."""
-    path = info.name.rpartition(".")[0]
-    key = "/".join(name for name in path.split("/") if name not in ("", "."))
-    if key not in places or kind in entries[places[key]].members:  # a key that comes again is another pair
-        places[key] = len(entries)
-        entries.append(Entry(key, {}, {}))
-    entries[places[key]].members[kind] = Member(info.name, info.offset_data, info.size)
+class _Gathered:
+    """Members gathered into entries by their keys.
+
+    A key whose member of a kind is there already is that of another pair, and so are the members right before it that came back
+    to that key with it: where shards whose keys begin at 0 were joined, no image gets a text of the other one's.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self._entries = entries
+        self._places: dict[str, int] = {}  # of the last entry of each key
+        self._last_key: str | None = None
+        self._is_back = False  # whether the last members came back to a key that others had followed
+        self._came_back: list[str] = []  # their kinds
+
+    def add(self, info: tarfile.TarInfo, kind: str) -> None:
+        """Add a member to the entry of its key, or begin one."""
+        path = info.name.rpartition(".")[0]
+        key = "/".join(name for name in path.split("/") if name not in ("", "."))
+        if key != self._last_key:
+            self._last_key = key
+            self._is_back = key in self._places
+            self._came_back = []
+        if key not in self._places or kind in self._entries[self._places[key]].members:
+            self._begin(key)
+        elif self._is_back:
+            self._came_back.append(kind)
+        self._entries[self._places[key]].members[kind] = Member(info.name, info.offset_data, info.size)
+
+    def _begin(self, key: str) -> None:
+        """Begin an entry with the members that came back to its key."""
+        members = {kind: self._entries[self._places[key]].members.pop(kind) for kind in self._came_back}
+        self._is_back = False
+        self._came_back = []
+        self._places[key] = len(self._entries)
+        self._entries.append(Entry(key, members, {}))
 
 
 def index_shard(tar_file: InputFile) -> TarIndex:

@@ -89,7 +89,7 @@ class Text:
         start = self.peek(4)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise Trouble(EXIT_INPUT, f"{self.path} is UTF-16; set encoding: utf-16, or save it as UTF-8")
-        if start.startswith(codecs.BOM_UTF8):
+        while self.peek(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:  # some programs add one to a file that has one
             self.take(len(codecs.BOM_UTF8), lines=0)
 
     def peek(self, size: int) -> bytes:
