@@ -208,6 +208,7 @@ class DatasetHub:
 
     def __init__(self, files):
         self.requests = []
+        self.refusal = None  # (status, headers) of the answer to whatever is asked of the Hub's API
         hub = self
         commit = "c" * 40
 
@@ -243,6 +244,9 @@ class DatasetHub:
                 path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
                 hub.requests.append(f"{self.command} {self.path}")
                 rest = path.removeprefix("/api/datasets/owner/name")
+                if hub.refusal and path.startswith("/api/"):
+                    self.answer(hub.refusal[0], b"{}", hub.refusal[1])
+                    return
                 if path.startswith("/datasets/owner/name/resolve/"):
                     self.send_file(path.split("/", 6)[6])
                 elif rest == path:

@@ -258,3 +258,18 @@ def test_dataset_on_the_hub(tmp_path, write_config, run_cli, read_table, picture
     missing = run_cli("--config", config, "--set", f"csv_path={place}/pairs/none.csv", "--fresh", env=environment)
     hub.close()
     assert missing.code == 3 and len(missing.stderr.splitlines()) == 1, missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["pairs/t.csv", "images"])
+def test_gated_dataset_on_the_hub(tmp_path, write_config, write_table, run_cli, picture, place):
+    """A dataset that asks for a login is not said to be empty, or to hold no such file: exit 3 in the Hub's own words."""
+    hub = store_server.DatasetHub({"pairs/t.csv": b"url,caption\na.jpg,one\n", "images/a.jpg": picture})
+    hub.refusal = (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to dataset owner/name is restricted."})
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    table = write_table([("url", "caption"), ("a.jpg", "one")])
+    keys = {"csv_path": str(table)} | {"image_path" if place == "images" else "csv_path": f"hf://datasets/owner/name/{place}"}
+    outcome = run_cli("--config", write_config(**keys), env=environment)
+    hub.close()
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1, outcome.stderr
+    assert "no permission" in outcome.stderr and "restricted" in outcome.stderr

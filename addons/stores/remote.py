@@ -109,6 +109,9 @@ def calling(path: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
+        if _code_of(error) in (401, 403):  # of a gated or private dataset the Hub's client says that there is none
+            reason = f"no permission ({_describe_error(error.__cause__ or error)})"
+            raise PermissionError(errno.EACCES, reason, path) from None
         raise FileNotFoundError(errno.ENOENT, _describe_error(error) or "no such object", path) from None
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, "it exists already", path) from error
@@ -327,7 +330,11 @@ class RemoteStore:
                 if scheme_of(path) in ("s3", "s3a") and prefix:  # s3fs would list all of it
                     page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
                     return bool(page.get("Contents"))
-                return bool(system.isdir(inner))
+                if system.isdir(inner):
+                    return True
+                if scheme_of(path) not in ("http", "https"):  # where every address is a file, and some are folders as well
+                    return bool(system.info(inner)["type"] == "directory")  # most clients' isdir takes any trouble for a no
+                return False
         except FileNotFoundError:
             return False
         except OSError as error:
