@@ -1567,9 +1567,10 @@ def decode_as_it_is(data: bytes, config: Config, target: tuple[int, int] | None,
             if account:
                 account.reserve_for_decoding(image, pixels)
             image.load()
-            remark = addon("images.exif", "exif_orientation").remark_on(image, config) if ADDONS.is_dir() else NO_REMARK
-            rgb = to_rgb(image, config)
-            rgb.info[REMARK] = remark
+            image.info[REMARK] = NO_REMARK  # a stranger's text may have this key
+            right = addon("images.second_look", "decode").look_again(image, data, config) if ADDONS.is_dir() else image
+            rgb = to_rgb(right, config)
+            rgb.info[REMARK] = right.info[REMARK]
             return rgb
     except UnidentifiedImageError:
         raise RowFailure(*_odd_images().why_unidentified(data)) from None
@@ -1614,8 +1615,7 @@ def _odd_images() -> types.ModuleType:
 def to_rgb(image: "Image.Image", config: Config) -> "Image.Image":
     """Any PIL image (first frame) as 8-bit RGB, where a bare `convert` would give silent white or black.
 
-    16-bit grey is scaled by 1/257, wider integers and floats by the range they fill ([0, 1], [0, 255] and [0, 65535] are
-    kept as scales, anything else is stretched), transparency is laid over `transparent_over`.
+    Wide numbers are scaled (addons/images/odd_images), transparency is laid over `transparent_over`.
     """
     from PIL import Image, ImageOps
     if config.exif_orientation:

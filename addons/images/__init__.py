@@ -28,11 +28,14 @@ What lives here:
     isolate.py       decodes in a child process with limits of time and memory
     exif.py          which way up an image is, and what is said of one whose EXIF cannot be honoured
     plain_pixels.py  copies of a file without what lies around its pixels, for one that could not be read with it
+    second_look.py   sets right what Pillow misreads without a word
+    halves.py        refuses half images that decoders take for whole ones
     other_formats.py images of kinds that are not read here
     odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
     gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
 
-Guard, memory, inside and costs are part of every run; each of the others is imported only by the run that needs it.
+Guard, memory, inside, costs and the second look (with halves, EXIF and odd images) are part of every run; each of the others is
+imported only by the run that needs it.
 """
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol

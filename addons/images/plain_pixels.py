@@ -77,6 +77,30 @@ def without_metadata(data: bytes) -> Iterator[Copy]:
         yield Copy(bare, lacks_exif=strip is not _strip_tiff)  # a TIFF's orientation is none of its EXIF
 
 
+def without_segments(data: bytes) -> bytes:
+    """A JPEG without what lies before its first scan and decides no pixels: a thumbnail, for example."""
+    return _strip_jpeg(data, keep_exif=False)
+
+
+def png_pixels(data: bytes) -> Iterator[bytes]:
+    """The contents of a PNG's IDAT chunks."""
+    place = len(PNG_START)
+    while place + 8 <= len(data):
+        (size,) = struct.unpack_from(">I", data, place)
+        if data[place + 4:place + 8] == b"IDAT":
+            yield data[place + 8:place + 8 + size]
+        place += 12 + size
+
+
+def webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and content of each chunk of a WebP; the last one may be cut off."""
+    place = 12
+    while place + 8 <= len(data):
+        (size,) = struct.unpack_from("<I", data, place + 4)
+        yield data[place:place + 4], data[place + 8:place + 8 + size]
+        place += 8 + size + size % 2
+
+
 def _strip_png(data: bytes, keep_exif: bool) -> bytes:
     """The chunks that decide the pixels; what no longer looks like a chunk is left out if the pixels have ended, else kept."""
     kept = [PNG_START]
