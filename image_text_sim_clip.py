@@ -637,48 +637,22 @@ class Record(NamedTuple):
     settled: bool
 
 
-class TextTable(NamedTuple):
-    """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
-
-    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (addons/inputs/literal_quotes.py),
-    `remarks` are what else is to be said of how it was read.
-    """
-
-    columns: list[str]
-    batches: Iterator[Batch]
-    sha256: Callable[[], str]
-    literal_lines: Callable[[], int] = lambda: 0
-    remarks: Callable[[], list[str]] = list
-
-
-class Lines(Iterator[str]):
+def read_lines(path: pathlib.Path, encoding: str) -> Iterator[str]:
     """The physical lines of a text file, their ends kept; bytes that are not text become lone surrogates."""
-
-    def __init__(self, path: pathlib.Path, encoding: str) -> None:
-        self._path = path
-        self.taken = 0
-        codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-        try:
-            self._file = path.open(encoding=codec, errors="surrogateescape", newline="")
-        except OSError as error:
-            raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror}") from None
-
-    def __next__(self) -> str:
-        if self._file.closed:
-            raise StopIteration
-        try:
-            line = self._file.readline(MAX_LINE_CHARS)
-        except OSError as error:
-            raise Trouble(EXIT_INPUT, f"cannot read csv_path {self._path} to its end: {error}") from None
-        except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
-            raise Trouble(EXIT_INPUT, f"{self._path} is not in its encoding: {error}") from None
-        if not line:
-            self._file.close()
-            raise StopIteration
-        self.taken += 1
-        if len(line) == MAX_LINE_CHARS:
-            raise Trouble(EXIT_INPUT, f"{self._path} is not a table: line {self.taken} is longer than {MAX_LINE_CHARS} bytes")
-        return line
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    try:
+        with path.open(encoding=codec, errors="surrogateescape", newline="") as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE_CHARS)
+                if len(line) == MAX_LINE_CHARS:
+                    raise Trouble(EXIT_INPUT, f"{path} is not a table: line {number} is longer than {MAX_LINE_CHARS} bytes")
+                if not line:
+                    return
+                yield line
+    except OSError as error:
+        raise Trouble(EXIT_INPUT, f"cannot read csv_path {path}: {error.strerror or error}") from None
+    except UnicodeError as error:  # a codec without surrogateescape, such as utf-16
+        raise Trouble(EXIT_INPUT, f"{path} is not in its encoding: {error}") from None
 
 
 class _Feed(Iterator[str]):
@@ -836,49 +810,6 @@ def separator_of(config: Config) -> str:
     return "\t" if config.csv_path.lower().removesuffix(".gz").endswith(".tsv") else ","
 
 
-class CsvReader:
-    """The reader of CSV and TSV of a script alone; addons/inputs has a faster one, to the same rows, and all others."""
-
-    kind: str = "csv"
-    suffixes: tuple[str, ...] = (".csv", ".tsv", ".txt")
-
-    def describe(self, config: Config, output: pathlib.Path) -> Json:
-        """Stage the table into `output`; returns what the manifest says of it."""
-        return stage(config, output, self.kind, functools.partial(self.open_table, config))
-
-    def open_table(self, config: Config, known: list[str]) -> TextTable:
-        """Open the table, which is read record by record."""
-        path = pathlib.Path(config.csv_path)
-        lines = Lines(path, config.encoding)
-        separator = separator_of(config)
-        escape = "" if config.escape in ("auto", "none") else config.escape
-        first = next(csv_records(lines, separator, quoting=config.quoting, escape=escape), None)
-        fields = (first.fields if first else None) or []
-        columns = name_columns(fields if is_text("".join(fields)) else [], config)
-        if isinstance(config.url_column, int):  # no header: the first record is a row, too
-            lines = Lines(path, config.encoding)
-        records = csv_records(lines, separator, lines.taken + 1, config.quoting, escape)
-        if separator == "\t" and config.quoting == "auto":
-            records = self._without_quotes(records)
-        return TextTable(columns, careful_batches(records, columns, lambda: False), functools.partial(file_sha256, path))
-
-    @staticmethod
-    def _without_quotes(records: Iterator[Record]) -> Iterator[Record]:
-        """The records; Trouble (exit 2) at the first quote: most programs that write tabs know no quoting."""
-        for record in records:
-            if '"' in record.raw:
-                addon("inputs.literal_quotes", "a table separated by tabs with quotes in it (unless quoting is none)")
-            yield record
-
-    def open(self, manifest: Json, config: Config, output: pathlib.Path) -> "StagedRows":
-        """The staged rows by number."""
-        return open_staged(manifest, output)
-
-    def differences(self, manifest: Json, config: Config) -> list[str]:
-        """What differs between the table that was staged and the one that is there now, in words."""
-        return same_text_table(manifest, config.csv_path)
-
-
 # ── Pairs: stage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STAGE_ROWS = 8192  # rows of one row group of the staged table: what is held in memory at a time
@@ -972,75 +903,6 @@ class BadRows:
         self._writer.writerow((*self.place, line, reason, text))
 
 
-def stage(config: Config, output: pathlib.Path, kind: str, open_table: Callable[[list[str]], TextTable]) -> Json:
-    """Stream a text table into pairs.parquet, and its malformed records into bad_rows.csv, both in `output`.
-
-    `open_table(known)` opens it; where a batch has other columns than promised (JSON Lines: late lines have keys that the
-    first ones lack), it is opened again and told those columns. Returns what the manifest says of the input: kind, columns,
-    rows, malformed, files (name, rows, bytes, time, sha256) and, where there are very long rows, cuts.
-    """
-    path = as_path(config.csv_path)
-    info = path.stat()
-    table = open_table([])
-    found, rows, bad, cuts = _stage_once(config, output, table)
-    if found != table.columns:
-        table = open_table(found)
-        found, rows, bad, cuts = _stage_once(config, output, table)
-    if bad.undecodable:
-        say(f"{bad.undecodable} lines of {path} are not {config.encoding} (if the file is latin-1, set encoding: latin-1)")
-    if literal_lines := table.literal_lines():
-        say(f"{literal_lines} lines of {path} are rows only if their quotes are text, and were read so; if that is true of all "
-            "its quotes, set quoting: none")
-    file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
-            "ctime_ns": info.st_ctime_ns, "sha256": table.sha256()}
-    described = {"kind": kind, "columns": table.columns, "rows": rows, "malformed": bad.count, "literal_lines": literal_lines,
-                 "files": [file]}
-    return described | {"cuts": cuts} if cuts else described
-
-
-def _stage_once(config: Config, output: pathlib.Path, table: TextTable) -> tuple[list[str], int, BadRows, list[int]]:
-    """Write both files; returns the columns of the last batch (others than the table's: begin again), rows, bad rows, cuts."""
-    found = table.columns
-    rows = 0
-    with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
-        bad = BadRows(bad_file, config.escape_formulas)
-        staged = StagedTable(staged_file, table.columns)
-        try:
-            for batch, malformed in table.batches:
-                found = batch.column_names
-                if found != table.columns:
-                    break
-                left = config.limit - rows if config.limit else len(batch) + 1
-                kept = batch.slice(0, left)
-                staged.append(kept)
-                rows += len(kept)
-                for before, line, reason, raw in malformed:
-                    if before < left:  # what comes after the last row is not even judged
-                        bad.add(line, reason, raw)
-                if rows == config.limit:
-                    break
-            staged.finish()
-        finally:
-            staged.close()
-    return found, rows, bad, staged.cuts
-
-
-def same_text_table(manifest: Json, csv_path: str) -> list[str]:
-    """What differs between the text table that was staged and the one that is there now, in words; nothing if it is the same.
-
-    Size and both times answer at once (a write that keeps the modification time still moves the change time); otherwise the
-    sha256 decides.
-    """
-    path = as_path(csv_path)
-    file = manifest["files"][0]
-    if not path.is_file():
-        return [f"the input {path} is gone"]
-    info = path.stat()
-    if (info.st_size, info.st_mtime_ns, info.st_ctime_ns) == (file["bytes"], file["mtime_ns"], file.get("ctime_ns")):
-        return []
-    return [] if file_sha256(path) == file["sha256"] else [f"the content of {path} has changed"]
-
-
 class StagedRows:
     """The rows of pairs.parquet by number."""
 
@@ -1088,12 +950,88 @@ class StagedRows:
         raise NotImplementedError
 
 
-def open_staged(manifest: Json, output: pathlib.Path) -> StagedRows:
-    """The rows that were staged into `output`, of the version that the manifest names where that is in an object store."""
-    if in_store(output):
-        rows: StagedRows = addon("stores.staged", "output_path").RemoteStagedRows(output / "pairs.parquet", manifest)
-        return rows
-    return StagedRows(output / "pairs.parquet")
+class CsvReader:
+    """The reader of CSV and TSV of a script alone; addons/inputs has a faster one, to the same rows, and all others."""
+
+    kind: str = "csv"
+    suffixes: tuple[str, ...] = (".csv", ".tsv", ".txt")
+
+    def describe(self, config: Config, output: pathlib.Path) -> Json:
+        """Stream the table into pairs.parquet, and its malformed records into bad_rows.csv, both in `output`.
+
+        Returns what the manifest says of the input: kind, columns, rows, malformed, files (name, rows, bytes, times, sha256)
+        and, where there are very long rows, cuts.
+        """
+        path = pathlib.Path(config.csv_path)
+        info = path.stat()
+        columns, batches = self._open_table(config)
+        rows = 0
+        with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
+            bad = BadRows(bad_file, config.escape_formulas)
+            staged = StagedTable(staged_file, columns)
+            try:
+                for batch, malformed in batches:
+                    left = config.limit - rows if config.limit else len(batch) + 1
+                    kept = batch.slice(0, left)
+                    staged.append(kept)
+                    rows += len(kept)
+                    for before, line, reason, raw in malformed:
+                        if before < left:  # what comes after the last row is not even judged
+                            bad.add(line, reason, raw)
+                    if rows == config.limit:
+                        break
+                staged.finish()
+            finally:
+                staged.close()
+        if bad.undecodable:
+            say(f"{bad.undecodable} lines of {path} are not {config.encoding} (if the file is latin-1, set encoding: latin-1)")
+        file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
+                "ctime_ns": info.st_ctime_ns, "sha256": file_sha256(path)}
+        described = {"kind": self.kind, "columns": columns, "rows": rows, "malformed": bad.count, "literal_lines": 0,
+                     "files": [file]}
+        return described | {"cuts": staged.cuts} if staged.cuts else described
+
+    def _open_table(self, config: Config) -> tuple[list[str], Iterator[Batch]]:
+        """The table's columns and its batches; it is read record by record."""
+        separator = separator_of(config)
+        escape = "" if config.escape in ("auto", "none") else config.escape
+        lines = read_lines(pathlib.Path(config.csv_path), config.encoding)
+        records = csv_records(lines, separator, quoting=config.quoting, escape=escape)
+        first = next(records, None)
+        fields = (first.fields if first else None) or []
+        columns = name_columns(fields if is_text("".join(fields)) else [], config)
+        if first and isinstance(config.url_column, int):  # no header: the first record is a row, too
+            records = itertools.chain([first], records)
+        if separator == "\t" and config.quoting == "auto":
+            records = self._without_quotes(records)
+        return columns, careful_batches(records, columns, lambda: False)
+
+    @staticmethod
+    def _without_quotes(records: Iterator[Record]) -> Iterator[Record]:
+        """The records; Trouble (exit 2) at the first quote: most programs that write tabs know no quoting."""
+        for record in records:
+            if '"' in record.raw:
+                addon("inputs.literal_quotes", "a table separated by tabs with quotes in it (unless quoting is none)")
+            yield record
+
+    def open(self, manifest: Json, config: Config, output: pathlib.Path) -> StagedRows:
+        """The staged rows by number."""
+        return StagedRows(output / "pairs.parquet")
+
+    def differences(self, manifest: Json, config: Config) -> list[str]:
+        """What differs between the table that was staged and the one that is there now, in words; nothing if it is the same.
+
+        Size and both times answer at once (a write that keeps the modification time still moves the change time); otherwise
+        the sha256 decides.
+        """
+        path = pathlib.Path(config.csv_path)
+        file = manifest["files"][0]
+        if not path.is_file():
+            return [f"the input {path} is gone"]
+        info = path.stat()
+        if (info.st_size, info.st_mtime_ns, info.st_ctime_ns) == (file["bytes"], file["mtime_ns"], file.get("ctime_ns")):
+            return []
+        return [] if file_sha256(path) == file["sha256"] else [f"the content of {path} has changed"]
 
 
 # ── Plan: what a run is ───────────────────────────────────────────────────────────────────────────────────────────────

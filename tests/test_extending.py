@@ -48,8 +48,8 @@ PSV_READER = '''
 """Tables whose fields are separated by a bar, without quotes: .psv."""
 import pathlib
 
-from addons.inputs.text import TextReader
-from image_text_sim_clip import Config, TextTable, file_sha256, name_columns, to_table
+from addons.inputs.text import TextReader, TextTable
+from image_text_sim_clip import Config, file_sha256, name_columns, to_table
 
 
 class PsvReader(TextReader):

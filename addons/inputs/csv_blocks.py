@@ -17,13 +17,12 @@ from pyarrow import csv as arrow_csv
 
 from addons.inputs.escapes import ESCAPE, EscapedQuotes, find_escape
 from addons.inputs.literal_quotes import LiteralQuotes
-from addons.inputs.text import Text, is_utf8
+from addons.inputs.text import Text, TextTable, is_utf8
 from image_text_sim_clip import (
     MAX_RECORD_CHARS,
     Batch,
     Config,
     Malformed,
-    TextTable,
     careful_batches,
     csv_records,
     is_text,

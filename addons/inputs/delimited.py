@@ -3,8 +3,8 @@ import dataclasses
 
 from addons.inputs import csv_blocks
 from addons.inputs.compression import plain_suffix
-from addons.inputs.text import TextReader
-from image_text_sim_clip import Config, TextTable
+from addons.inputs.text import TextReader, TextTable
+from image_text_sim_clip import Config
 
 
 class DelimitedReader(TextReader):

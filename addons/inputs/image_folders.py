@@ -32,19 +32,17 @@ from addons.inputs.json_lines import Cells, check_width
 from addons.inputs.left_aside import LeftAside, kind_by_ending
 from addons.inputs.staging import OpenTable, describe_file, hash_file
 from addons.inputs.tars import IMAGES, JSON_ENCODING, MAX_TEXT_BYTES, decode_text, read_cells, tell_flawed
-from addons.inputs.text import TextReader
+from addons.inputs.text import TextReader, TextTable, open_staged
 from addons.stores import SCHEME, FileInfo, find_store
 from image_text_sim_clip import (
     BATCH_ROWS,
     EXIT_INPUT,
     Batch,
     Config,
-    TextTable,
     Trouble,
     addon,
     column_name,
     names_in_folder,
-    open_staged,
     read_file,
     to_table,
 )

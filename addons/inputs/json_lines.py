@@ -21,7 +21,7 @@ from addons.inputs import needed_columns
 from addons.inputs.caption_lists import CAPTION_INDEX, OWN_INDEX, split_list
 from addons.inputs.files import InputFile
 from addons.inputs.json_arrays import is_array, read_records
-from addons.inputs.text import LONGEST_LINE_BYTES, Text, TextReader, is_utf8
+from addons.inputs.text import LONGEST_LINE_BYTES, Text, TextReader, TextTable, is_utf8
 from image_text_sim_clip import (
     BATCH_ROWS,
     EXIT_INPUT,
@@ -29,7 +29,6 @@ from image_text_sim_clip import (
     Batch,
     Config,
     Malformed,
-    TextTable,
     Trouble,
     is_text,
     to_table,

@@ -16,7 +16,7 @@ from addons.inputs import Manifest
 from addons.inputs.caption_lists import CAPTION_INDEX, count_staged
 from addons.inputs.columnar import constant_cells, find_data_uris
 from addons.inputs.files import InputFile, as_text
-from addons.inputs.text import HashingFile, Text, find_first_bad_byte
+from addons.inputs.text import HashingFile, Text, TextTable, find_first_bad_byte
 from addons.stores import SCHEME
 from image_text_sim_clip import (
     EXIT_INPUT,
@@ -24,7 +24,6 @@ from image_text_sim_clip import (
     BadRows,
     Config,
     StagedTable,
-    TextTable,
     Trouble,
     atomic_file,
     column_name,
@@ -68,7 +67,7 @@ class Reading(NamedTuple):
 
 def stage_files(kind: str, open_table: OpenTable, found: list[InputFile], config: Config, output: pathlib.Path,
                 types: dict[str, str] | None = None) -> Manifest:
-    """Stage the files; returns what the manifest says of them (see the script's `stage`, which does it for a script alone)."""
+    """Stage the files; returns what the manifest says of them (see CsvReader, which does it for a script alone)."""
     files = leave_out_empty(found, config.encoding)
     readings = [Reading(file, dataclasses.replace(config, csv_path=file.path),
                         kind != "csv" and not file.path.lower().endswith(".csv")) for file in files]

@@ -4,8 +4,8 @@ import hashlib
 import io
 import pathlib
 import typing
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ from addons.inputs import Manifest, Rows, files
 from addons.inputs.compression import ERRORS, MAGIC_BYTES, Unpacked, name_compression, unpack
 from addons.inputs.left_aside import LeftAside
 from addons.stores import find_store
-from image_text_sim_clip import EXIT_INPUT, Config, TextTable, Trouble, open_staged
+from image_text_sim_clip import EXIT_INPUT, Batch, Config, StagedRows, Trouble, addon, in_store
 
 if typing.TYPE_CHECKING:
     from addons.inputs.staging import OpenTable
@@ -169,6 +169,28 @@ def find_first_bad_byte(path: str, encoding: str) -> int:
                 return offset - begun + error.start
             offset += len(block)
     return offset
+
+
+class TextTable(NamedTuple):
+    """A table of text, opened: its columns, its rows in batches, and, once all are read, the sha256 of its file.
+
+    `literal_lines` counts the lines whose quotes were read as text although `quoting: auto` (literal_quotes.py), `remarks` are
+    what else is to be said of how it was read.
+    """
+
+    columns: list[str]
+    batches: Iterator[Batch]
+    sha256: Callable[[], str]
+    literal_lines: Callable[[], int] = lambda: 0
+    remarks: Callable[[], list[str]] = list
+
+
+def open_staged(manifest: Manifest, output: pathlib.Path) -> StagedRows:
+    """The rows that were staged into `output`, of the version that the manifest names where that is in an object store."""
+    if in_store(output):
+        rows: StagedRows = addon("stores.staged", "output_path").RemoteStagedRows(output / "pairs.parquet", manifest)
+        return rows
+    return StagedRows(output / "pairs.parquet")
 
 
 class TextReader:
