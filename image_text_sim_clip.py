@@ -2751,9 +2751,12 @@ def to_unit(features: "torch.Tensor", with_norms: bool) -> "torch.Tensor":
 
 
 class ImageEncoder:
-    """Gathers images into batches, keeps as many under way as there are lanes, and gives their embeddings in order."""
+    """Gathers images into batches, keeps as many under way as there are lanes, and gives their embeddings in order.
 
-    def __init__(self, scorer: Scorer, clock: Clock) -> None:
+    No scorer: a dry run, which takes none.
+    """
+
+    def __init__(self, scorer: Scorer | None, clock: Clock) -> None:
         self._scorer = scorer
         self._clock = clock
         self._batch: list[Any] = []
@@ -2768,6 +2771,8 @@ class ImageEncoder:
 
     def add(self, pixels: Any) -> bool:
         """Add a loader's (3, H, W) array; a full batch is given to the model, and True returned."""
+        if self._scorer is None:
+            return False
         self._batch.append(pixels)
         is_full = len(self._batch) == self._scorer.batch_size
         if is_full:
@@ -2777,8 +2782,10 @@ class ImageEncoder:
 
     def flush(self) -> None:
         """Give the model what there is of a batch."""
-        if self._batch:
-            self._encode_batch()
+        scorer = self._scorer
+        if scorer and self._batch:
+            self._flying.append(scorer.submit("image_encoder", scorer.encode_images, scorer.stack(self._batch)))
+            self._batch = []
 
     def collect_batch(self) -> None:
         """Wait for the oldest batch under way, if there is one."""
@@ -2792,15 +2799,10 @@ class ImageEncoder:
             return None
         import torch
         embeddings = torch.cat(self._parts)
-        if self._scorer.keeps_norms:
+        if self._scorer and self._scorer.keeps_norms:
             self.norms = embeddings[:, -1]
             embeddings = embeddings[:, :-1].contiguous()
         return embeddings
-
-    def _encode_batch(self) -> None:
-        scorer = self._scorer
-        self._flying.append(scorer.submit("image_encoder", scorer.encode_images, scorer.stack(self._batch)))
-        self._batch = []
 
     def _collect(self, most_in_flight: int) -> None:
         while len(self._flying) > most_in_flight:
@@ -2911,20 +2913,13 @@ class EmbeddedImages:
 
 
 class ImageGatherer:
-    """Takes the loaded images of one partition, in any order, and has each encoded once; files with equal bytes are one image.
-
-    No scorer: a dry run, which only loads.
-    """
+    """Takes the loaded images of one partition, in any order, and has `encoder` encode each once; files with equal bytes are
+    one image."""
 
     def __init__(self, scorer: Scorer | None, clock: Clock) -> None:
+        self.encoder = ImageEncoder(scorer, clock)
         self._images = EmbeddedImages()
         self._on_gpu: dict[int, Any] = {}  # place -> OnGpu, which learns whether it can be decoded when its batch is
-        self._encoder = ImageEncoder(scorer, clock) if scorer else None
-
-    @property
-    def held_images(self) -> int:
-        """How many images wait until their batch is full."""
-        return self._encoder.held_images if self._encoder else 0
 
     def add(self, source: str, loaded: Loaded) -> bool:
         """Add what was loaded of `source`; True when a batch has been given to the model."""
@@ -2936,28 +2931,17 @@ class ImageGatherer:
         self._images.place_of[source] = place
         if loaded.remark != NO_REMARK:
             self._images.remark_of[source] = loaded.remark
-        if not (self._encoder and is_new):
+        if not is_new:
             return False
         if loaded.is_on_gpu:
             self._on_gpu[place] = loaded.pixels
-        return self._encoder.add(loaded.pixels)
-
-    def flush(self) -> None:
-        """Give the model what there is of a batch."""
-        if self._encoder:
-            self._encoder.flush()
-
-    def collect_batch(self) -> None:
-        """Wait for the oldest batch under way, if there is one."""
-        if self._encoder:
-            self._encoder.collect_batch()
+        return self.encoder.add(loaded.pixels)
 
     def finish(self) -> EmbeddedImages:
         """All images, when the last has been added."""
         images = self._images
-        if self._encoder:
-            images.embeddings = self._encoder.finish()
-            images.norms = self._encoder.norms
+        images.embeddings = self.encoder.finish()
+        images.norms = self.encoder.norms
         for source, place in images.place_of.items():
             if place in self._on_gpu and self._on_gpu[place].failure:
                 images.failure_of[source] = self._on_gpu[place].failure

@@ -23,6 +23,7 @@ from image_text_sim_clip import (
     Begun,
     Clock,
     EmbeddedImages,
+    ImageEncoder,
     ImageGatherer,
     ImageLoader,
     Loaded,
@@ -70,7 +71,7 @@ class WebPool:
         self._decoding: dict[int, float] = {}  # since when, by the thread that decodes
         self._open: dict[int, _Open] = {}  # by the partition's index
         self._pending = 0
-        self._at_model: collections.deque[ImageGatherer] = collections.deque()  # whose batches are being encoded, in order
+        self._at_model: collections.deque[ImageEncoder] = collections.deque()  # whose batches are being encoded, in order
         self._trim_at = time.monotonic() + TRIM_S
 
     @property
@@ -181,12 +182,13 @@ class WebPool:
         clock.add(arrival.loaded.seconds)
         count_seconds(self._fetcher.fetch_seconds[arrival.partition], arrival.outcome.seconds)
         if opened.gatherer.add(arrival.source, arrival.loaded):
-            self._at_model.append(opened.gatherer)
+            self._at_model.append(opened.gatherer.encoder)
         if scorer is None:
             return
-        fullest = max(self._open.values(), key=lambda each: each.gatherer.held_images)
-        if sum(each.gatherer.held_images for each in self._open.values()) > max(HELD_IMAGES, 2 * scorer.batch_size):
-            fullest.gatherer.flush()
-            self._at_model.append(fullest.gatherer)
+        encoders = [each.gatherer.encoder for each in self._open.values()]
+        if sum(encoder.held_images for encoder in encoders) > max(HELD_IMAGES, 2 * scorer.batch_size):
+            fullest = max(encoders, key=lambda encoder: encoder.held_images)
+            fullest.flush()
+            self._at_model.append(fullest)
         while len(self._at_model) > scorer.lanes:
             self._at_model.popleft().collect_batch()
