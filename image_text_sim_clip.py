@@ -3582,27 +3582,15 @@ LIKELY_CAUSE = {"missing": "is image_path the right folder?",
                 "timeout": "is the network slow, or fetch_timeout_s short?", "forbidden": "are these addresses private?"}
 
 
-class FailureLimit:
-    """Counts the rows that failed, and ends the run (exit 4) when they are more than `max_failure_rate` of 1,000 or more."""
-
-    def __init__(self, max_failure_rate: float) -> None:
-        self.max_failure_rate = max_failure_rate
-        self.rows = 0
-        self.failures = collections.Counter[str]()
-
-    def count(self, summary: PartSummary) -> None:
-        """Add a finished partition."""
-        self.rows += summary.rows
-        self.failures.update({status: count for status, count in summary.statuses.items() if status != "ok"})
-
-    def judge(self) -> None:
-        """Raise Trouble (exit 4) when too many rows have failed."""
-        failed = self.failures.total()
-        if self.rows >= JUDGED_FROM_ROWS and failed > self.max_failure_rate * self.rows:
-            worst, count = self.failures.most_common(1)[0]
-            raise Trouble(EXIT_FAILURES, f"{failed} of {self.rows} rows failed, more than max_failure_rate "
-                                         f"({self.max_failure_rate}) allows; most often {worst} ({count}): "
-                                         f"{LIKELY_CAUSE.get(worst, 'see the column detail')}")
+def refuse_failures(statuses: "collections.Counter[str]", max_failure_rate: float) -> None:
+    """Raise Trouble (exit 4) when more than `max_failure_rate` of the rows, 1,000 or more, have failed."""
+    failures = collections.Counter({status: count for status, count in statuses.items() if status != "ok"})
+    rows = statuses.total()
+    failed = failures.total()
+    if rows >= JUDGED_FROM_ROWS and failed > max_failure_rate * rows:
+        worst, count = failures.most_common(1)[0]
+        raise Trouble(EXIT_FAILURES, f"{failed} of {rows} rows failed, more than max_failure_rate ({max_failure_rate}) allows; "
+                                     f"most often {worst} ({count}): {LIKELY_CAUSE.get(worst, 'see the column detail')}")
 
 
 class Job:
@@ -3664,18 +3652,18 @@ class Job:
 
     def follow(self, summaries: Iterator[PartSummary], todo: list[Partition], judge: bool = True) -> None:
         """Show each finished partition of `todo` as progress, and judge by them (see `work`)."""
-        limit = FailureLimit(self.config.max_failure_rate)
+        statuses = collections.Counter[str]()
         left = sum(partition.stop - partition.start for partition in todo)
         if ADDONS.is_dir() and not self.quiet:
             done = self.plan.row_count - left
             self._progress = addon("results.progress", "progress").start_progress(self.plan.row_count, done)
         try:
             for summary in summaries:
-                limit.count(summary)
+                statuses.update(summary.statuses)
                 if self._progress:
                     self._progress.partition_done(summary)
                 if judge:
-                    limit.judge()
+                    refuse_failures(statuses, self.config.max_failure_rate)
         finally:
             if self._progress:
                 self._progress.close()
