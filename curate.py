@@ -40,6 +40,7 @@ from addons.curation.semantic import SavedImages
 from addons.measures import random_pairs
 from addons.results.csv_rows import ArrowCsvRows
 from addons.results.formulas import escape_formula, escape_table
+from addons.sections import check_section
 from image_text_sim_clip import (
     EXIT_CONFIG,
     EXIT_VERIFY,
@@ -49,7 +50,6 @@ from image_text_sim_clip import (
     Trouble,
     as_path,
     atomic_file,
-    check_section,
     column_names,
     in_store,
     load_config,

@@ -449,18 +449,6 @@ def check_keys(kind: type, values: Json, section: str = "") -> None:
             raise Trouble(EXIT_CONFIG, f"unknown key {section + str(key)!r}{hint}")
 
 
-Section = typing.TypeVar("Section")
-
-
-def check_section(kind: type[Section], values: Json, section: str) -> Section:
-    """The dataclass `kind` made of a section's `values`, its keys, types and ranges checked as those of Config are."""
-    check_keys(kind, values, section + ".")
-    made = kind(**values)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        check_value(field, getattr(made, field.name), section + ".")
-    return made
-
-
 MAX_CONFIG_BYTES = 1_000_000
 MAX_NUMBER_CHARS = 100  # Python takes for ever over a number of a million digits
 _YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

@@ -47,6 +47,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from addons.sections import check_section
 from image_text_sim_clip import (
     EXIT_CONFIG,
     RESULT_COLUMNS,
@@ -59,7 +60,6 @@ from image_text_sim_clip import (
     Scored,
     Scorer,
     Trouble,
-    check_section,
     column_names,
     room,
 )

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from addons.measures.image_columns import ImageColumns, check_column_name, is_same_model
+from addons.sections import check_section
 from image_text_sim_clip import (
     EXIT_CONFIG,
     Column,
@@ -37,7 +38,6 @@ from image_text_sim_clip import (
     Plan,
     Scorer,
     Trouble,
-    check_section,
     file_sha256,
     say,
 )
