@@ -2177,13 +2177,6 @@ class Family:
         family.check_sizes(at.images)
         return family
 
-    def load_tokenizer(self) -> Any:
-        """The tokenizer as it lies in its folder, for who wants one that nobody has touched."""
-        import transformers
-        if self.folders is None:  # a family that is loaded in a way of its own
-            return self.tokenizer
-        return transformers.AutoTokenizer.from_pretrained(self.folders.tokenizer, trust_remote_code=False)
-
     def control_tokens(self) -> list[str]:
         """The tokens that mark where a text begins and ends, and the like: in a caption they are text."""
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -4057,23 +4050,21 @@ def main(arguments: list[str] | None = None) -> int:
         with output_disk("the summary to stdout"):
             text = json.dumps(result, ensure_ascii=False)
             print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
-        stopped = stopped or find_excess(job, result)
     if stopped:
         raise stopped
+    if result:
+        check_result(job, result)
     return 0
 
 
-def find_excess(job: Job, result: Json) -> Trouble | None:
-    """Trouble (exit 7) of a run that was not stopped: rows that nobody tried, or scores that drift by more than allowed."""
+def check_result(job: Job, result: Json) -> None:
+    """Raise Trouble (exit 7) for rows that nobody tried, or scores that drift by more than allowed."""
     config = job.config
     if "not_tried" in result["failed"]:
-        return Trouble(EXIT_VERIFY, f"{result['failed']['not_tried']} rows were not tried, because parts of {job.plan.output} "
-                                    "went away meanwhile: the same command does them")
-    if config.max_score_drift is None or config.pretrained_model == "none":
-        return None
-    stored = job.read_profile()
-    excess = addon("measures.passport", "max_score_drift").find_excess(stored, config.max_score_drift)
-    return Trouble(EXIT_VERIFY, excess) if excess else None
+        raise Trouble(EXIT_VERIFY, f"{result['failed']['not_tried']} rows were not tried, because parts of {job.plan.output} "
+                                   "went away meanwhile: the same command does them")
+    if config.max_score_drift is not None and config.pretrained_model != "none":
+        addon("measures.passport", "max_score_drift").refuse_excess(job.read_profile(), config.max_score_drift)
 
 
 def run() -> typing.NoReturn:

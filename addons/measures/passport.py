@@ -20,7 +20,9 @@ from addons.images.memory import Account, image_memory
 from addons.measures import Measured, kept_by
 from addons.measures.drift import DriftMeasure
 from image_text_sim_clip import (
+    EXIT_VERIFY,
     Config,
+    Family,
     ImageLoader,
     Json,
     PartitionRun,
@@ -28,6 +30,7 @@ from image_text_sim_clip import (
     RowFailure,
     Scored,
     Scorer,
+    Trouble,
     decode_image,
     read_part_metadata,
     trim_strip,
@@ -198,7 +201,7 @@ class Reference:
         """
         family = self.scorer.family
         if self._tokenizer is None:
-            self._tokenizer = family.load_tokenizer()
+            self._tokenizer = load_tokenizer(family)
         text = family.prepare(caption)
         has_control = self._names_token(text, family.control_tokens())
         words = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}.difference(family.control_tokens())
@@ -316,22 +319,27 @@ def _earlier_pairs(run: PartitionRun) -> list[list[float]]:
     return list(kept["pairs"]) if kept else []
 
 
-def find_excess(profile: Json, most: float) -> str | None:
-    """What to say where a run drifted by more than `most`, or nothing was scored twice; None if all is well.
+def load_tokenizer(family: Family) -> "PreTrainedTokenizerBase":
+    """The tokenizer as it lies in its folder, which nobody has touched since."""
+    import transformers
+    tokenizer: PreTrainedTokenizerBase = family.tokenizer
+    if family.folders:  # not of a family that is loaded in a way of its own
+        tokenizer = transformers.AutoTokenizer.from_pretrained(family.folders.tokenizer, trust_remote_code=False)
+    return tokenizer
+
+
+def refuse_excess(profile: Json, most: float) -> None:
+    """Raise Trouble (exit 7) where a run drifted by more than `most`, or nothing was scored twice.
 
     `profile` is profile.json; of several models the first that drifts is told.
     """
-    entries = [profile, *(profile.get("further_models") or {}).values()]
-    return next((excess for entry in entries if (excess := _find_excess_of_one(entry.get("passport"), most))), None)
-
-
-def _find_excess_of_one(drift: Json | None, most: float) -> str | None:
-    if not drift or not drift["rows"]:
-        return "max_score_drift is set, but no row was scored twice"
-    if drift["max_difference"] <= most:
-        return None
-    return (f"scores differ from the reference by up to {drift['max_difference']:.2e}, more than max_score_drift "
-            f"({most:g}) allows")
+    for entry in (profile, *(profile.get("further_models") or {}).values()):
+        drift = entry.get("passport")
+        if not drift or not drift["rows"]:
+            raise Trouble(EXIT_VERIFY, "max_score_drift is set, but no row was scored twice")
+        if drift["max_difference"] > most:
+            raise Trouble(EXIT_VERIFY, f"scores differ from the reference by up to {drift['max_difference']:.2e}, more than "
+                                       f"max_score_drift ({most:g}) allows")
 
 
 MEASURE = Passport
