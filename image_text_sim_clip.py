@@ -3984,14 +3984,6 @@ def write_results(job: Job) -> Json:
     return stored
 
 
-def start_memory_curve(clock: Clock) -> "MemoryCurve | None":
-    """Begin to sample memory for memory-time.png; None for a script alone."""
-    if not ADDONS.is_dir():
-        return None
-    curve: MemoryCurve = addon("results.memory_curve", "memory-time.png").MemoryCurve(clock)
-    return curve
-
-
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Parser(argparse.ArgumentParser):
@@ -4030,11 +4022,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan:
         return int(addon("results.cost", "--plan").tell_cost(job))
     find_measures(config)  # an unknown one is told before any work
-    if not ADDONS.is_dir():
+    curve: MemoryCurve | None = None
+    if ADDONS.is_dir():
+        curve = addon("results.memory_curve", "memory-time.png").MemoryCurve(job.clock)
+    else:
         say("the folder addons/ is not next to the script: no progress bar, percentiles, score passport, memory-time.png "
             "or watch over images that crash")
     stopped: Trouble | None = None
-    curve = start_memory_curve(job.clock)
     try:
         finalises = find_engine(config)(job)
     except Trouble as trouble:

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and tor
 
 import image_text_sim_clip as script  # noqa: E402
 from addons import inputs  # noqa: E402
+from addons.results import memory_curve  # noqa: E402
 
 
 def stage(config, output):
@@ -116,7 +117,7 @@ def run_main(monkeypatch, capfd):
     def run(*arguments):
         capfd.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(script, "start_memory_curve", lambda clock: None)
+            patch.setattr(memory_curve, "MemoryCurve", lambda clock: None)
             try:
                 code = script.main([str(a) for a in arguments])
             except script.Trouble as trouble:

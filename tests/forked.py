@@ -95,8 +95,9 @@ def _run(program, arguments, pipes, environment, most_bytes):
 
     import curate
     import image_text_sim_clip as script
+    from addons.results import memory_curve
     script.load_scorer = forked_model.reuse_scorer
-    script.start_memory_curve = lambda clock: None
+    memory_curve.MemoryCurve = lambda clock: None
     curate.draw_plots = lambda *arguments: None
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))

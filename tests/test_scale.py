@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import image_text_sim_clip as script
-from addons.results import retry
+from addons.results import memory_curve, retry
 
 ROOT = pathlib.Path(script.__file__).parent
 MODEL = str(ROOT / "challenge_set/shapes_clip")
@@ -62,7 +62,7 @@ def run_quietly(arguments, careless):
     "slow" writes in small steps and renames, "slow without rename" writes in place."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    script.start_memory_curve = lambda clock: None
+    memory_curve.MemoryCurve = lambda clock: None
     if careless:
         script.part_is_done = lambda plan, partition: partition.parquet.exists()
         careful = script.atomic_file
