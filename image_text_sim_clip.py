@@ -355,7 +355,7 @@ class Config:
 
     @functools.cached_property
     def result_columns(self) -> "tuple[Column, ...]":
-        """See the function of that name; found once, as each part asks for it."""
+        """The columns that a run adds to its input, in order; they depend on the config alone. Each part asks for them."""
         measured = itertools.chain.from_iterable(measure.columns_for(self) for measure in find_measures(self))
         return (*SCORE_COLUMNS, *measured, *STATUS_COLUMNS)
 
@@ -566,11 +566,6 @@ def find_measures(config: Config) -> "list[type[Measure]]":
         if asks:
             addon("measures", key)
     return []
-
-
-def result_columns(config: Config) -> tuple[Column, ...]:
-    """The columns that a run adds to its input, in order; they depend on the config alone."""
-    return config.result_columns
 
 
 def column_names(columns: Iterable[Column]) -> list[str]:
@@ -3046,7 +3041,7 @@ def result_table(plan: Plan, rows: "pd.DataFrame", scored: Scored, scorer: Score
     """
     import numpy as np
     import pyarrow as pa
-    columns = result_columns(plan.config)
+    columns = plan.config.result_columns
     has_score = np.isfinite(scored.cosines)
     values: Json = {
         "similarity": scored.cosines, "dissimilarity": np.float32(1) - scored.cosines, "truncated": scored.truncated,

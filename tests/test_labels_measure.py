@@ -24,7 +24,7 @@ def test_softmax_by_hand():
 def test_columns_are_the_labels():
     """One column for each label, of the label's name, in the order of the names: a resumption may list them otherwise."""
     config = script.Config(measures={"labels": {"watermark": ["a", "b"], "drawing": [["c", "d"], "e"]}})
-    columns = script.result_columns(config)
+    columns = config.result_columns
     assert [column.name for column in columns if column not in script.RESULT_COLUMNS] == ["drawing", "watermark"]
     assert Labels.read_settings(config)["drawing"] == [["c", "d"], ["e"]]
 

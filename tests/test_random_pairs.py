@@ -158,7 +158,7 @@ def test_a_run_has_percentiles(shapes, run_main, read_table, tmp_path):
     assert found[0]["mean"] == pytest.approx(found[1]["mean"], abs=1e-5)
     assert -0.3 < found[0]["mean"] < 0.2 and found[0]["mean"] < found[0]["q95"] < found[0]["q99"] < found[0]["q99.9"] < 1
     rows = read_table(out / "scores.csv")
-    assert list(rows[0])[3:] == script.column_names(script.result_columns(script.load_config(config)))
+    assert list(rows[0])[3:] == script.column_names(script.load_config(config).result_columns)
     scores = np.array([float(row["similarity"]) for row in rows])
     for row, score in zip(rows, scores, strict=True):
         assert abs(float(row["percentile"]) - (scores < score).mean()) <= 2 / 90

@@ -983,7 +983,7 @@ def test_scores_do_not_depend_on_the_cut(shapes, run_main, read_table, tmp_path)
 
 def test_output_names():
     """Columns keep their names but for those that a result needs, and never become one another."""
-    results = script.column_names(script.result_columns(script.Config()))
+    results = script.column_names(script.Config().result_columns)
     for names in itertools.product(["url", "status", "input_status", "input_input_status", "detail"], repeat=3):
         if len(set(names)) == 3:
             out = script.output_names(names, results)

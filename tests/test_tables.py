@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import image_text_sim_clip as script
 
-RESULT_COLUMNS = script.column_names(script.result_columns(script.Config()))
+RESULT_COLUMNS = script.column_names(script.Config().result_columns)
 
 
 def records(text, separator=","):

@@ -31,7 +31,6 @@ from image_text_sim_clip import (
     output_names,
     read_manifest,
     read_sealed,
-    result_columns,
     result_tables,
 )
 
@@ -122,7 +121,7 @@ class FinishedRun:
     @property
     def result_columns(self) -> tuple[Column, ...]:
         """The columns of scores.csv after the input's."""
-        return result_columns(self.plan.config)
+        return self.plan.config.result_columns
 
     @property
     def further_columns(self) -> list[Column]:
@@ -217,7 +216,7 @@ def open_run(config: Config) -> FinishedRun:
     snapshot = Snapshot(plan)
     parts = _verify_parts(snapshot)
     totals = random_pairs.RandomPairs.add_up(metadata for _, metadata in snapshot.metadata())
-    names = output_names(manifest["columns"], column_names(result_columns(scored_with)))
+    names = output_names(manifest["columns"], column_names(scored_with.result_columns))
     shown_as = dict(zip(manifest["columns"], names, strict=True))
     return FinishedRun(plan, snapshot, parts, profile, totals, names, shown_as[column_name(scored_with.url_column)],
                        shown_as[column_name(scored_with.caption_column)])

@@ -30,5 +30,5 @@ class Writer(typing.Protocol):
         """Write the tables to `file`, which is open, empty and renamed to its name only when all is written.
 
         The tables come in the input's order, at least one even where there are no rows, and all have the columns of
-        scores.csv: the input's, as text, then those of `result_columns(config)` with their own types, null for no value.
+        scores.csv: the input's, as text, then those of `config.result_columns` with their own types, null for no value.
         """
