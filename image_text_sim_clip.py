@@ -1341,9 +1341,7 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
     # a folder called url is ./url; pathlib's is_dir raises where it may not look
     if config.image_path != "url" and os.path.isdir(config.image_path):  # noqa: PTH112
         folder = pathlib.Path(config.image_path).resolve()
-        if config.follow_links:
-            return functools.partial(read_file, folder, max_bytes=config.max_image_bytes, follow_links=True)
-        return functools.partial(read_file, folder, max_bytes=config.max_image_bytes)
+        return functools.partial(read_file, folder, max_bytes=config.max_image_bytes, follow_links=config.follow_links)
     if config.image_path == "url":
         addon("images.fetch", "image_path: url")  # says so where it is missing
     for module in room("images"):
@@ -1408,17 +1406,12 @@ def read_file(folder: pathlib.Path, source: str, max_bytes: int, follow_links: b
     if ADDONS.is_dir() or follow_links:
         inside = addon("images.inside", "follow_links" if follow_links else "image_path")
         read = inside.read_following if follow_links else inside.read_inside
-    for name in itertools.chain(names, _other_spellings(names)):
+    spellings: Iterable[str] = addon("images.spellings", "image_path").other_spellings(names) if ADDONS.is_dir() else ()
+    for name in itertools.chain(names, spellings):
         data = read(folder, name, max_bytes)
         if data is not None:
             return data
     raise RowFailure("missing", "no such file in image_path")
-
-
-def _other_spellings(names: list[str]) -> Iterator[str]:
-    """What else the names may be called; thought of when none of them is there."""
-    if ADDONS.is_dir():
-        yield from addon("images.spellings", "image_path").other_spellings(names)
 
 
 def read_inside(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | None:
@@ -2475,7 +2468,6 @@ class Scorer:
             levels = self._normalised_levels()
         self.decoding = self.settings  # what images are decoded for
         self.pixel_levels = torch.from_numpy(levels).to(self.device)  # (3, 256) float32
-        self._float32_model: torch.nn.Module | None = None
         self.keeps_norms = False  # True where a measure needs the lengths that image embeddings had (addons/measures/heads.py)
         self.gpu_decoder: Any = None  # addons/images/gpu_decode.py, with decode: gpu
         cores = usable_cores() if self.device == "cpu" else 1
@@ -2665,7 +2657,7 @@ class Scorer:
         broken = ~torch.isfinite(unit).all(dim=-1)
         if broken.any() and not self.is_plain_float32():
             with torch.inference_mode():
-                unit[broken] = to_unit(forward(self._in_float32(), batch[broken]), with_norms).cpu()
+                unit[broken] = to_unit(forward(self._float32_model, batch[broken]), with_norms).cpu()
         return unit
 
     def is_plain_float32(self) -> bool:
@@ -2676,11 +2668,10 @@ class Scorer:
         """The model once more, in float32 on the CPU."""
         return align_weights(type(self.family).load(self.files, self.config.pretrained_model).model)
 
-    def _in_float32(self) -> "torch.nn.Module":
+    @functools.cached_property
+    def _float32_model(self) -> "torch.nn.Module":
         """The model in float32, loaded when half precision first overflows."""
-        if self._float32_model is None:
-            self._float32_model = self.load_plain().to(self.device)
-        return self._float32_model
+        return self.load_plain().to(self.device)
 
     def own_embeddings(self, images: "EmbeddedImages") -> "torch.Tensor | None":
         """The embeddings (m, d) of this model; several in one pass have theirs side by side (addons/models/several.py)."""
@@ -3793,9 +3784,6 @@ def write_csv(snapshot: Snapshot, file: BinaryIO) -> None:
     rows.close()
 
 
-INPUT_ROWS = ("input_rows",)  # in the manifest of an input with lists of captions, of which each caption is a row
-
-
 def summarise(snapshot: Snapshot) -> Json:
     """Counts, scores, times and memory of all parts, and what each measure makes of them: the beginning of profile.json."""
     plan = snapshot.plan
@@ -3813,8 +3801,9 @@ def summarise(snapshot: Snapshot) -> Json:
         statuses["not_tried"] = missing
     scored = statuses.pop("ok", 0)
     count = sums["similarity_count"]
-    inputs = {key: plan.manifest[key] for key in INPUT_ROWS if key in plan.manifest}
-    return {"rows": plan.row_count, **inputs, "scored": scored, "failed": dict(sorted(statuses.items())),
+    # an input with lists of captions, of which each is a row, has fewer rows than come out
+    lists = {"input_rows": plan.manifest["input_rows"]} if "input_rows" in plan.manifest else {}
+    return {"rows": plan.row_count, **lists, "scored": scored, "failed": dict(sorted(statuses.items())),
             "malformed": plan.manifest["malformed"], "partitions": len(plan.partitions), "finished": not missing,
             "truncated": sums["truncated"], "mean_similarity": math.fsum(similarity_sums) / count if count else None,
             **add_up_times(times), **add_up_fetches(times, plan.row_count),
@@ -3943,7 +3932,7 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
             if ADDONS.is_dir():
                 addon("images.marks", "output_path").remove_marks((plan.output / "parts").glob("*.trying"))
     print_summary(job.config, stored)
-    keys = ("rows", *INPUT_ROWS, "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
+    keys = ("rows", "input_rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
     shown = {key: stored[key] for key in keys if key in stored}
     return shown | {"output": str(job.results_path())}
 

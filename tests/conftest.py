@@ -134,10 +134,10 @@ def late(monkeypatch):
     def wait_for(name):
         read = script.read_file
 
-        def read_or_time_out(folder, source, max_bytes):
+        def read_or_time_out(folder, source, **options):
             if source == name:
                 raise script.RowFailure("timeout", "")
-            return read(folder, source, max_bytes)
+            return read(folder, source, **options)
         with monkeypatch.context() as patch:
             patch.setattr(script, "read_file", read_or_time_out)
             yield

@@ -191,14 +191,14 @@ def test_rows_tried_again_are_added(shapes, run_main, tmp_path, monkeypatch):
     config = shapes(rows=30, pretrained_model=BUNDLED_MODEL)
     read = script.read_file
 
-    def failing(folder, source, max_bytes):
+    def failing(folder, source, **options):
         if source.startswith("shape-00"):
             raise script.RowFailure("timeout", "not yet")
-        return read(folder, source, max_bytes)
+        return read(folder, source, **options)
     two = ("shape-001.png", "shape-002.png")  # each meets the other's captions when it comes at last
 
-    def failing_for_two(folder, source, max_bytes):
-        return (failing if source in two else read)(folder, source, max_bytes)
+    def failing_for_two(folder, source, **options):
+        return (failing if source in two else read)(folder, source, **options)
     monkeypatch.setattr(script, "read_file", failing)
     assert run_main("--config", config).result["failed"] == {"timeout": 30}
     monkeypatch.setattr(script, "read_file", failing_for_two)

@@ -185,8 +185,8 @@ def test_equal_urls_are_read_once(small, write_table, run_main, monkeypatch, tmp
     config, read = small(partition_rows=100), []
     write_table([["url", "caption"], *(["0000.png", f"c{i}"] for i in range(20)), ["0001.png", "y"]])
     real = script.read_file
-    monkeypatch.setattr(script, "read_file", lambda folder, source, max_bytes:
-                        read.append(source) or real(folder, source, max_bytes))
+    monkeypatch.setattr(script, "read_file", lambda folder, source, **options:
+                        read.append(source) or real(folder, source, **options))
     assert run_main("--config", config).result["scored"] == 21
     assert sorted(read) == ["0000.png", "0001.png"]
 

@@ -7,13 +7,14 @@ name of a file is shown as \xe9 and the like.
 import re
 import unicodedata
 import urllib.parse
+from collections.abc import Iterator
 
 BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 MOST_NAMES = 64  # a URL may have thousands of endings, of which the longest and the shortest ones are spelled otherwise
 
 
-def other_spellings(names: list[str]) -> list[str]:
-    """What else the names may be called, in order, without what was among them."""
+def other_spellings(names: list[str]) -> Iterator[str]:
+    """What else the names may be called, in order, without what was among them; worked out when the first is asked for."""
     found: dict[str, None] = {}
     few = names if len(names) <= MOST_NAMES else [*names[:MOST_NAMES // 2], *names[-MOST_NAMES // 2:]]
     for name in few:
@@ -22,4 +23,4 @@ def other_spellings(names: list[str]) -> list[str]:
             for form in (plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)):
                 found[form] = None
     known = set(names)
-    return [name for name in found if name not in known and not name.endswith("/")]
+    yield from (name for name in found if name not in known and not name.endswith("/"))
