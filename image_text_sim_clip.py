@@ -1582,9 +1582,11 @@ class ImageSettings:
         return (long_edge, self.shortest_edge) if height > width else (self.shortest_edge, long_edge)
 
     def place_crop(self, height: int, width: int) -> tuple[int, int]:
-        """Where the crop begins in a resized image: (top, left), negative where that is smaller than the crop."""
+        """Where the crop begins in a resized image, as in transformers: (top, left), negative where that is smaller."""
         assert self.crop
-        return crop_box(height, width, self.crop)
+        top = (height - self.crop[0]) // 2 if height >= self.crop[0] else -math.ceil((self.crop[0] - height) / 2)
+        left = (width - self.crop[1]) // 2 if width >= self.crop[1] else -math.ceil((self.crop[1] - width) / 2)
+        return top, left
 
     def target(self) -> tuple[int, int] | None:
         """The size that `decode: scaled` must not go below twice of."""
@@ -1598,7 +1600,7 @@ class ImageSettings:
 RESAMPLE_MODES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers and torch's names
 MAX_SIDE = 4096  # pixels that an image processor may ask for: each image is held in that size, and no model reads as much
 
-# What the dry run (`pretrained_model: none`) resizes to: the shape most models read. Bilinear, since nobody looks at it.
+# What a dry run (`pretrained_model: none`) resizes to: the shape that most models read.
 DRY_RUN_SETTINGS = ImageSettings(224, None, (224, 224), 2)
 
 
@@ -1615,13 +1617,6 @@ def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
     trimmed: Image.Image = (odd_images.trim_strip(image, MAX_ASPECT) if is_cropped
                             else odd_images.shorten_strip(image, MAX_LONG_EDGE))
     return trimmed
-
-
-def crop_box(height: int, width: int, crop: tuple[int, int]) -> tuple[int, int]:
-    """Where transformers' centre crop begins: (top, left), negative where the image is smaller than the crop."""
-    top = (height - crop[0]) // 2 if height >= crop[0] else -math.ceil((crop[0] - height) / 2)
-    left = (width - crop[1]) // 2 if width >= crop[1] else -math.ceil((crop[1] - width) / 2)
-    return top, left
 
 
 def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: bool = False) -> "torch.Tensor":
@@ -1675,18 +1670,15 @@ def _lend_pixels(image: "Image.Image") -> "torch.Tensor":
     return torch.from_numpy(np.array(image))
 
 
-def resize_pillow(image: "Image.Image", settings: ImageSettings, gap: float | None = None) -> "np.ndarray":
-    """RGB image -> (3, H, W) uint8 array by Pillow alone: the dry run, which loads no torch. A `gap` of 1 makes it coarse
-    and quick: Pillow otherwise takes six times as long as torch's kernel, and a dry run longer than a real one."""
+def resize_coarsely(image: "Image.Image") -> "np.ndarray":
+    """RGB image -> (3, H, W) uint8 array for a dry run, which loads no torch: nobody looks at it, so that it may be quick.
+
+    Without the gap Pillow takes six times as long as torch's kernel, and a dry run longer than a real one.
+    """
     import numpy as np
     from PIL import Image
-    image = trim_strip(image, settings)
-    height, width = settings.resized(image.height, image.width)
-    resized = image.resize((width, height), Image.Resampling(settings.resample), reducing_gap=gap)
-    if settings.crop:
-        top, left = crop_box(height, width, settings.crop)
-        resized = resized.crop((left, top, left + settings.crop[1], top + settings.crop[0]))  # black where there is nothing
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    assert DRY_RUN_SETTINGS.crop
+    return np.asarray(image.resize(DRY_RUN_SETTINGS.crop, Image.Resampling.BILINEAR, reducing_gap=1.0)).transpose(2, 0, 1)
 
 
 # ── Images: load them ahead ───────────────────────────────────────────────────────────────────────────────────────────
@@ -3447,7 +3439,7 @@ class Worker:
             self.scorer = load_scorer(config) if config.pretrained_model != "none" else None
         clock.take()
         self.settings = self.scorer.decoding if self.scorer else DRY_RUN_SETTINGS
-        resize = self.scorer.resize if self.scorer else functools.partial(resize_pillow, settings=DRY_RUN_SETTINGS, gap=1.0)
+        resize = self.scorer.resize if self.scorer else resize_coarsely
         self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
         self._guard: Guard | None = None
         if ADDONS.is_dir():

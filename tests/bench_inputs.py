@@ -128,8 +128,6 @@ def write_images(folder, count):
 
 def load_in_a_process(csv_path, results):
     """Load all images of an input, by the loader threads of a dry run; puts images/s, failures, peak MiB, images per CPU s."""
-    import functools
-
     import image_text_sim_clip as script
     config = script.Config(csv_path=str(csv_path), image_path=str(csv_path.parent / "files"), pretrained_model="none")
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stderr(io.StringIO()):
@@ -137,8 +135,7 @@ def load_in_a_process(csv_path, results):
         threads = script.loader_threads(config)
         read = plan.table.read_bytes if plan.table.brings_images else script.open_source(config, threads)
         settings = script.DRY_RUN_SETTINGS
-        resize = functools.partial(script.resize_pillow, settings=settings)
-        loader = script.ImageLoader(read, script.ImageDecoder(config, settings), resize)
+        loader = script.ImageLoader(read, script.ImageDecoder(config, settings), script.resize_coarsely)
         pool = script.LoaderPool(threads)
         started = time.perf_counter()
         cpu = time.process_time()

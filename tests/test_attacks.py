@@ -11,6 +11,7 @@ import psutil
 import pytest
 import zoo
 from PIL import Image
+from small_inputs import resized_by_pillow
 
 import image_text_sim_clip as script
 from addons.images import costs, fetch, guard, memory
@@ -107,7 +108,7 @@ def test_files_are_reserved_before_they_are_read(tmp_path):
         held.append((budget.held, account.held))
         return Image.new("RGB", (8, 8))
     loader = script.ImageLoader(functools.partial(script.read_file, tmp_path, max_bytes=1000), decode,
-                                functools.partial(script.resize_pillow, settings=MODEL_SIZES),
+                                script.resize_coarsely,
                                 open_account=functools.partial(memory.open_account, budget))
     run_all(*[functools.partial(loader, "a")] * 6)
     assert held == [(60, 60)] * 6 and budget.held == 0
@@ -122,7 +123,7 @@ def test_fetched_bytes_count_while_they_are_decoded():
     def decode(data, account):
         held.append((budget.held, account.held))
         return Image.new("RGB", (8, 8))
-    loader = script.ImageLoader(fetcher, decode, functools.partial(script.resize_pillow, settings=MODEL_SIZES),
+    loader = script.ImageLoader(fetcher, decode, script.resize_coarsely,
                                 open_account=functools.partial(memory.open_account, budget))
     brought = fetch.Outcome(b"x" * 60)
     run_all(*[lambda: fetcher.call_with(brought, lambda: loader("http://example.org/a.png"))] * 6)
@@ -287,7 +288,7 @@ def test_strip_is_resized_whole_in_bounded_memory(size, resample):
     half = (0, 0, width, height // 2) if height > width else (0, 0, width // 2, height)
     image.paste((10, 10, 200), half)
     settings = script.ImageSettings(None, (64, 64), None, resample)
-    for resize in (script.resize_fast, script.resize_pillow):
+    for resize in (script.resize_fast, resized_by_pillow):
         pixels = resize(image, settings)
         assert pixels.shape == (3, 64, 64)
         first, last = (pixels[:, 5], pixels[:, -5]) if height > width else (pixels[..., 5], pixels[..., -5])
@@ -300,7 +301,7 @@ def test_shortening_a_strip_does_not_show(noise):
     image = noise(40_000, 220)
     settings = script.ImageSettings(None, (224, 224), None, 3)
     whole = image.resize((224, 224), Image.Resampling.BICUBIC)
-    shortened = script.resize_pillow(image, settings)
+    shortened = resized_by_pillow(image, settings)
     assert script.trim_strip(image, settings).size[0] <= script.MAX_LONG_EDGE
     assert abs(shortened.astype(int).transpose(1, 2, 0) - whole).max() <= 2
 

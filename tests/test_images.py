@@ -17,7 +17,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from small_inputs import encoded
+from small_inputs import encoded, resized_by_pillow
 
 import image_text_sim_clip as script
 
@@ -476,7 +476,7 @@ def test_flipped_bytes_never_raise_anything_else(format_, mode, options, noise):
     data = encoded(image, format_, **options, **({"exif": exif} if format_ in ("JPEG", "PNG") else {}))
     settings = script.ImageSettings(32, None, (32, 32), 3)
     decode = script.ImageDecoder(configured(exif_orientation=True, max_image_pixels=1_000_000), settings)
-    resize = functools.partial(script.resize_pillow, settings=settings)
+    resize = functools.partial(resized_by_pillow, settings=settings)
     chances, failures = random.Random(f"{format_}{mode}{options}"), 0
     for _ in range(150):
         broken = flipped(data, chances)
@@ -591,7 +591,7 @@ def test_scaled_is_close_to_exact(name, size):
     scaled = script.decode_image(data, configured(decode="scaled"), (224, 224))
     assert exact.size == size
     assert 448 <= min(scaled.size) < min(exact.size)
-    one, other = (script.resize_pillow(image, settings).astype(int) for image in (exact, scaled))
+    one, other = (resized_by_pillow(image, settings).astype(int) for image in (exact, scaled))
     assert 0 < np.abs(one - other).mean() <= 1
 
 
@@ -646,7 +646,7 @@ def test_resize_equals_the_processor(processors):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected = processed(processor, image)
         assert settings.resized(height, width)[0 if height < width else 1] == edge
-        assert np.array_equal(script.resize_pillow(image, settings), expected), (width, height, edge, crop)
+        assert np.array_equal(resized_by_pillow(image, settings), expected), (width, height, edge, crop)
 
 
 @pytest.mark.slow
@@ -659,7 +659,7 @@ def test_resize_to_a_fixed_size_equals_the_processor(processors, noise, size):
         for width, height in ((300, 200), (10, 300), (size[1], size[0])):
             image = noise(width, height)
             expected = processed(processor, image)
-            assert np.array_equal(script.resize_pillow(image, settings), expected)
+            assert np.array_equal(resized_by_pillow(image, settings), expected)
             assert np.abs(script.resize_fast(image, settings).astype(int) - expected).max() <= (4 if height > 2 * width else 2)
 
 
@@ -733,7 +733,7 @@ def cropped(pixels, crop):
     torch = pytest.importorskip("torch")
     settings = script.ImageSettings(None, pixels.shape[1:], crop, 3)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    out = script.resize_pillow(image, settings)
+    out = resized_by_pillow(image, settings)
     fast = script.resize_fast(image, settings)
     assert out.flags["C_CONTIGUOUS"] and fast.flags["C_CONTIGUOUS"]
     assert np.array_equal(out, fast)
@@ -788,7 +788,7 @@ def test_strip_is_cut_to_its_centre(width, height):
     image.paste((255, 0, 0), (0, middle[0], width, middle[1]) if height > width else (middle[0], 0, middle[1], height))
     started = time.process_time()
     trimmed = script.trim_strip(image, script.DRY_RUN_SETTINGS)
-    pixels = script.resize_pillow(trimmed, script.DRY_RUN_SETTINGS)
+    pixels = resized_by_pillow(trimmed, script.DRY_RUN_SETTINGS)
     assert time.process_time() - started < 1
     assert min(trimmed.size) == short and max(trimmed.size) <= (script.MAX_ASPECT + 1) * short
     assert pixels.shape == (3, 224, 224)
@@ -817,7 +817,7 @@ def test_cut_strip_equals_the_processor(processors, noise, size):
     image = noise(*size)
     trimmed = script.trim_strip(image, settings)
     assert trimmed is not image
-    difference = np.abs(script.resize_pillow(trimmed, settings).astype(int) - processed(processor, image))
+    difference = np.abs(resized_by_pillow(trimmed, settings).astype(int) - processed(processor, image))
     assert difference.max() <= 1
 
 
