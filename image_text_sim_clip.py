@@ -386,8 +386,7 @@ def expand_home(key: str, value: str) -> str:
 def as_path(text: str) -> pathlib.Path:
     """The path that `text` names, on a disk or, where it begins with a scheme, in an object store (addons/stores)."""
     if URL.match(text):
-        found: pathlib.Path = addon("stores.paths", repr(text)).StorePath(text)
-        return found
+        return addon("stores.paths", repr(text)).StorePath(text)
     return pathlib.Path(text)
 
 
@@ -559,8 +558,7 @@ RESULT_COLUMNS = (*SCORE_COLUMNS, *STATUS_COLUMNS)  # a run's own; those of furt
 def find_measures(config: Config) -> "list[type[Measure]]":
     """What is computed besides the similarity (addons/measures), as the config asks for; nothing for a script alone."""
     if ADDONS.is_dir():
-        measures: list[type[Measure]] = addon("measures", "measures").find_measures(config)
-        return measures
+        return addon("measures", "measures").find_measures(config)
     for key, asks in (("measures", config.measures), ("save_embeddings", config.save_embeddings != "none"),
                       ("max_score_drift", config.max_score_drift is not None)):
         if asks:
@@ -1073,8 +1071,7 @@ class Plan:
     @property
     def row_count(self) -> int:
         """How many rows came in."""
-        count: int = self.manifest["rows"]
-        return count
+        return self.manifest["rows"]
 
     def resolve(self, resolved: Json) -> None:
         """Take in what only a loaded model could tell."""
@@ -1128,8 +1125,7 @@ def fingerprint_of(manifest: Json) -> str:
 def find_reader(csv_path: str) -> "Reader":
     """The reader for `csv_path`: CsvReader for a script alone, else the one of addons/inputs that its name asks for."""
     if ADDONS.is_dir():
-        reader: Reader = addon("inputs", "csv_path").find_reader(csv_path)
-        return reader
+        return addon("inputs", "csv_path").find_reader(csv_path)
     if not csv_path.lower().endswith(CsvReader.suffixes):
         addon("inputs", f"csv_path {csv_path!r}")
     return CsvReader()
@@ -1346,11 +1342,9 @@ def open_source(config: Config, threads: int) -> Callable[[str], bytes]:
         addon("images.fetch", "image_path: url")  # says so where it is missing
     for module in room("images"):
         if config.image_path in getattr(module, "SOURCES", ()):
-            source: Callable[[str], bytes] = module.open_source(config, threads)
-            return source
+            return module.open_source(config, threads)
     if URL.match(config.image_path):
-        prefix: Callable[[str], bytes] = addon("stores.images", "image_path").open_source(config, threads)
-        return prefix
+        return addon("stores.images", "image_path").open_source(config, threads)
     raise Trouble(EXIT_INPUT, f"image_path {config.image_path!r}: no such folder (in {pathlib.Path.cwd().name}/); "
                               "to fetch each row's URL, set image_path: url")
 
@@ -1536,8 +1530,7 @@ def to_rgb(image: "Image.Image", config: Config) -> "Image.Image":
         image = addon("images.exif", "exif_orientation").turn_upright(image) if ADDONS.is_dir() \
             else ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        grey: Image.Image = _odd_images().grey_from_numbers(image)
-        return grey.convert("RGB")
+        return _odd_images().grey_from_numbers(image).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         above = image if image.mode == "RGBA" else image.convert("RGBA")
         below = Image.new("RGB", above.size, config.transparent_over)
@@ -1614,9 +1607,7 @@ def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
     if settings.keeps_strips or max(image.size) <= (MAX_ASPECT * min(image.size) if is_cropped else MAX_LONG_EDGE):
         return image
     odd_images = _odd_images()
-    trimmed: Image.Image = (odd_images.trim_strip(image, MAX_ASPECT) if is_cropped
-                            else odd_images.shorten_strip(image, MAX_LONG_EDGE))
-    return trimmed
+    return odd_images.trim_strip(image, MAX_ASPECT) if is_cropped else odd_images.shorten_strip(image, MAX_LONG_EDGE)
 
 
 def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: bool = False) -> "torch.Tensor":
@@ -1671,14 +1662,13 @@ def _lend_pixels(image: "Image.Image") -> "torch.Tensor":
 
 
 def resize_coarsely(image: "Image.Image") -> "np.ndarray":
-    """RGB image -> (3, H, W) uint8 array for a dry run, which loads no torch: nobody looks at it, so that it may be quick.
+    """RGB image -> (3, 224, 224) uint8 array for a dry run, which loads no torch: nobody looks at it, so that it may be quick.
 
     Without the gap Pillow takes six times as long as torch's kernel, and a dry run longer than a real one.
     """
     import numpy as np
     from PIL import Image
-    assert DRY_RUN_SETTINGS.crop
-    return np.asarray(image.resize(DRY_RUN_SETTINGS.crop, Image.Resampling.BILINEAR, reducing_gap=1.0)).transpose(2, 0, 1)
+    return np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR, reducing_gap=1.0)).transpose(2, 0, 1)
 
 
 # ── Images: load them ahead ───────────────────────────────────────────────────────────────────────────────────────────
@@ -1988,8 +1978,7 @@ def find_in_folder(folder: pathlib.Path, name: str, safetensors_only: bool = Fal
     """The model in a local folder; raises Trouble (exit 6) for a folder that is none."""
     if is_open_clip({path.name for path in folder.iterdir()}, name):
         open_clip_files = addon("models.open_clip_files", f"pretrained_model {name!r} (open_clip's format)")
-        found: ModelFiles = open_clip_files.find_in_folder(folder, name, safetensors_only)
-        return found
+        return open_clip_files.find_in_folder(folder, name, safetensors_only)
     if ADDONS.is_dir():
         addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
     if (folder / ADAPTER).is_file():
@@ -2221,9 +2210,7 @@ class Family:
         # split_special_tokens: a caption that contains <|endoftext|> would otherwise end there
         # trained words that were added as special tokens stay whole all the same
         call = self._whole_words or self.tokenizer
-        ids: list[list[int]] = call(captions, split_special_tokens=True, return_attention_mask=False, verbose=False,
-                                    **options)["input_ids"]
-        return ids
+        return call(captions, split_special_tokens=True, return_attention_mask=False, verbose=False, **options)["input_ids"]
 
     def prepare(self, caption: str) -> str:
         """The caption as the model was trained to read it."""
@@ -2274,13 +2261,11 @@ class Family:
 
     def image_features(self, model: Any, pixel_values: "torch.Tensor") -> "torch.Tensor":
         """(n, 3, H, W) normalised pixels -> (n, d) projected features; `model` is self.model or a copy in another dtype."""
-        features: torch.Tensor = model.get_image_features(pixel_values=pixel_values).pooler_output
-        return features  # transformers 5 calls the projected features so
+        return model.get_image_features(pixel_values=pixel_values).pooler_output  # transformers 5 calls the projected ones so
 
     def text_features(self, model: Any, ids: "torch.Tensor") -> "torch.Tensor":
         """(n, length) token ids -> (n, d) projected features."""
-        features: torch.Tensor = model.get_text_features(input_ids=ids).pooler_output
-        return features
+        return model.get_text_features(input_ids=ids).pooler_output
 
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
         """The model's own chance that a pair belongs together, float32 (n,); None where it gives none."""
@@ -2513,8 +2498,7 @@ class Scorer:
         """The batch size for this GPU and its free memory; on the CPU, where it hardly matters, the default."""
         if self.device != "cuda" or not ADDONS.is_dir():
             return self.batch_size
-        found: int = addon("models.batch_size", "batch_size: auto").find_batch_size(self)
-        return found
+        return addon("models.batch_size", "batch_size: auto").find_batch_size(self)
 
     def identity(self) -> Json:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
@@ -2621,8 +2605,7 @@ class Scorer:
         """Loaders' arrays (3, H, W) as one uint8 tensor (n, 3, H, W) that `encode_images` takes, or a future of it."""
         import torch
         if self.gpu_decoder:
-            decoded: Future[torch.Tensor] = self.gpu_decoder.start(batch)
-            return decoded
+            return self.gpu_decoder.start(batch)
         pixels = torch.from_numpy(self.family.stack(batch))
         return pixels.pin_memory() if self.device == "cuda" else pixels  # pinned, so that the upload need not wait
 
@@ -2698,8 +2681,7 @@ def load_scorer(config: Config) -> Scorer:
     """The scorer of one model, or of several in one pass."""
     if "further_models" not in (config.measures or {}):
         return Scorer(config)
-    several: Scorer = addon("models.several", "pretrained_model").SeveralScorer(config)
-    return several
+    return addon("models.several", "pretrained_model").SeveralScorer(config)
 
 
 def to_unit(features: "torch.Tensor", with_norms: bool) -> "torch.Tensor":
@@ -3265,15 +3247,13 @@ def metadata_in(footer: bytes) -> Json | None:
     file_sha256 = footer[at:at + 64].decode("ascii", "replace")
     if footer[place:end] != _digests(footer[start:place], file_sha256):
         return None
-    metadata: Json = json.loads(footer[start:end])
-    return metadata
+    return json.loads(footer[start:end])
 
 
 def read_footer(path: pathlib.Path) -> bytes | None:
     """The footer of a Parquet file that is whole in length; None for any other file, and where there is none."""
     if in_store(path):
-        footer: bytes | None = addon("stores.commits", "output_path").read_footer(path)
-        return footer
+        return addon("stores.commits", "output_path").read_footer(path)
     with _reading(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
@@ -3327,8 +3307,7 @@ def part_is_done(plan: Plan, partition: Partition) -> bool:
 def size_of_file(path: pathlib.Path) -> int | None:
     """The bytes of a file next to a part; None, or an OSError, where there is none."""
     if in_store(path):
-        size: int | None = addon("stores.commits", "output_path").size_of(path)
-        return size
+        return addon("stores.commits", "output_path").size_of(path)
     return path.stat().st_size
 
 
@@ -3658,8 +3637,7 @@ def find_engine(config: Config) -> Callable[[Job], bool]:
             name = "slurm"
     if name == "local":
         return run_local
-    engine: Callable[[Job], bool] = addon(f"engines.{name}", f"engine: {name}").run
-    return engine
+    return addon(f"engines.{name}", f"engine: {name}").run
 
 
 # ── Results ───────────────────────────────────────────────────────────────────────────────────────────────────────────
