@@ -2220,8 +2220,8 @@ class Family:
         """Token ids per caption, cut at the context length with end-of-text kept; and which captions were cut."""
         ids: list[list[int]] = []
         truncated: list[bool] = []
-        for start, stop in _stretches_of_text(captions):
-            heads = captions[start:stop]
+        for start in range(0, len(captions), TOKENIZED_AT_ONCE):
+            heads = captions[start:start + TOKENIZED_AT_ONCE]
             if ADDONS.is_dir() and max(map(len, heads)) > LONG_CAPTION * self.context_length:
                 heads = addon("models.long_captions", "caption_column").take_heads(self, heads)
             prepared = [self.prepare(head) for head in heads]
@@ -2272,24 +2272,8 @@ class Family:
         return None
 
 
-TEXT_CHARS = 250_000  # of captions that are tokenized at a time: their tokens take a hundred times as much
-
-
+TOKENIZED_AT_ONCE = 256  # captions: the tokens of a text take a hundred times as much memory
 LONG_CAPTION = 16  # characters for each token that the model reads, from which on a caption may be cut short before
-
-
-def _stretches_of_text(captions: list[str]) -> Iterator[tuple[int, int]]:
-    """[start, stop) of stretches of captions that have TEXT_CHARS characters at most, or of one caption."""
-    start = 0
-    chars = 0
-    for place, caption in enumerate(captions):
-        chars += len(caption)
-        if chars > TEXT_CHARS and place > start:
-            yield start, place
-            start = place
-            chars = len(caption)
-    if start < len(captions):
-        yield start, len(captions)
 
 
 class Clip(Family):

@@ -79,11 +79,17 @@ def test_long_caption_has_the_tokens_of_its_beginning(shelf, name):
     assert cut[:2] == [True, True] and cut[4] is False and len(ids[2]) == len(expected[2])
 
 
-def test_captions_are_tokenized_some_at_a_time():
-    """However long they are, captions are tokenized in stretches of a bounded length, none left out."""
-    stretches = list(script._stretches_of_text(["x" * 100_000] * 5 + ["y" * 3_000_000, "", "z"]))
-    assert stretches == [(0, 2), (2, 4), (4, 5), (5, 6), (6, 8)]
-    assert list(script._stretches_of_text([])) == []
+def test_captions_are_tokenized_some_at_a_time(bundled_model, monkeypatch):
+    """However many there are, captions are tokenized a few at a time, in their order and none left out."""
+    family = script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False)).family
+    captions = [f"a photo of {n} circles" for n in range(script.TOKENIZED_AT_ONCE + 1)]
+    whole = family.encode(captions)
+    counts = []
+    encode = family.encode
+    monkeypatch.setattr(family, "encode", lambda some, **options: counts.append(len(some)) or encode(some, **options))
+    assert family.tokenize(captions) == (whole, [False] * len(captions))
+    assert counts == [script.TOKENIZED_AT_ONCE, 1]
+    assert family.tokenize([]) == ([], [])
 
 
 # ── Columns and cells ─────────────────────────────────────────────────────────────────────────────────────────────────
