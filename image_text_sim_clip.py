@@ -1610,43 +1610,38 @@ def trim_strip(image: "Image.Image", settings: ImageSettings) -> "Image.Image":
     return odd_images.trim_strip(image, MAX_ASPECT) if is_cropped else odd_images.shorten_strip(image, MAX_LONG_EDGE)
 
 
-def resize_and_crop(pixels: "torch.Tensor", settings: ImageSettings, in_floats: bool = False) -> "torch.Tensor":
-    """(n, 3, h, w) -> (n, 3, H, W) as the model's processor resizes and crops, by torch's antialiased kernel.
+def crop_centre(pixels: "torch.Tensor", settings: ImageSettings) -> "torch.Tensor":
+    """(n, 3, h, w) resized pixels -> (n, 3, H, W) as the model's processor crops: bytes, or floats in [0, 1].
 
-    It is the kernel that transformers' own default backend calls. Bytes stay bytes; `in_floats` does them as CUDA must, by
-    rows and then by columns, each rounded as the byte kernel rounds. Floats, in [0, 1], keep their gradient and are clamped,
-    because bicubic overshoots at edges and bytes cannot. A border of `fill` where the image is smaller than the crop.
+    They get a border of `fill` where they are smaller than the crop.
     """
     import torch
-    height, width = pixels.shape[-2:]
-    size = settings.resized(height, width)
-    resize = functools.partial(torch.nn.functional.interpolate, mode=RESAMPLE_MODES[settings.resample], antialias=True)
-    if pixels.is_floating_point():
-        out = pixels if size == (height, width) else resize(pixels, size).clamp(0, 1)
-    elif in_floats:
-        out = resize(pixels.float(), (height, size[1])).round_().clamp_(0, 255)
-        out = resize(out, size).round_().clamp_(0, 255).to(torch.uint8)
-    else:
-        out = resize(pixels, size)
     if settings.crop is None:
-        return out
-    top, left = settings.place_crop(*size)
-    if size[0] < settings.crop[0] or size[1] < settings.crop[1]:
-        below = max(0, settings.crop[0] - size[0] + min(top, 0))
-        right = max(0, settings.crop[1] - size[1] + min(left, 0))
+        return pixels
+    height, width = pixels.shape[-2:]
+    top, left = settings.place_crop(height, width)
+    if height < settings.crop[0] or width < settings.crop[1]:
+        below = max(0, settings.crop[0] - height + min(top, 0))
+        right = max(0, settings.crop[1] - width + min(left, 0))
         fill = settings.fill / 255 if pixels.is_floating_point() else settings.fill
-        out = torch.nn.functional.pad(out, (max(0, -left), right, max(0, -top), below), value=fill)
+        pixels = torch.nn.functional.pad(pixels, (max(0, -left), right, max(0, -top), below), value=fill)
     top = max(0, top)
     left = max(0, left)
-    return out[..., top:top + settings.crop[0], left:left + settings.crop[1]]
+    return pixels[..., top:top + settings.crop[0], left:left + settings.crop[1]]
 
 
 def resize_fast(image: "Image.Image", settings: ImageSettings) -> "np.ndarray":
-    """RGB image -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's."""
+    """RGB image -> (3, H, W) uint8 array by torch's antialiased kernel, within one level of 255 of Pillow's.
+
+    It is the kernel that transformers' own default backend calls.
+    """
     import numpy as np
+    import torch
     image = trim_strip(image, settings)
     pixels = _lend_pixels(image).permute(2, 0, 1)[None]  # (1, 3 or 4, h, w), channels last in memory
-    return np.ascontiguousarray(resize_and_crop(pixels, settings)[0, :3].numpy())
+    resized = torch.nn.functional.interpolate(pixels, settings.resized(image.height, image.width),
+                                              mode=RESAMPLE_MODES[settings.resample], antialias=True)
+    return np.ascontiguousarray(crop_centre(resized, settings)[0, :3].numpy())
 
 
 def _lend_pixels(image: "Image.Image") -> "torch.Tensor":

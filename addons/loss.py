@@ -18,7 +18,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from image_text_sim_clip import EXIT_MODEL, Config, Scorer, Trouble, clean_caption, resize_and_crop
+from image_text_sim_clip import (
+    EXIT_MODEL,
+    RESAMPLE_MODES,
+    Config,
+    ImageSettings,
+    Scorer,
+    Trouble,
+    clean_caption,
+    crop_centre,
+)
 
 ROUNDING = 1e-4  # by which a clamped value may be off after a conversion; it changes no loss that anybody could see
 
@@ -85,7 +94,7 @@ class DissimilarityLoss(torch.nn.Module):
         Raises ValueError for values outside that range, or NaN.
         """
         refuse_other_ranges(images)
-        pixels = resize_and_crop(images.to(self.colour_scale), self.scorer.settings)
+        pixels = resize_with_gradient(images.to(self.colour_scale), self.scorer.settings)
         values = pixels * self.colour_scale + self.colour_offset
         features = self.family.image_features(self.model, values.to(self._model_dtype()))
         return torch.nn.functional.normalize(features.to(self.colour_scale.dtype), dim=-1)
@@ -138,6 +147,16 @@ def refuse_other_ranges(images: torch.Tensor) -> None:
     elif low >= 0 and high <= 255:
         cure = "; images in [0, 255] become so by images / 255"
     raise ValueError(f"images must lie in [0, 1], got values in [{low:g}, {high:g}]{cure}")
+
+
+def resize_with_gradient(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
+    """(n, 3, h, w) floats in [0, 1] -> (n, 3, H, W), resized and cropped as the scorer does it with bytes."""
+    size = settings.resized(*pixels.shape[-2:])
+    if size != tuple(pixels.shape[-2:]):
+        resize = torch.nn.functional.interpolate
+        pixels = resize(pixels, size, mode=RESAMPLE_MODES[settings.resample], antialias=True)
+        pixels = pixels.clamp(0, 1)  # bicubic overshoots at edges, and bytes cannot
+    return crop_centre(pixels, settings)
 
 
 def _colour_steps(processor: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ def test_resize_on_the_gpu_is_the_loaders(size, settings, noise):
     """Resize and crop in floats give the loader's pixels within two levels and in the same places."""
     image = noise(*size)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    ours = script.resize_and_crop(pixels, settings, in_floats=True)[0].numpy()
+    ours = gpu_decode.resize_in_floats(pixels, settings)[0].numpy()
     theirs = script.resize_fast(image, settings)
     assert ours.shape == theirs.shape
     difference = np.abs(ours.astype(int) - theirs)

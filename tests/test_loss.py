@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipModel
 
 import image_text_sim_clip as script
-from addons.loss import DissimilarityLoss
+from addons.loss import DissimilarityLoss, resize_with_gradient
 
 CAPTION = "a large red circle on a grey background"
 MIXED_SIZES = [(32, 32), (64, 64), (48, 100), (200, 37), (128, 128), (333, 210), (65, 63), (640, 480), (17, 90), (300, 301)]
@@ -117,8 +117,8 @@ def test_crop_and_border_are_the_scorers():
         pixels = torch.arange(3 * height * width).view(1, 3, height, width)
         settings = script.ImageSettings(None, (height, width), crop, 3)  # the size that it has: nothing is resized
         expected = transformers_crop(pixels[0].numpy().astype(np.uint8), crop)
-        assert np.array_equal(script.resize_and_crop(pixels.float() / 255, settings)[0].mul(255).round().numpy(), expected)
-        assert np.array_equal(script.resize_and_crop(pixels.byte(), settings)[0].numpy(), expected)
+        assert np.array_equal(resize_with_gradient(pixels.float() / 255, settings)[0].mul(255).round().numpy(), expected)
+        assert np.array_equal(script.crop_centre(pixels.byte(), settings)[0].numpy(), expected)
 
 
 def transformers_crop(pixels, crop):
@@ -132,7 +132,7 @@ def transformers_crop(pixels, crop):
 
 def test_resize_leaves_the_models_own_size_alone():
     image = 3 * torch.rand(1, 3, 64, 64) - 1
-    assert torch.equal(script.resize_and_crop(image, script.ImageSettings(64, None, (64, 64), 3)), image)
+    assert torch.equal(resize_with_gradient(image, script.ImageSettings(64, None, (64, 64), 3)), image)
 
 
 def test_model_is_frozen_and_stays_in_evaluation_mode(bundled, noise):

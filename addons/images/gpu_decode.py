@@ -16,12 +16,13 @@ from addons.images import costs
 from addons.images.exif import TURNS, find_orientation
 from image_text_sim_clip import (
     NO_REMARK,
+    RESAMPLE_MODES,
     ImageLoader,
     ImageSettings,
     Remark,
     RowFailure,
     Scorer,
-    resize_and_crop,
+    crop_centre,
     say,
 )
 
@@ -174,7 +175,7 @@ class GpuDecoder:
             if pixels is None:
                 decoded[i] = self._fall_back(image)
             else:
-                decoded[i] = resize_and_crop(pixels[None], self.settings, in_floats=True)[0]
+                decoded[i] = resize_in_floats(pixels[None], self.settings)[0]
             image.data = None
         return decoded
 
@@ -196,6 +197,19 @@ class GpuDecoder:
             image.failure = RowFailure(failure.status, failure.detail)  # anew: what it came from holds on to the bytes
             return None
         return torch.from_numpy(pixels).to(self.device)
+
+
+def resize_in_floats(pixels: "torch.Tensor", settings: ImageSettings) -> "torch.Tensor":
+    """(n, 3, h, w) bytes -> (n, 3, H, W) bytes, resized and cropped as `resize_fast` does it.
+
+    CUDA's kernel knows floats alone: by rows and then by columns, each rounded as the kernel for bytes rounds.
+    """
+    import torch
+    height, width = settings.resized(*pixels.shape[-2:])
+    resize = functools.partial(torch.nn.functional.interpolate, mode=RESAMPLE_MODES[settings.resample], antialias=True)
+    wide = resize(pixels.float(), (pixels.shape[-2], width)).round_().clamp_(0, 255)
+    resized = resize(wide, (height, width)).round_().clamp_(0, 255).to(torch.uint8)
+    return crop_centre(resized, settings)
 
 
 def split_by_bytes(images: dict[int, OnGpu], most_bytes: int) -> list[list[int]]:
