@@ -2473,12 +2473,6 @@ class Scorer:
         future.set_result(encode_timed())
         return future
 
-    def find_batch_size(self) -> int:
-        """The batch size for this GPU and its free memory; on the CPU, where it hardly matters, the default."""
-        if self.device != "cuda" or not ADDONS.is_dir():
-            return self.batch_size
-        return addon("models.batch_size", "batch_size: auto").find_batch_size(self)
-
     def identity(self) -> Json:
         """What decides the scores and only the loaded model can tell; kept in the manifest."""
         return {"model_type": self.family.kind, "weights": self.files.identity, "files": self.files.digests,

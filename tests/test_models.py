@@ -19,6 +19,7 @@ from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import image_text_sim_clip as script
+from addons.models import batch_size
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "challenge_set/shapes_clip"
@@ -535,7 +536,7 @@ def test_the_default_model_fits_a_4_gb_gpu(tmp_path, noise):
     torch.cuda.set_per_process_memory_fraction(min(1.0, four_gb / torch.cuda.get_device_properties(0).total_memory))
     try:
         scorer = script.Scorer(script.Config(pretrained_model=str(tmp_path / "clip-b32"), use_cuda=True))
-        scorer.batch_size = scorer.find_batch_size()
+        scorer.batch_size = batch_size.find_batch_size(scorer)
         count = 2 * scorer.batch_size + 1
         scores = scorer.similarity([noise(224, 224)] * count, [f"caption {i}" for i in range(count)])
     finally:

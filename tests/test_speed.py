@@ -34,14 +34,14 @@ def test_search_for_a_batch_ends_in_time():
     assert batch_size.choose_batch(lambda batch: batch, now=lambda: next(clock), budget_s=10) == 256
 
 
-def test_first_worker_finds_the_batch_and_others_adopt_it(shapes, run_main, tmp_path):
+def test_first_worker_finds_the_batch_and_others_adopt_it(shapes, run_main, tmp_path, monkeypatch):
     """`batch_size: auto`: what the manifest records is taken over, by another worker and by a resumption, without a search."""
     plan = script.make_plan(script.load_config(shapes()))
     searches = []
 
     def worker(found):
         scorer = types.SimpleNamespace(config=script.Config(), batch_size=32)
-        scorer.find_batch_size = lambda: searches.append(found) or found
+        monkeypatch.setattr(batch_size, "find_batch_size", lambda scorer: searches.append(found) or found)
         scorer.identity = lambda: {"batch_size": scorer.batch_size}
         script.settle(plan, scorer)
         return scorer.batch_size
@@ -52,7 +52,7 @@ def test_first_worker_finds_the_batch_and_others_adopt_it(shapes, run_main, tmp_
 
 def test_cpu_keeps_its_default_batch(bundled_model):
     """On the CPU nothing is searched: the start must stay quick, and the size hardly matters."""
-    assert script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False)).find_batch_size() == 16
+    assert batch_size.find_batch_size(script.Scorer(script.Config(pretrained_model=bundled_model, use_cuda=False))) == 16
 
 
 def test_few_lengths_and_full_batches():

@@ -47,6 +47,18 @@ def _has_stopped_rising(rates: list[float]) -> bool:
 
 
 def find_batch_size(scorer: Scorer) -> int:
+    """The batch size for this GPU and its free memory; on the CPU, where it hardly matters, the default.
+
+    Of several models the smallest of what each is given on its own, as all take the same batches.
+    """
+    if scorer.device != "cuda":
+        return scorer.batch_size
+    from addons.models.several import SeveralScorer
+    further = scorer.further.values() if isinstance(scorer, SeveralScorer) else ()
+    return min(map(search_batch_size, (scorer, *further)))
+
+
+def search_batch_size(scorer: Scorer) -> int:
     """The batch size for a Scorer on CUDA: rates of its image encoder on ready images, within SHARE_OF_FREE_MEMORY."""
     allowed_bytes = SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info()[0]
     batch = choose_batch(lambda size: _measure_rate(scorer, size, allowed_bytes))
@@ -87,4 +99,4 @@ def settle_batch_size(scorer: Scorer, recorded: Json, may_change: bool) -> None:
         if not may_change or is_same:
             return
     scorer.batch_size = own
-    scorer.batch_size = scorer.find_batch_size()
+    scorer.batch_size = find_batch_size(scorer)

@@ -160,10 +160,6 @@ class SeveralScorer(Scorer):
                                 for name, scorer in zip(names, self._all(), strict=True)}
         return found
 
-    def find_batch_size(self) -> int:
-        """The smallest of what each model is given on its own, as all take the same batches."""
-        return min(super().find_batch_size(), *(scorer.find_batch_size() for scorer in self.further.values()))
-
     def resize_for_all(self, image: "Image.Image") -> "np.ndarray":
         """RGB image -> a `PixelsOfAll` of (3, H, W) arrays of bytes, which takes the place of one array."""
         made: dict[ImageSettings, np.ndarray] = {}  # the fast resize of models that read the same is done once
