@@ -585,7 +585,6 @@ def output_names(columns: Iterable[str], results: Iterable[str]) -> list[str]:
     shown = []
     for name in names:
         if name in reserved:
-            name = "input_" + name
             while name in taken:
                 name = "input_" + name
             taken.add(name)
@@ -949,8 +948,7 @@ class CsvReader:
         rows = 0
         with atomic_file(output / "bad_rows.csv") as bad_file, atomic_file(output / "pairs.parquet") as staged_file:
             bad = BadRows(bad_file, config.escape_formulas)
-            staged = StagedTable(staged_file, columns)
-            try:
+            with contextlib.closing(StagedTable(staged_file, columns)) as staged:
                 for batch, malformed in batches:
                     left = config.limit - rows if config.limit else len(batch) + 1
                     kept = batch.slice(0, left)
@@ -962,8 +960,6 @@ class CsvReader:
                     if rows == config.limit:
                         break
                 staged.finish()
-            finally:
-                staged.close()
         if bad.undecodable:
             say(f"{bad.undecodable} lines of {path} are not {config.encoding} (if the file is latin-1, set encoding: latin-1)")
         file = {"name": path.name, "rows": rows, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns,
@@ -2983,17 +2979,16 @@ def result_table(plan: Plan, rows: "pd.DataFrame", scored: Scored, scorer: Score
     has_score = np.isfinite(scored.cosines)
     values: Json = {
         "similarity": scored.cosines, "dissimilarity": np.float32(1) - scored.cosines, "truncated": scored.truncated,
-        "probability": scorer.family.probabilities(scored.cosines) if scorer else None, **(measured or {})}
+        "probability": scorer.family.probabilities(scored.cosines) if scorer else None, **(measured or {}),
+        "status": scored.status, "detail": scored.detail}
     names = output_names(rows.columns, column_names(columns))
     made = {shown: pa.array(rows[name], pa.string()) for name, shown in zip(rows.columns, names, strict=True)}
-    made["status"] = pa.array(scored.status, pa.string())
-    made["detail"] = pa.array(scored.detail, pa.string())
     for column in columns:
         cells = values.get(column.name)
-        if column.name in made and column.name in ("status", "detail"):
-            made[column.name] = made.pop(column.name)  # to its place behind the others
-        elif cells is None:
+        if cells is None:
             made[column.name] = pa.nulls(len(rows), arrow_type(column))
+        elif column.name in ("status", "detail"):
+            made[column.name] = pa.array(cells, arrow_type(column))
         else:
             mask = ~has_score
             if column.type == "float":
