@@ -105,7 +105,7 @@ if TYPE_CHECKING:
 
     from addons.images.guard import Guard
     from addons.images.memory import Account
-    from addons.inputs import Reader, Rows
+    from addons.inputs import Reader, Rows, RowsWithImages
     from addons.measures import Measure
     from addons.models.openvino_runtime import Encoders
     from addons.results.memory_curve import MemoryCurve
@@ -920,14 +920,6 @@ class StagedRows:
         groups = list(range(first, min(last, staged.num_row_groups)))
         table = staged.read_row_groups(groups) if groups else staged.schema_arrow.empty_table()
         return table.slice(start - self._starts[first], stop - start)
-
-    def sources(self, start: int, stop: int) -> list[str]:
-        """Not asked for: the images lie elsewhere."""
-        raise NotImplementedError
-
-    def read_bytes(self, source: str) -> bytes:
-        """Not asked for: the images lie elsewhere."""
-        raise NotImplementedError
 
 
 class CsvReader:
@@ -2766,7 +2758,7 @@ class PartitionRun:
         if retry:
             rows, finish, part = addon("results.retry", "--retry-failed").choose_rows(plan, partition, rows, finish)
         if plan.table.brings_images:
-            all_sources = plan.table.sources(partition.start, partition.stop)
+            all_sources = typing.cast("RowsWithImages", plan.table).sources(partition.start, partition.stop)
             sources = [all_sources[place] for place in rows.index]
         else:
             sources = rows[column_name(config.url_column)].tolist()
@@ -3381,7 +3373,8 @@ class Worker:
         self.name = name
         self.clock = clock
         self.threads = loader_threads(config)
-        read = plan.table.read_bytes if plan.table.brings_images else open_source(config, self.threads)
+        has_images = plan.table.brings_images
+        read = typing.cast("RowsWithImages", plan.table).read_bytes if has_images else open_source(config, self.threads)
         with clock.stage("load_model"):
             self.scorer = load_scorer(config) if config.pretrained_model != "none" else None
         clock.take()

@@ -3,7 +3,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from PIL import Image
 
-    from addons.inputs import Rows
+    from addons.inputs import RowsWithImages
 
 FETCHES_AHEAD = 64  # threads that wait for URLs, or for a store; in order, so that some late ones do not hold all
 
 
-def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
+def open_rows_with_images(config: Config, run: FinishedRun) -> "RowsWithImages | None":
     """The rows of an input that brings its images along, such as tars; None where the images are elsewhere.
 
     Trouble (exit 3) for an input that is gone, unless it is a staged table without images, of which nothing more is read, and
@@ -55,7 +55,7 @@ def open_rows_with_images(config: Config, run: FinishedRun) -> "Rows | None":
     if differences or rows is None:
         raise Trouble(EXIT_INPUT, f"csv_path {config.csv_path!r} is not what was scored ({'; '.join(differences)}), so the "
                                   f"images of the scores in {run.output} cannot be read again")
-    return rows
+    return cast("RowsWithImages", rows)
 
 
 class ScoredImage(NamedTuple):

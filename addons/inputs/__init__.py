@@ -27,13 +27,17 @@ Manifest = dict[str, Any]  # manifest.json, or what a reader adds to it
 class Rows(Protocol):
     """The rows of an input by number, from 0."""
 
-    brings_images: bool  # whether the images come with the rows; if not, the two methods at the end are never called
+    brings_images: bool  # whether the images come with the rows, which then are RowsWithImages
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as columns of text, "" for NULL. Raises Trouble (exit 3) where the input has changed.
 
         The rows may be read in any order, by one thread at a time.
         """
+
+
+class RowsWithImages(Rows, Protocol):
+    """Rows that bring their images along: `brings_images` is True."""
 
     def sources(self, start: int, stop: int) -> list[str]:
         """What `read_bytes` takes for the image of each of the rows [start, stop)."""

@@ -556,11 +556,3 @@ class FileRows:
     def read(self, start: int, stop: int) -> "pd.DataFrame":
         """Rows [start, stop) as columns of text."""
         raise NotImplementedError
-
-    def sources(self, start: int, stop: int) -> list[str]:
-        """What `read_bytes` takes; only rows that bring their images have any."""
-        raise NotImplementedError
-
-    def read_bytes(self, source: str) -> bytes:
-        """The bytes of an image."""
-        raise NotImplementedError
