@@ -423,11 +423,6 @@ def judge_failures(failures: Mapping[str, np.ndarray], count: int) -> np.ndarray
     return verdicts
 
 
-def judge_rows(row_rules: Sequence[RowRule], rows: ScoredRows) -> np.ndarray:
-    """Verdicts, uint8 (n,): for each row the first rule that it fails, or KEPT."""
-    return judge_failures(find_failures(row_rules, rows), len(rows.similarities))
-
-
 # ── Rules for one image ───────────────────────────────────────────────────────────────────────────────────────────────
 
 @dataclasses.dataclass(frozen=True)
