@@ -386,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     tell_summary(choice)
     result = dataclasses.asdict(choice)
     keys = ("rows", "scored", "kept", "dropped", "cut_similarity", "random_pairs_at_cut", "exported", "not_exported", "labels")
-    print(json.dumps({key: result[key] for key in keys} | {"output": str(folder)}, ensure_ascii=False), flush=True)
+    print(json.dumps({key: result[key] for key in keys} | {"output": str(folder)}), flush=True)
     return 0
 
 

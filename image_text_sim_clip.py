@@ -3957,8 +3957,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = finalize(job, curve) if finalises else None
     if result:
         with output_disk("the summary to stdout"):
-            text = json.dumps(result, ensure_ascii=False)
-            print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
+            print(json.dumps(result), flush=True)  # in ASCII, which any stdout can take
     if stopped:
         raise stopped
     if result:
@@ -4001,5 +4000,6 @@ def run() -> typing.NoReturn:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))  # which `python -P` leaves out
     import image_text_sim_clip  # the same file under its own name, from which the add-ons import
     image_text_sim_clip.run()

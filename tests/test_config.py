@@ -377,6 +377,19 @@ def test_missing_package_is_one_line(run_cli, write_config, tmp_path, missing):
     assert f"the package {missing} is missing: pip install -r requirements.txt" in outcome.stderr
 
 
+def test_stdout_of_another_encoding(run_cli, write_config, write_table, tmp_path):
+    """The last line is ASCII, so that a stdout of any encoding takes it; it reads back as what it says."""
+    write_table("url,caption\na.png,x\n")
+    outcome = run_cli("--config", write_config(output_path=str(tmp_path / "é")), env={"PYTHONIOENCODING": "ascii"})
+    assert outcome.code == 0 and json.loads(outcome.stdout)["output"].endswith("é/scores.csv")
+
+
+def test_python_that_looks_nowhere_else(run_cli, write_config, write_table):
+    """PYTHONSAFEPATH keeps a script's folder off the path; the script finds itself and its add-ons all the same."""
+    write_table("url,caption\na.png,x\n")
+    assert run_cli("--config", write_config(), env={"PYTHONSAFEPATH": "1"}).code == 0
+
+
 def test_last_line_is_json(run_cli, write_config, write_table):
     """The last line on stdout is one JSON object with the promised keys; all talk is on stderr."""
     write_table("url,caption\na.png,x\n")

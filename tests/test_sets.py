@@ -1,6 +1,7 @@
 """Sets of files, folders of them, and files that are compressed: each row and each malformed line keeps its place."""
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -14,6 +15,7 @@ from small_inputs import write_tar
 
 from addons import inputs
 from addons.inputs import files
+from addons.inputs.compression import unpack
 from addons.stores import local
 
 
@@ -185,6 +187,36 @@ def test_truncated_compression(tmp_path, score_input, suffix):
     (tmp_path / f"t.csv{suffix}").write_bytes(data[:len(data) // 2])
     outcome = score_input(f"t.csv{suffix}")[0]
     assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and f"t.csv{suffix}" in outcome.stderr
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_streams_behind_each_other(tmp_path, score_input, suffix):
+    """What is compressed in several streams is read to its end; one that is damaged where it begins is told, and no row behind
+    it is lost in silence, as Python's own readers of bzip2 and xz lose it."""
+    for number, text in enumerate(("url,caption\na,b\n", "c,d\ne,", "f\n")):
+        compress(text.encode(), suffix, tmp_path / str(number))
+    first, second, third = ((tmp_path / str(number)).read_bytes() for number in range(3))
+    whole = {".bz2": first + bytes(512) + second + third, ".xz": first + bytes(4) + second + third}
+    (tmp_path / f"t.csv{suffix}").write_bytes(whole.get(suffix, first + second + third))
+    assert pairs(score_input(f"t.csv{suffix}")[1]) == [("a", "b"), ("c", "d"), ("e", "f")]
+    for rest in (b"X" + second[1:] + third, second + b"X" + third[1:], second + third[:len(third) // 2]):
+        (tmp_path / f"t.csv{suffix}").write_bytes(first + rest)
+        outcome = score_input(f"t.csv{suffix}", "--fresh")[0]
+        assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1 and f"t.csv{suffix}" in outcome.stderr
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_streams_of_any_size(suffix):
+    """Pieces of any size are those of the text, however much longer than its file it is."""
+    text = os.urandom(300_000) + bytes(5_000_000) + os.urandom(1000)
+    packed = {".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    data = io.BytesIO(packed(text[:400_000]) + packed(b"") + packed(text[400_000:]))
+    stream = unpack(data, {".bz2": "bz2", ".xz": "xz"}[suffix])
+    pieces = []
+    while piece := stream.read(70_000):
+        assert len(piece) <= 70_000
+        pieces.append(piece)
+    assert b"".join(pieces) == text and stream.read(10) == b""
 
 
 def test_files_that_are_no_text(tmp_path, score_input):

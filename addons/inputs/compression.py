@@ -4,6 +4,7 @@ import gzip
 import lzma
 import re
 import zlib
+from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from image_text_sim_clip import EXIT_INPUT, Trouble
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # behind the suffix of a text
 MAGIC_BYTES = 40  # of a file that are looked at
+PACKED_BYTES = 1 << 17  # of a file that are read at a time
 ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what reading a damaged file raises
 
 
@@ -81,7 +83,46 @@ class ArrowStream:
         return data
 
 
-Unpacked = BinaryIO | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | ArrowStream
+class Streams:
+    """Streams of bzip2 or xz one after the other, as pbzip2 and pixz write them, unpacked.
+
+    Python's own files take a stream that does not begin as one for the end, and whatever follows is lost in silence.
+    """
+
+    def __init__(self, file: BinaryIO, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._file = file
+        self._begin = begin
+        self._stream = begin()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, `size` at most; none only at the end. Raises what is among ERRORS where the file is damaged."""
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed = self._next_stream()
+                if not packed:
+                    break
+                self._stream = self._begin()
+            elif self._stream.needs_input:
+                packed = self._file.read(PACKED_BYTES)
+                if not packed:
+                    raise EOFError("it ends within a compressed stream")
+            data = self._stream.decompress(packed, size)
+        return data
+
+    def _next_stream(self) -> bytes:
+        """The bytes with which the next stream begins; zeros, which tapes and xz put between streams, are left out."""
+        packed = self._stream.unused_data.lstrip(b"\0")
+        while not packed:
+            more = self._file.read(PACKED_BYTES)
+            if not more:
+                break
+            packed = more.lstrip(b"\0")
+        return packed
+
+
+Unpacked = BinaryIO | gzip.GzipFile | ArrowStream | Streams
 
 
 def unpack(file: BinaryIO, compression: str) -> Unpacked:
@@ -89,7 +130,7 @@ def unpack(file: BinaryIO, compression: str) -> Unpacked:
     if compression == "gzip":
         return gzip.GzipFile(fileobj=file, mode="rb")
     if compression == "bz2":
-        return bz2.BZ2File(file)
+        return Streams(file, bz2.BZ2Decompressor)
     if compression == "xz":
-        return lzma.LZMAFile(file)
+        return Streams(file, lzma.LZMADecompressor)
     return ArrowStream(file, compression) if compression else file
