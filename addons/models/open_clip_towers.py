@@ -150,7 +150,8 @@ class UnfitWeights(Exception):
 
 
 class Store:
-    """open_clip's weights, taken out one by one in float32."""
+    """open_clip's weights, taken out one by one as copies in float32: a file of safetensors is mapped into memory, and what is
+    written into it while a run goes on would change the model, or end the process."""
 
     def __init__(self, weights: Weights) -> None:
         self.left = dict(weights)
@@ -163,7 +164,7 @@ class Store:
             if len(self.missing) > MOST_MISSING:  # a config with a billion layers would never come to its end
                 self.check_empty()
             return torch.empty(0)
-        return self.left.pop(name).float()
+        return self.left.pop(name).to(torch.float32, copy=True)
 
     def layer(self, old: str, new: str, bias: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Weight and bias of a layer under its new name."""
