@@ -1,9 +1,12 @@
 """The measure `target_embeddings`: how near each image is to those of another run."""
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import BUNDLED_MODEL
+from models import change_weights
 from small_inputs import unit
 
 import curate
@@ -68,7 +71,7 @@ def test_images_of_the_target_are_nearest_to_themselves(run_with_target, read_ta
     assert largest[:30] == pytest.approx(1, abs=1e-6)
     assert (largest[30:] < 1 - 1e-4).all() and (largest <= 1).all()
     # a drawing whose rows lie in two partitions, as shape-006 does, is two of the target's images
-    targets = target.read_target(target.find_target_files(tmp_path / "target"))
+    targets = target.read_target(target.find_target_files(tmp_path / "target", BUNDLED_MODEL))
     assert len(targets) == 11
     (part,) = (tmp_path / "out/parts").glob("*.npz")
     saved = target.read_embeddings(part)
@@ -108,6 +111,27 @@ def test_targets_that_are_refused(shapes, run_with_target, run_main, tmp_path):
     content["settings"]["pretrained_model"] = "openai/clip-vit-base-patch32"
     manifest.write_text(json.dumps(content))
     assert "was scored with openai/clip-vit-base-patch32" in refused(tmp_path / "target")
+
+
+@pytest.mark.slow
+def test_a_target_of_several_models(shapes, run_main, read_table, tmp_path):
+    """Of a run with several models the target is what the model of this run saw in its images, and no other model."""
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED_MODEL, other)
+    change_weights(other, lambda weights: weights["visual_projection.weight"].mul_(torch.linspace(-1, 1, 64)[:, None]))
+    config = shapes(rows=30, pretrained_model={"first": BUNDLED_MODEL, "second": str(other)}, save_embeddings="float32",
+                    parity_rows=0, output_path=str(tmp_path / "target"))
+    assert run_main("--config", config).code == 0
+
+    def score(model, path):
+        return run_main("--config", shapes(rows=30, pretrained_model=str(model), parity_rows=0,
+                                           measures={"target_embeddings": str(path)}), "--fresh")
+    for model, path in ((BUNDLED_MODEL, "target"), (other, "target/parts"), (other, "target/parts/part-00000.second.npz")):
+        assert score(model, tmp_path / path).code == 0
+        assert {round(float(row["target_max"]), 5) for row in read_table(tmp_path / "out/scores.csv")} == {1.0}
+        assert max(float(row["target_norm"]) for row in read_table(tmp_path / "out/scores.csv")) < np.sqrt(10)  # of 10 images
+    outcome = score(BUNDLED_MODEL, tmp_path / "target/parts/part-00000.second.npz")
+    assert outcome.code == script.EXIT_CONFIG and f"was scored with {other}" in outcome.stderr
 
 
 @pytest.mark.slow

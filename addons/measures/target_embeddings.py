@@ -21,6 +21,7 @@ import numpy as np
 
 from addons.measures.embeddings import read_embeddings, unpack
 from addons.measures.image_columns import ImageColumns, is_same_model
+from addons.models.several import MEASURE_NAME
 from image_text_sim_clip import EXIT_CONFIG, Column, Config, ImageLoader, Json, Plan, Scorer, Trouble, file_sha256, read_json
 
 TILE = 4096  # target images in one matrix product
@@ -32,24 +33,34 @@ class BadTarget(Exception):
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def find_target_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files with the target's vectors: `path` itself, or those that a run left below it. Raises BadTarget without any."""
+def find_target_files(path: pathlib.Path, model: str) -> list[pathlib.Path]:
+    """The files with the target's vectors: `path` itself, or those that a run left below it; of a run with several models
+    `model`'s, or else the first one's. Raises BadTarget without any."""
     if path.is_file():
         return [path]
-    files = sorted(path.glob("part-*.npz")) or sorted((path / "parts").glob("part-*.npz"))
+    models = find_target_models(path)
+    wanted = next((name for name in models if is_same_model(models[name], model)), "")
+    there = sorted(path.glob("part-*.npz")) or sorted((path / "parts").glob("part-*.npz"))
+    files = [file for file in there if name_of_model(file) == wanted]
     if not files:
         raise BadTarget("holds no part-*.npz; score the target images with save_embeddings" if path.is_dir()
                         else "no such file or folder")
     return files
 
 
-def find_target_model(path: pathlib.Path) -> str | None:
-    """The model that the run whose files these are was scored with; None where no manifest.json is near."""
+def name_of_model(file: pathlib.Path) -> str:
+    """The name, in its run, of the model whose embeddings a file holds: part-00012.dfn.npz; empty for the first one."""
+    return file.stem.partition(".")[2] if file.suffix == ".npz" else ""
+
+
+def find_target_models(path: pathlib.Path) -> dict[str, str]:
+    """The models that the run whose files these are was scored with, by `name_of_model`; none without a manifest.json."""
     for folder in (path, path.parent, path.parent.parent):
-        manifest = read_json(folder / "manifest.json")
-        if manifest and "settings" in manifest:
-            return str(manifest["settings"].get("pretrained_model"))
-    return None
+        settings = (read_json(folder / "manifest.json") or {}).get("settings")
+        if settings:
+            further = (settings.get("measures") or {}).get(MEASURE_NAME) or []
+            return {"": str(settings.get("pretrained_model"))} | dict(further[1:])
+    return {}
 
 
 def read_target(files: list[pathlib.Path]) -> np.ndarray:
@@ -128,9 +139,9 @@ class TargetEmbeddings(ImageColumns):
         try:
             if path.resolve() in (plan.output.resolve(), (plan.output / "parts").resolve()):
                 raise BadTarget("is this run's own folder")
-            self._target_files = find_target_files(path)
+            self._target_files = find_target_files(path, config.pretrained_model)
             super().__init__(config, plan, scorer, loader)
-            made_by = find_target_model(path)
+            made_by = find_target_models(path).get(name_of_model(self._target_files[0]))
             if made_by and not is_same_model(made_by, config.pretrained_model):
                 raise BadTarget(f"was scored with {made_by}, and this run's model is {config.pretrained_model}")
             self._target = read_target(self._target_files)
