@@ -114,3 +114,14 @@ def test_a_name_that_is_no_utf8(tmp_path, score_input, picture_bytes):
         ("b.png", "y", "not_image"), ("caf\\xe9.png", "x", "ok")]
     (tmp_path / "t.csv").write_text("url,caption\ncaf\\xe9.png,c\n")
     assert [row["status"] for row in score_input("t.csv", "--fresh", image_path=str(folder))[1]] == ["ok"]
+
+
+def test_a_url_in_latin_1(tmp_path):
+    """%E9 in a URL, which is no UTF-8, is the byte in the name of a file that was saved so; no other such URL has that file."""
+    for name in (b"caf\xe9.png", b"caf\xe8.png"):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(name)
+    assert script.read_file(tmp_path, "http://x/caf%E9.png", 100) == b"caf\xe9.png"
+    assert script.read_file(tmp_path, "http://x/caf%E8.png", 100) == b"caf\xe8.png"
+    with pytest.raises(script.RowFailure, match="missing"):
+        script.read_file(tmp_path, "http://x/caf%E7.png", 100)

@@ -19,6 +19,7 @@ def other_spellings(names: list[str]) -> Iterator[str]:
     few = names if len(names) <= MOST_NAMES else [*names[:MOST_NAMES // 2], *names[-MOST_NAMES // 2:]]
     for name in few:
         found[BYTE.sub(lambda digits: chr(0xDC00 + int(digits[1], 16)), name)] = None  # how Python has such a byte in a name
+        found[urllib.parse.unquote(name, errors="surrogateescape")] = None  # %E9 of a URL in Latin-1 is such a byte, too
         for plain in (name, name.replace("\\", "/"), urllib.parse.unquote(name), urllib.parse.unquote(name.replace("\\", "/"))):
             for form in (plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)):
                 found[form] = None
