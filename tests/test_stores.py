@@ -1,6 +1,8 @@
 """Tables and images in object stores: read through fsspec, to the same bytes as from a disk."""
+import http.server
 import json
 import pathlib
+import threading
 import unicodedata
 
 import pytest
@@ -258,6 +260,26 @@ def test_dataset_on_the_hub(tmp_path, write_config, run_cli, read_table, picture
     missing = run_cli("--config", config, "--set", f"csv_path={place}/pairs/none.csv", "--fresh", env=environment)
     hub.close()
     assert missing.code == 3 and len(missing.stderr.splitlines()) == 1, missing.stderr
+
+
+def test_table_of_unknown_length(tmp_path, write_config, run_main):
+    """A table from an http server that does not say how long it is cannot be read in ranges: one line and exit 3."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b"url,caption\na.png,one\n")
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        outcome = run_main("--config", write_config(csv_path=f"http://127.0.0.1:{server.server_port}/t.csv"))
+        server.shutdown()
+    assert outcome.code == 3 and len(outcome.stderr.splitlines()) == 1, outcome.stderr
+    assert "does not tell how long it is: download it first" in outcome.stderr
 
 
 @pytest.mark.slow

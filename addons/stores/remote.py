@@ -423,8 +423,11 @@ class RemoteStore:
         with calling(path):
             if scheme_of(path) == "memory":  # its files are one object for all who read them
                 return io.BytesIO(system.cat_file(inner))
-            file = RemoteFile(path, system.open(inner, "rb", block_size=READ_BLOCK_BYTES, cache_type=cache_type))
-            return cast(BinaryIO, file)
+            file = system.open(inner, "rb", block_size=READ_BLOCK_BYTES, cache_type=cache_type)
+            if getattr(file, "size", 0) is None:  # as of an http server that makes the file up while it sends it
+                file.close()
+                raise OSError(errno.EREMOTEIO, "its server does not tell how long it is: download it first")
+            return cast(BinaryIO, RemoteFile(path, file))
 
     def open_native(self, path: str) -> "pa.NativeFile":
         """The object's bytes, for Arrow, which asks for the ranges that it needs."""
