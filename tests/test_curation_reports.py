@@ -1,5 +1,6 @@
 """What curation tells of its rules and measures: overlaps, plots, recipes with measures, embeddings for an index."""
 import json
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -80,12 +81,14 @@ def test_a_plot_of_any_values(tmp_path, values):
         assert image.size[0] > 800
 
 
-@pytest.mark.parametrize("text", ["it costs $5 or $10", "$ $", r"$\frac$", "a_b^c", "\\"])
+@pytest.mark.parametrize("text", ["it costs $5 or $10", "$ $", r"$\frac$", "a_b^c", "\\", "一张有水印的照片 🎨", "long " * 60])
 def test_a_plot_of_any_prompt(tmp_path, text):
-    """A prompt stands in the plot as it is: what lies between two dollars is no formula."""
+    """A prompt stands in the plot as it is: what lies between two dollars is no formula, and no letter is a warning."""
     chunk = np.array([0.1, 0.2], np.float32)
     with (tmp_path / "plot.png").open("wb") as file:
-        plots.draw_measure(lambda: iter([(chunk, chunk > 0.15)]), [0.1], script.Column(text, "float", text), file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plots.draw_measure(lambda: iter([(chunk, chunk > 0.15)]), [0.1], script.Column(text, "float", text), file)
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

@@ -1,4 +1,5 @@
 """The plots next to kept.csv: both distributions with the chosen cut, throughput and memory of the scoring run."""
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -15,6 +16,7 @@ MATCHED = "#2563b8"
 RANDOM = "#c26a00"
 CUT = "#1d2733"
 MOST_BARS = 100
+MOST_CHARS = 90  # of a title
 
 
 def _make_axes(height: float) -> "tuple[Figure, Axes]":
@@ -31,8 +33,15 @@ def _save(figure: "Figure", axes: "Axes", file: BinaryIO) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     axes.grid(alpha=0.25)
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a prompt in a script that the font has not: boxes, and no noise
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def shorten(text: str) -> str:
+    """What fits a plot's width."""
+    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS - 1] + "…"
 
 
 def draw_scores(matched: np.ndarray, random: np.ndarray | None, edges: np.ndarray, cut: float | None, title: str,
@@ -91,7 +100,7 @@ def draw_measure(pieces: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]], 
     axes.stairs(kept, edges, fill=True, color=MATCHED, alpha=0.6, label=f"kept ({kept.sum():,})")
     for limit in limits:
         axes.axvline(limit, color=CUT, linewidth=1.8, label=f"cut at {limit:g}")
-    axes.set(xlabel=column.name, ylabel="rows", title=column.meaning)
+    axes.set(xlabel=shorten(column.name), ylabel="rows", title=shorten(column.meaning))
     _save(figure, axes, file)
 
 
