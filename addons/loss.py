@@ -116,7 +116,8 @@ class DissimilarityLoss(torch.nn.Module):
     def _sigmoid_losses(self, image_unit: torch.Tensor, text_unit: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """(n,): for each image, -log sigmoid(z (scale * cosine + bias)) summed over the batch's captions; z is 1 for its own
         caption and -1 for the others. A caption equal to its own is no wrong one and is left out."""
-        logits = image_unit @ text_unit.T * self.family.scale + self.family.bias  # (n, n)
+        with torch.autocast(image_unit.device.type, enabled=False):  # which would round cosines before they are scaled up
+            logits = image_unit @ text_unit.T * self.family.scale + self.family.bias  # (n, n)
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         caption_numbers = torch.tensor([numbers[caption] for caption in captions], device=logits.device)  # (n,)
         own = torch.eye(len(captions), dtype=torch.bool, device=logits.device)

@@ -157,6 +157,19 @@ def test_sigmoid_objective_is_the_models_own_loss(shelf, noise):
 
 
 @pytest.mark.slow  # the model is built first
+def test_sigmoid_objective_keeps_its_digits_in_mixed_precision(shelf):
+    """Under autocast cosines are not rounded to bfloat16 before the scale, 117, makes them logits."""
+    loss = loss_of(shelf("siglip-base"), objective="sigmoid", reduction="none")
+    torch.manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(32, 64), dim=-1)
+    texts = torch.nn.functional.normalize(images + torch.randn(32, 64) / 10, dim=-1)
+    captions = [f"caption {number}" for number in range(32)]
+    expected = loss._sigmoid_losses(images.double(), texts.double(), captions)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = loss._sigmoid_losses(images, texts, captions)
+    assert values.dtype == torch.float32 and torch.allclose(values.double(), expected, atol=1e-3)
+
+
 def test_sigmoid_objective_takes_an_equal_caption_for_no_wrong_one(shelf, noise):
     loss = loss_of(shelf("siglip-base"), objective="sigmoid", reduction="none")
     image = as_tensor([noise(224, 224)])
