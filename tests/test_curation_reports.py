@@ -85,10 +85,9 @@ def test_a_plot_of_any_values(tmp_path, values):
 def test_a_plot_of_any_prompt(tmp_path, text):
     """A prompt stands in the plot as it is: what lies between two dollars is no formula, and no letter is a warning."""
     chunk = np.array([0.1, 0.2], np.float32)
-    with (tmp_path / "plot.png").open("wb") as file:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            plots.draw_measure(lambda: iter([(chunk, chunk > 0.15)]), [0.1], script.Column(text, "float", text), file)
+    with (tmp_path / "plot.png").open("wb") as file, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.draw_measure(lambda: iter([(chunk, chunk > 0.15)]), [0.1], script.Column(text, "float", text), file)
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

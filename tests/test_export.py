@@ -345,6 +345,29 @@ def test_export_that_is_not_as_it_was_is_written_anew(finished, run_curate_main,
     assert tree_of(folder) == wanted
 
 
+@pytest.mark.parametrize(("kind", "own"), [("imagefolder", "README.md"), ("webdataset", "kept-00000.idx"),
+                                           ("webdataset", "index/sizes.json")])
+def test_what_others_laid_next_to_an_export_stays(finished, run_curate_main, tmp_path, kind, own):
+    """A card or an index next to an export leaves it complete, also once the images are gone; it is not removed unasked."""
+    target = tmp_path / "out/curated" / kind
+    run_curate_main(finished, export=kind)
+    (target / own).parent.mkdir(exist_ok=True)
+    (target / own).write_text("mine")
+    (target / ".cache").mkdir()
+    (target / ".cache/state").write_text("not worth a word")
+    wanted = tree_of(target)
+    shutil.rmtree(tmp_path / "pictures")
+    (tmp_path / "pictures").mkdir()
+    assert run_curate_main(finished, export=kind)["exported"] == 7
+    assert tree_of(target) == wanted
+    with pytest.raises(script.Trouble, match=f"holds files that curate.py has not written, such as {own}") as caught:
+        run_curate_main(finished, export=kind, min_similarity=0.5)
+    assert caught.value.exit_code == 2 and tree_of(target) == wanted
+    (target / own).unlink()
+    run_curate_main(finished, export=kind, min_similarity=0.5)
+    assert not (target / ".cache").exists()
+
+
 def test_an_export_in_a_bucket_is_looked_at_by_listing(finished, run_curate_main, tmp_path, bucket, monkeypatch):
     """Whether an export in a store is complete takes a listing, and no request for each of its files."""
     import curate

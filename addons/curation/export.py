@@ -27,8 +27,10 @@ from addons.curation.rules import KEPT, Curation
 from addons.measures.embeddings import read_embeddings
 from addons.results.formulas import escape_formula
 from image_text_sim_clip import (
+    EXIT_CONFIG,
     Partition,
     RowFailure,
+    Trouble,
     atomic_file,
     file_sha256,
     in_store,
@@ -266,11 +268,12 @@ class ImageExport:
 
     name: ClassVar[str]
     needs_images: ClassVar[bool] = True
+    own_files: ClassVar[re.Pattern[str]]  # the names, below `folder`/`name`, that are this export's
 
     def write(self, kept: KeptRows, folder: pathlib.Path) -> Exported:
         """Write what is not there yet; kept rows whose image is gone are listed in `folder`/not_exported.csv."""
         assert kept.images
-        state = ExportState(folder, self.name, self.parameters(kept.curation))
+        state = ExportState(folder, self.name, self.own_files, self.parameters(kept.curation))
         if state.is_complete:
             return Exported(state.exported)
         exported = self.write_images(state.target, kept, kept.images)
@@ -291,11 +294,13 @@ class ExportState:
     """Which rows the export in `folder`/`name`/ is of, and whether it is complete: `name`.json next to it.
 
     An export of other rows is removed before the new one is written, so that the files of two choices never mix; so is one
-    that was complete and is not as it was. What another kind of export left is not touched.
+    that was complete and is not as it was. What another kind of export left is not touched. What others have laid next to its
+    own files, such as an index, changes nothing; where it would be removed there is Trouble (exit 2).
     """
 
-    def __init__(self, folder: pathlib.Path, name: str, parameters: dict[str, int]) -> None:
+    def __init__(self, folder: pathlib.Path, name: str, own_files: re.Pattern[str], parameters: dict[str, int]) -> None:
         self.target = folder / name
+        self._own_files = own_files
         self._path = folder / f"{name}.json"
         self._removed = folder / f".{name}.removed"
         self._wanted = {OF_ROWS: file_sha256(folder / "kept.csv"), **parameters}
@@ -304,7 +309,7 @@ class ExportState:
         files = held.pop("files", None)
         was_complete = held.pop("complete", False)
         is_of_these_rows = held == self._wanted
-        self.is_complete = was_complete and is_of_these_rows and files == describe_files(self.target)
+        self.is_complete = was_complete and is_of_these_rows and files == self._describe_files()
         if self._removed.exists():  # a run was killed while it removed this
             shutil.rmtree(self._removed)
         if not is_of_these_rows or (was_complete and not self.is_complete):
@@ -312,6 +317,10 @@ class ExportState:
 
     def _discard(self, not_exported: pathlib.Path) -> None:
         """Begin anew: first nothing counts as an export any more, and then the files go, all at once by a rename."""
+        others = [name for name, _ in walk_files(self.target) if not self._is_own(name) and not name.startswith(".")]
+        if others:
+            raise Trouble(EXIT_CONFIG, f"{self.target} is to be replaced, and holds files that curate.py has not written, "
+                                       f"such as {min(others)}: take them elsewhere first")
         self._path.unlink(missing_ok=True)
         not_exported.unlink(missing_ok=True)
         if in_store(self.target):
@@ -332,17 +341,27 @@ class ExportState:
         """Record the end; an export that lacks images stays incomplete, and the same command tries those again."""
         self.exported = exported.count
         write_sealed(self._path, {**self._wanted, "complete": not exported.missing, "exported": exported.count,
-                                  "files": describe_files(self.target)})
+                                  "files": self._describe_files()})
+
+    def _is_own(self, name: str) -> bool:
+        return self._own_files.fullmatch(name) is not None
+
+    def _describe_files(self) -> dict[str, int]:
+        """How many files of its own there are, and how many bytes they have together."""
+        sizes = [size for name, size in walk_files(self.target) if self._is_own(name)]
+        return {"count": len(sizes), "bytes": sum(sizes)}
 
 
-def describe_files(folder: pathlib.Path) -> dict[str, int]:
-    """How many files lie in the folder and below, and how many bytes they have together."""
+def walk_files(folder: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """Yield the name below the folder, with `/`, and the bytes of each file there."""
     if in_store(folder):  # where a request for each would take minutes
         from addons.stores.paths import StorePath
-        sizes = [info.bytes for _, info in StorePath(folder).walk_objects()]
-    else:
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return {"count": len(sizes), "bytes": sum(sizes)}
+        for stored, info in StorePath(folder).walk_objects():
+            yield stored.relative_to(folder).as_posix(), info.bytes
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.stat().st_size
 
 
 def write_missing(path: pathlib.Path, missing: list[tuple[int, str, str]], escape: bool) -> None:
@@ -390,6 +409,7 @@ class ImageFolder(ImageExport):
     """
 
     name: ClassVar[str] = "imagefolder"
+    own_files: ClassVar[re.Pattern[str]] = re.compile(r"train/.*", re.S)
 
     def write_images(self, target: pathlib.Path, kept: KeptRows, images: RunImages) -> Exported:
         """Write the images and then, last of all, metadata.jsonl."""
@@ -431,6 +451,7 @@ class WebDataset(ImageExport):
     """webdataset/kept-00000.tar ..., `shard_rows` rows each: an image, a .txt (caption) and a .json for every key."""
 
     name: ClassVar[str] = "webdataset"
+    own_files: ClassVar[re.Pattern[str]] = re.compile(r"kept-\d+\.tar")
 
     def parameters(self, curation: Curation) -> dict[str, int]:
         """How many rows a tar holds."""
@@ -487,10 +508,11 @@ class ClipRetrieval:
 
     name: ClassVar[str] = "clip-retrieval"
     needs_images: ClassVar[bool] = False
+    own_files: ClassVar[re.Pattern[str]] = re.compile(r"(img_emb|text_emb|metadata)/.*", re.S)
 
     def write(self, kept: KeptRows, folder: pathlib.Path) -> Exported:
         """Write the kept rows' embeddings below `folder`/clip-retrieval, unless they are there already."""
-        state = ExportState(folder, self.name, {})
+        state = ExportState(folder, self.name, self.own_files, {})
         if state.is_complete:
             return Exported(state.exported)
         exported = Exported()
