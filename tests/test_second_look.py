@@ -229,6 +229,34 @@ def test_separate_planes(kind, channels, packed, is_read, chances):
         assert status_of(data)[0] == "unsupported"
 
 
+@pytest.mark.parametrize("kind", ["f8", "f2", "u8"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_kinds_of_tiff_that_pillow_does_not_read(kind, order, chances):
+    """A sound TIFF of a kind that Pillow does not open is unsupported; one whose directory is cut off is corrupt."""
+    data = tiff(chances.random((HEIGHT, WIDTH)), kind if kind != "u8" else "i8", order)
+    assert status_of(data) == ("unsupported", "a TIFF of a kind that is not read here")
+    assert status_of(data[:40])[0] == "corrupt"
+
+
+# ── GIF ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("transparency", [None, 5])
+def test_first_frame_that_leaves_a_part_free(transparency, chances):
+    """What the first frame of a GIF does not cover shows the background, whether or not a colour of it is transparent."""
+    indices = chances.integers(0, 256, (HEIGHT, WIDTH)).astype(np.uint8)
+    palette = chances.integers(0, 256, (256, 3))
+    frame = Image.fromarray(indices, "P")
+    frame.putpalette(palette.astype(np.uint8).tobytes())
+    options = {} if transparency is None else {"transparency": transparency}
+    data = bytearray(encoded(frame, "GIF", optimize=False, **options))
+    data[6:10] = struct.pack("<HH", WIDTH + 7, HEIGHT + 5)  # the canvas
+    place = data.index(b"," + struct.pack("<HHHH", 0, 0, WIDTH, HEIGHT))
+    data[place + 1:place + 5] = struct.pack("<HH", 4, 2)  # where the frame begins in it
+    expected = np.full((HEIGHT + 5, WIDTH + 7, 3), WHITE)
+    expected[2:2 + HEIGHT, 4:4 + WIDTH] = np.where((indices == transparency)[..., None], WHITE, palette[indices])
+    assert (pixels_of(bytes(data)) == expected).all()
+
+
 # ── Half images ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 END = b"\xff\xd9"

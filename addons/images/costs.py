@@ -133,7 +133,7 @@ def _look_at_tiff(data: bytes, max_pixels: int) -> bool:
     """The tags of the first image: how large tiles are, how many there are, and JPEGs in them."""
     tags: dict[int, tuple[int, int]] = {}
     list_bytes = 0
-    for tag, kind, count, value in _read_tags(data):
+    for tag, kind, count, value in read_tags(data):
         tags.setdefault(tag, (count, value))
         list_bytes += count * _TIFF_TYPE_BYTES.get(kind, 0)
         if tag in _TIFF_LISTS and count > MOST_STRIPS:
@@ -155,7 +155,7 @@ def _first(tags: dict[int, tuple[int, int]], tag: int) -> int:
     return tags.get(tag, (0, 0))[1]
 
 
-def _read_tags(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+def read_tags(data: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Tag, type, count and value (or, of several, their place) of each entry of a TIFF's first directory."""
     order = "<" if data.startswith(b"II") else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")

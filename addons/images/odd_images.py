@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from addons.images.other_formats import is_other_format
+from addons.images.other_formats import TIFF_STARTS, is_other_format
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -85,6 +85,6 @@ def why_unidentified(data: bytes) -> tuple[str, str]:
         return "unsupported", "format not allowed"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"{")):
         return "not_image", "text, not an image"
-    if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or data[8:12] == b"WEBP":
+    if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", *TIFF_STARTS)) or data[8:12] == b"WEBP":
         return "corrupt", "header cannot be read"
     return "not_image", "no image format known here"

@@ -1,6 +1,8 @@
 """Images of kinds that are not read here, told by how their files begin, so that a row is `unsupported`, not `not_image`."""
 import re
 
+from addons.images import costs
+
 BOX_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2",
               b"msf1", b"crx ", b"jxl ")  # of ISO files, behind `ftyp`
 STARTS = (
@@ -16,6 +18,10 @@ PATTERNS = (
     re.compile(rb"\n[\x00\x02\x03\x04\x05][\x00\x01][\x01\x02\x04\x08]", re.S),  # PCX
     re.compile(rb"\x00\x00[\x01\x02]\x00[\x01-\xff]\x00.{3}\x00", re.S),  # ICO and CUR
 )
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF
+WIDTH = 256  # of a TIFF's tags
+HEIGHT = 257
+PLACES = (273, 324)  # of strips, of tiles
 TGA_END = b"TRUEVISION-XFILE.\0"
 TGA_START = re.compile(rb".(?:\x00[\x02\x03\x0a\x0b]\x00{5}|\x01[\x01\x09].{5}).{4}(?!\x00\x00)..(?!\x00\x00).."
                        rb"[\x08\x0f\x10\x18\x20]", re.S)
@@ -30,3 +36,11 @@ def is_other_format(data: bytes) -> bool:
     if any(pattern.match(data) for pattern in PATTERNS):
         return True
     return data.endswith(TGA_END) or TGA_START.match(data) is not None
+
+
+def is_sound_tiff(data: bytes) -> bool:
+    """Whether a TIFF tells the size and the place of its first image; if Pillow does not open it, it is of another kind."""
+    if not data.startswith(TIFF_STARTS):
+        return False
+    tags = {tag for tag, _, _, _ in costs.read_tags(data)}
+    return WIDTH in tags and HEIGHT in tags and not tags.isdisjoint(PLACES)

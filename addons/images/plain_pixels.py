@@ -4,12 +4,14 @@ A decoder that stumbles over those has not looked at the pixels yet. So where an
 again from such a copy. What decides the pixels stays: sizes, palettes, transparency, the kind of colours.
 """
 import contextlib
+import io
 import struct
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from addons.images import exif
-from image_text_sim_clip import REMARK, Config, Remark, RowFailure, decode_as_it_is
+from addons.images.other_formats import is_sound_tiff
+from image_text_sim_clip import REMARK, Config, Remark, RowFailure, decode_as_it_is, failing_its_row
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,14 +38,30 @@ TIFF_METADATA_TAGS = (269, 270, 271, 272, 285, 305, 306, 315, 316, 700, 33432, 3
 
 def decode_without_metadata(data: bytes, config: Config, target: tuple[int, int] | None,
                             account: "Account | None") -> "Image.Image | None":
-    """The image as the script decodes it, from the first copy of it that can be decoded; None where none can."""
+    """The image as the script decodes it, from the first copy of it that can be decoded; None where none can.
+
+    RowFailure (`unsupported`) for a TIFF that is sound, as far as its directory tells, but of a kind that Pillow does not read.
+    """
     for copy, lacks_exif in without_metadata(data):
         with contextlib.suppress(RowFailure):
             image = decode_as_it_is(copy, config, target, account)
             if lacks_exif and config.exif_orientation:
                 image.info[REMARK] = Remark(detail=exif.CANNOT_READ)
             return image
+    if is_sound_tiff(data) and not _is_opened(data):
+        raise RowFailure("unsupported", "a TIFF of a kind that is not read here")
     return None
+
+
+def _is_opened(data: bytes) -> bool:
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with failing_its_row("decode"), Image.open(io.BytesIO(data), formats=("TIFF",)):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except RowFailure:  # it is a TIFF with another fault
+        return True
 
 
 class Copy(NamedTuple):

@@ -14,6 +14,7 @@ from addons.images.odd_images import grey_from_numbers
 from image_text_sim_clip import REMARK, Config, RowFailure
 
 if TYPE_CHECKING:
+    from PIL.GifImagePlugin import GifImageFile
     from PIL.Image import Image as PillowImage
     from PIL.TiffImagePlugin import TiffImageFile
 
@@ -41,6 +42,8 @@ def look_again(image: "PillowImage", data: bytes, config: Config) -> "PillowImag
         right = _right_bmp(image, data)
     elif image.format == "TIFF":
         right = _right_tiff(cast("TiffImageFile", image))
+    elif image.format == "GIF":
+        right = _right_gif(cast("GifImageFile", image))
     if right is not image:
         right.info = {key: value for key, value in image.info.items() if key != "transparency"}
         right.format = image.format  # by which `exif` knows that a TIFF has been turned already
@@ -81,6 +84,18 @@ def _right_bmp(image: "PillowImage", data: bytes) -> "PillowImage":
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")
     return image
+
+
+# ── GIF ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def _right_gif(image: "GifImageFile") -> "PillowImage":
+    """What the first frame leaves free is transparent, as in browsers, and has not the first colour of the palette."""
+    frame = image.dispose_extent
+    if not frame or frame == (0, 0, *image.size) or "transparency" in image.info:
+        return image
+    right = Image.new("RGBA", image.size)
+    right.paste(image.crop(frame).convert("RGBA"), frame)
+    return right
 
 
 # ── TIFF ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
