@@ -2147,19 +2147,13 @@ class Family:
 
     def check_sizes(self, folder: pathlib.Path) -> None:
         """Raise Trouble (exit 6) for an image processor, read from `folder`, that makes other images than the model reads."""
-        file = next((name for name in ("processor_config.json", "preprocessor_config.json") if (folder / name).is_file()), "")
         settings = ImageSettings.of(self.processor)
-        made = settings.crop or settings.size  # (height, width)
+        made = settings.crop or settings.size  # (height, width); None where images keep their shapes
         side = getattr(getattr(self.model.config, "vision_config", None), "image_size", None)
-        if made is None:
-            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor neither crops nor squeezes, so that images keep their "
-                                      f"shapes, and the model reads {side} x {side} pixels: in its {file} set "
-                                      "do_center_crop to true, or size to a height and a width")
-        reads = (side, side) if isinstance(side, int) and not self.takes_any_size else made
-        if made != reads:
-            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor makes {made[1]} x {made[0]} pixels "
-                                      f"({file}) and its model reads {reads[1]} x {reads[0]} (config.json): one of the two "
-                                      "files belongs to another model")
+        is_fixed = isinstance(side, int) and not self.takes_any_size
+        if made is None or (is_fixed and made != (side, side)):
+            more = addon("models.faults", "pretrained_model").tell_sizes(made, side, folder) if ADDONS.is_dir() else ""
+            raise Trouble(EXIT_MODEL, f"{self.name}: its image processor makes other images than its model reads{more}")
 
     def read_scale(self) -> float:
         """What a cosine is multiplied by to give the model's logit."""
@@ -2326,13 +2320,10 @@ def telling_of_model(name: str) -> Iterator[None]:
 
 def check_weights(loading: Json, name: str) -> None:
     """Raise Trouble (exit 6) where weights are missing or have another shape, which transformers fills with random numbers."""
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        more = addon("models.faults", "pretrained_model").tell_weights(loading) if ADDONS.is_dir() else ""
+        raise Trouble(EXIT_MODEL, f"{name}: its weights and its config.json do not belong together{more}")
     unused = sorted(loading["unexpected_keys"])
-    if loading["missing_keys"]:
-        others = f"; it has others, such as {unused[0]}" if unused else ""
-        raise Trouble(EXIT_MODEL, f"{name} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])} ...{others}")
-    for key, found, expected in sorted(loading["mismatched_keys"]):
-        raise Trouble(EXIT_MODEL, f"{name}: its weights and its config.json do not belong together: {key} has the shape "
-                                  f"{tuple(found)}, and the config asks for {tuple(expected)}")
     if unused:
         say(f"warning: {name} has {len(unused)} weights that its config.json has no place for, such as {unused[0]}: not used")
 
