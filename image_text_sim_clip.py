@@ -1219,9 +1219,8 @@ def is_this_run(manifest: Json | None, config: Config, staged: dict[str, str]) -
 def describe_staged(output: pathlib.Path) -> dict[str, str]:
     """The sha256 of each file that staging has left in `output`."""
     found = {}
-    identify: Callable[[pathlib.Path], str] = file_sha256
-    if in_store(output):
-        identify = addon("stores.staged", "output_path").identify  # a version, without a read
+    # in a store it is a version, which takes no read
+    identify = addon("stores.staged", "output_path").identify if in_store(output) else file_sha256
     for name in STAGED_FILES:
         with contextlib.suppress(OSError):  # missing, or a folder
             found[name] = identify(output / name)
@@ -3255,20 +3254,14 @@ def part_is_done(plan: Plan, partition: Partition) -> bool:
     return metadata is not None and _find_flawed_file(partition, metadata) is None
 
 
-def size_of_file(path: pathlib.Path) -> int | None:
-    """The bytes of a file next to a part; None, or an OSError, where there is none."""
-    if in_store(path):
-        return addon("stores.commits", "output_path").size_of(path)
-    return path.stat().st_size
-
-
 def _find_flawed_file(partition: Partition, metadata: Json, thorough: bool = False) -> str | None:
     """The name of a file next to the part that is missing or has another length or, when `thorough`, another sha256."""
     for name, written in metadata["files"].items():
         path = partition.folder / name
         is_whole = False
         with _reading(path):
-            is_whole = size_of_file(path) == written["bytes"]
+            size = addon("stores.commits", "output_path").size_of(path) if in_store(path) else path.stat().st_size
+            is_whole = size == written["bytes"]
             if is_whole and thorough:
                 is_whole = file_sha256(path) == written["sha256"]
         if not is_whole:
