@@ -1145,11 +1145,9 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
     with locked(output):
         if ADDONS.is_dir():
-            addon("results.earlier_run", "output_path").remove_leftovers(output)
+            addon("results.earlier_run", "output_path").tidy_up(output)
         if fresh:
             discard_run(output)
-        if ADDONS.is_dir():
-            addon("results.retry", "--retry-failed").finish_commits(output)
         manifest = read_manifest(output)
         if (manifest is not None or has_parts(output)) and not is_this_run(manifest, config, staged):
             alone = f"{output} holds another run: discard it with --fresh, or write elsewhere; telling what differs"
@@ -3841,11 +3839,8 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
             stored = write_results(job)
             if curve and (image := curve.png()):
                 write_bytes(plan.output / "memory-time.png", image)
-        if stored["finished"]:
-            if in_store(plan.output):
-                addon("stores.leases", "output_path").remove_probes(plan.output)
-            if ADDONS.is_dir():
-                addon("images.marks", "output_path").remove_marks((plan.output / "parts").glob("*.trying"))
+        if stored["finished"] and ADDONS.is_dir():
+            addon("results.earlier_run", "output_path").remove_traces(plan.output)
     print_summary(job.config, stored)
     keys = ("rows", "input_rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
     shown = {key: stored[key] for key in keys if key in stored}

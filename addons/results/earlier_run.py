@@ -12,6 +12,8 @@ import time
 
 import psutil
 
+from addons.images.marks import remove_marks
+from addons.results.retry import finish_commits
 from image_text_sim_clip import (
     EXIT_CONFIG,
     FOLDER_FORMAT,
@@ -22,11 +24,13 @@ from image_text_sim_clip import (
     Plan,
     Trouble,
     __version__,
+    addon,
     describe_staged,
     find_reader,
     fingerprint_of,
     has_parts,
     hash_decisive_files,
+    in_store,
     output_disk,
     remove_path,
     say,
@@ -143,6 +147,19 @@ def refuse_changed_files(plan: Plan, recorded: dict[str, str]) -> None:
 # ── What killed processes left ────────────────────────────────────────────────────────────────────────────────────────────
 
 LEFTOVER_AGE_S = 7 * 86_400  # a file that nobody has written to for so long is nobody's, whatever its name says
+
+
+def tidy_up(output: pathlib.Path) -> None:
+    """Remove what killed processes left half-written, and end what they had begun."""
+    remove_leftovers(output)
+    finish_commits(output)
+
+
+def remove_traces(output: pathlib.Path) -> None:
+    """Remove, of a run that is finished, what killed processes had left for the case that it goes on."""
+    if in_store(output):
+        addon("stores.leases", "output_path").remove_probes(output)
+    remove_marks((output / "parts").glob("*.trying"))
 
 
 def remove_leftovers(output: pathlib.Path) -> None:
