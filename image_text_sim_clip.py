@@ -2765,6 +2765,18 @@ def clean_caption(caption: str, config: Config) -> str:
 
 
 @dataclasses.dataclass
+class EmbeddedImages:
+    """Each source's place among the embeddings (m, d), or why it has none."""
+
+    place_of: dict[str, int] = dataclasses.field(default_factory=dict)
+    place_of_digest: dict[bytes, int] = dataclasses.field(default_factory=dict)  # those of files with equal bytes are one
+    failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
+    remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
+    embeddings: "torch.Tensor | None" = None
+    norms: "torch.Tensor | None" = None  # (m,) their lengths before, where a measure asks for them
+
+
+@dataclasses.dataclass
 class Scored:
     """What came out of a partition's n rows: cosines (NaN for none), statuses, and the embeddings they were made of."""
 
@@ -2775,11 +2787,9 @@ class Scored:
     partly_unknown: list[bool]  # a token or more of the caption is unknown to the tokenizer
     image_of_row: "np.ndarray"  # (n,) int32, the row of image_embeddings; -1 for none
     text_of_row: "np.ndarray"  # (n,) int32, the row of text_embeddings; -1 for none
-    turned_images: int = 0  # distinct images with an EXIF orientation that `exif_orientation: false` ignores
     image_embeddings: "torch.Tensor | None" = None  # (m, d) unit vectors, one for each distinct image
     text_embeddings: "torch.Tensor | None" = None  # (k, d) unit vectors, one for each distinct caption
-    image_norms: "torch.Tensor | None" = None  # (m,) their lengths before, where a measure asks for them
-    images: "EmbeddedImages | None" = None  # all that were loaded, also those of rows without a score
+    images: EmbeddedImages = dataclasses.field(default_factory=EmbeddedImages)  # all, also those of rows without a score
 
     @classmethod
     def nothing(cls, count: int, status: str) -> "Scored":
@@ -2788,18 +2798,6 @@ class Scored:
         nowhere = np.full(count, -1, np.int32)
         return cls(np.full(count, np.nan, np.float32), [False] * count, [status] * count, [""] * count, [False] * count,
                    nowhere, nowhere.copy())
-
-
-@dataclasses.dataclass
-class EmbeddedImages:
-    """Each source's place among the embeddings (m, d), or why it has none."""
-
-    place_of: dict[str, int] = dataclasses.field(default_factory=dict)
-    place_of_digest: dict[bytes, int] = dataclasses.field(default_factory=dict)  # those of files with equal bytes are one
-    failure_of: dict[str, RowFailure] = dataclasses.field(default_factory=dict)
-    remark_of: dict[str, Remark] = dataclasses.field(default_factory=dict)  # of those of which there is something to say
-    embeddings: "torch.Tensor | None" = None
-    norms: "torch.Tensor | None" = None
 
 
 class ImageGatherer:
@@ -2877,7 +2875,6 @@ def score_partition(scorer: Scorer | None, run: PartitionRun, images: EmbeddedIm
     """Score the partition's rows: every row ends as a score or as a reason. No scorer: a dry run."""
     result = Scored.nothing(len(run.rows), "ok")
     result.images = images
-    result.turned_images = sum(remark.is_turned for remark in images.remark_of.values())
     scored: list[int] = []
     for i, source in enumerate(run.sources):
         failure = images.failure_of.get(source) if run.has_caption[i] else RowFailure("empty_caption", "")
@@ -2906,7 +2903,6 @@ def _score_rows(scorer: Scorer, run: PartitionRun, images: EmbeddedImages, score
     if not scored:
         return
     result.image_embeddings = scorer.own_embeddings(images)
-    result.image_norms = images.norms
     result.text_embeddings = scorer.encode_texts(ids, clock)
     with clock.stage("score"):
         place_of_text = {text: place for place, text in enumerate(texts)}

@@ -161,7 +161,6 @@ class FurtherModels(Measure):
 
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
         """Score the rows with each further model."""
-        assert scored.images
         kept: Json = {}
         files: dict[pathlib.Path, bytes] = {}
         uncounted_s = 0.0

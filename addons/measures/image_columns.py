@@ -58,7 +58,7 @@ class ImageColumns(Measure):
         rows = np.flatnonzero(scored.image_of_row >= 0)
         if len(rows):
             used, places = np.unique(scored.image_of_row[rows], return_inverse=True)
-            norms = None if scored.image_norms is None else np.asarray(scored.image_norms)[used]
+            norms = None if scored.images.norms is None else np.asarray(scored.images.norms)[used]
             with np.errstate(over="ignore"):  # beyond float32: no value
                 for name, found in self.values_of_images(np.asarray(scored.image_embeddings)[used], norms).items():
                     values[name][rows] = found[places]

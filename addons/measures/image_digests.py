@@ -42,7 +42,6 @@ class ImageDigests(Measure):
 
     def measure(self, run: PartitionRun, scored: Scored) -> Measured:
         """Note the digests of the rows at hand; None for a row whose image was not decoded."""
-        assert scored.images
         digests = [short_digest(digest) for digest in scored.images.place_of_digest]
         places = map(scored.images.place_of.get, run.sources)
         self._of_partition = {run.partition.index: [None if place is None else digests[place] for place in places]}

@@ -32,7 +32,8 @@ class Images(Measure):
         """Count in one partition; --retry-failed adds to what had been counted. What is 0 is not kept."""
         earlier = kept_by(Images, run.earlier) or {}
         sources = [] if self.plan.table.brings_images else run.sources
-        counts = (count_rows_that_share(sources, self.config.image_path), scored.turned_images)
+        turned = sum(remark.is_turned for remark in scored.images.remark_of.values())
+        counts = (count_rows_that_share(sources, self.config.image_path), turned)
         kept = {name: earlier.get(name, 0) + count for name, count in zip(COUNTS, counts, strict=True)}
         return Measured({}, {name: count for name, count in kept.items() if count})
 
