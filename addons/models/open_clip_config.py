@@ -264,7 +264,7 @@ def _read_image_tower(vision: Section, quick_gelu: bool) -> ImageTowerConfig:
     vision.choice("pos_embed_type", "learnable", ("learnable", "sin_cos_2d"))  # both lie among the weights
     vision.number("patch_dropout", 0)  # only in training
     return ImageTowerConfig(
-        _read_blocks(vision, width, heads, 12, quick_gelu), vision.pair("image_size", 224), vision.pair("patch_size", 16),
+        _read_blocks(vision, width, heads, quick_gelu), vision.pair("image_size", 224), vision.pair("patch_size", 16),
         norm_before=not vision.flag("no_ln_pre"), pool=pool, pool_before_norm=vision.flag("final_ln_after_pool"))
 
 
@@ -301,11 +301,11 @@ def _read_text_tower(text: Section, quick_gelu: bool) -> TextTowerConfig:
     if text.choice("proj_type", "linear", ("linear", "none")) == "none":
         projection = "none"
     return TextTowerConfig(
-        _read_blocks(text, text.count("width", 512), text.count("heads", 8), 12, quick_gelu), text.count("context_length", 77),
+        _read_blocks(text, text.count("width", 512), text.count("heads", 8), quick_gelu), text.count("context_length", 77),
         text.count("vocab_size", 49408), not text.flag("no_causal_mask"), pool, int(text.number("eos_id", 2)), projection)
 
 
-def _read_blocks(section: Section, width: int, heads: int, layers: int, quick_gelu: bool) -> Blocks:
+def _read_blocks(section: Section, width: int, heads: int, quick_gelu: bool) -> Blocks:
     for word in OTHER_BLOCKS:
         if section.flag(word):
             raise NoTwin(f"{section.name}.{word}")
@@ -318,7 +318,7 @@ def _read_blocks(section: Section, width: int, heads: int, layers: int, quick_ge
         raise section.refuse("act_kwargs", "it without quick_gelu only")
     activation = "gelu_pytorch_tanh" if approximate == "tanh" else "gelu"
     return Blocks(
-        section.count("layers", layers), width, heads, int(width * section.number("mlp_ratio", 4.0)),
+        section.count("layers", 12), width, heads, int(width * section.number("mlp_ratio", 4.0)),
         "quick_gelu" if quick_gelu else activation, section.section("norm_kwargs", {"eps"}).number("eps", 1e-5),
         section.values.get("ls_init_value") is not None)
 
