@@ -1990,13 +1990,9 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
         addon("models.folders", f"pretrained_model {name!r}").check_names(listed, name)
     prefix = "open_clip_" if is_listed_open_clip else ""
     has_safetensors = not listed.isdisjoint(prefix + file for file in SAFETENSORS)
-    has_weights = has_safetensors or not listed.isdisjoint(prefix + file for file in PICKLES)
-    refused = f"{name} has no safetensors at revision {revision}, and safetensors_only is set; {BUNDLED_HINT}"
-    if has_weights and safetensors_only and not has_safetensors:
-        raise Trouble(EXIT_MODEL, refused)
     patterns = ["*.json", "*.txt", "*.model"]
     if listed:  # offline the client holds the cache against the whole list: no pattern for what was never asked for
-        patterns.append(prefix + ("model*.safetensors" if has_safetensors else "pytorch_model*.bin"))
+        patterns.append(prefix + ("model*.safetensors" if has_safetensors or safetensors_only else "pytorch_model*.bin"))
         patterns += ["adapter_model*.safetensors"] * (ADAPTER in listed)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
@@ -2015,10 +2011,11 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
     base: ModelFiles | None = None
     if ADAPTER in files and not open_clip:
         base = addon("models.adapters", f"the adapter in {name}").find_base(folder, name, safetensors_only)
+    if base is None and not safetensors and safetensors_only:
+        raise Trouble(EXIT_MODEL, f"{name} has no safetensors at revision {revision}, and safetensors_only is set; "
+                                  f"{BUNDLED_HINT}")
     if base is None and not safetensors and files.isdisjoint(prefix + file for file in PICKLES):
         raise Trouble(EXIT_MODEL, f"{name} ({revision}) has no weights this program reads: {tried}; {BUNDLED_HINT}")
-    if base is None and not safetensors and safetensors_only:
-        raise Trouble(EXIT_MODEL, refused)
     if ADDONS.is_dir() and not open_clip:
         addon("models.folders", f"pretrained_model {name!r}").check_folder(folder, name)
     return ModelFiles(folder, commit, safetensors, base, open_clip)
