@@ -2158,15 +2158,15 @@ class Family:
         return int(self.model.config.text_config.max_position_embeddings)
 
     def check_tokenizer(self) -> None:
-        """Raise Trouble (exit 6) for a tokenizer that does not belong to the model."""
-        known = set(self.tokenizer.get_vocab().values())
+        """Raise Trouble (exit 6) for a tokenizer that is not the model's; marks that no caption holds need no embedding."""
+        number_of = self.tokenizer.get_vocab()
         embedded = self.model.config.text_config.vocab_size
-        control = set(self.tokenizer.convert_tokens_to_ids(self.control_tokens()))
-        never_given = control - set(self.encode(["Ab"])[0])
+        marks = [*self.control_tokens(), *(token for token in number_of if "<extra_id_" in token)]  # the latter are mT5's
+        never_given = {number_of.get(mark) for mark in marks}.difference(*self.encode(["Ab", *map(self.prepare, marks)]))
         # transformers makes one up where files are missing
-        if max(known - never_given) >= embedded or len(known) < embedded / 2:
-            raise Trouble(EXIT_MODEL, f"{self.name}: its tokenizer has {len(known)} tokens and its model {embedded}: they do "
-                                      "not belong together")
+        if max(set(number_of.values()) - never_given) >= embedded or len(number_of) < embedded / 2:
+            raise Trouble(EXIT_MODEL, f"{self.name}: its tokenizer has {len(number_of)} tokens and its model {embedded}: they "
+                                      "do not belong together")
 
     def image_settings(self) -> ImageSettings:
         """How images are resized and cropped for this model."""
@@ -2274,11 +2274,11 @@ class Siglip(Family):
 
     kind = "siglip"
     architecture = "SiglipModel"
+    _keeps_capitals = False  # SigLIP 2's published tokenizer does, and leaves the lower case to its user
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
         super().__init__(model, tokenizer, processor, name)
         self.bias = self.model.logit_bias.item()
-        # SigLIP 2's published tokenizer leaves the lower case to its user
         self._keeps_capitals = self.encode(["Ab"]) != self.encode(["ab"])
         if self._keeps_capitals and not self._whole_words:
             self._whole_words = self._find_whole_words(str.lower)

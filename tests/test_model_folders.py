@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import as_pickle, change_config, change_weights
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 import image_text_sim_clip as script
 from addons.models import faults, folders
@@ -286,6 +287,26 @@ def test_a_sound_folder_is_scored(name, change, shelf, tmp_path, run_main, shape
     outcome = run_main("--config", shapes(pretrained_model=str(folder), rows=2))
     assert outcome.code == 0, outcome.stderr
     assert outcome.result["scored"] == 2
+
+
+@pytest.mark.slow
+def test_a_vocabulary_with_marks_that_the_model_does_not_embed(shelf, tmp_path, noise):
+    """mT5's vocabulary ends with a hundred marks, which SigLIP's models for all languages do not embed: no caption becomes
+    one of them, whatever is written in it. Where one could, the tokenizer is refused."""
+    plain = shelf.copy("siglip-base", tmp_path / "plain")
+    folder = shelf.copy("siglip-base", tmp_path / "a-model")
+    pieces = sentencepiece_model_pb2.ModelProto.FromString((folder / "spiece.model").read_bytes())
+    for number in reversed(range(100)):
+        pieces.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=4)  # user-defined
+    (folder / "spiece.model").write_bytes(pieces.SerializeToString())
+    captions = ["two cats", "a <extra_id_5> dog ▁<extra_id_7> <extra_id_99>"]
+    scorers = [script.Scorer(script.Config(pretrained_model=str(model), use_cuda=False)) for model in (plain, folder)]
+    assert len(scorers[1].family.tokenizer) == len(scorers[0].family.tokenizer) + 100
+    own, expected = (scorer.similarity([noise(90, 50)] * 2, captions) for scorer in scorers)
+    assert np.array_equal(own, expected)
+    change_config(folder, lambda config: config.update(tokenizer_class="T5Tokenizer", extra_ids=0), "tokenizer_config.json")
+    with pytest.raises(script.Trouble, match="do not belong together"):
+        script.Scorer(script.Config(pretrained_model=str(folder), use_cuda=False))
 
 
 @pytest.mark.slow

@@ -221,6 +221,18 @@ def test_a_vocabulary_of_another_model_is_refused(own):
     assert "vocabulary" in refusal(own)
 
 
+def test_marks_that_cleaning_takes_apart_need_no_embedding(tmp_path):
+    """mT5's hundred marks may lie beyond the model's vocabulary where the cleaning of captions leaves none of them whole."""
+    folder = tiny.write_model(tmp_path / "i18n", "so400m-i18n")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] += [[f"▁<extra_id_{number}>", 0.0] for number in range(100)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    scorer = load(folder)
+    assert len(scorer.family.tokenizer) > 100 and max(scorer.tokenize(["<extra_id_5> ▁<extra_id_7>"])[0][0]) < 60
+    change(folder, "model_cfg/text_cfg", tokenizer_kwargs={"clean": "whitespace"})
+    assert "do not belong together" in refusal(folder)
+
+
 def test_without_ftfy_one_line_says_what_to_install(own, monkeypatch):
     """Captions are never cleaned otherwise than open_clip cleans them."""
     monkeypatch.setitem(sys.modules, "ftfy", None)
