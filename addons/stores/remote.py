@@ -46,7 +46,9 @@ SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KE
                     "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CONNECTION_STRING",
                     "AZURE_CLIENT_SECRET")
 NO_LONGER_VALID = ("ExpiredToken", "token has expired", "TokenRefreshRequired", "InvalidToken", "token included in the request "
-                   "is expired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
+                   "is expired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed",
+                   "Invalid Credentials", "invalid_grant",  # Google's, and the Hub's
+                   "AuthenticationFailed", "InvalidAuthenticationInfo")  # Azure's
 
 
 class ExpiredCredentials(PermissionError):
@@ -130,7 +132,7 @@ def calling(path: str) -> Iterator[None]:
             raise FileExistsError(errno.EEXIST, "it exists already", path) from None
         if _is_about_credentials(error):
             raise ExpiredCredentials(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
-        if code in (401, 403):
+        if code in (401, 403) or str(error).startswith("Forbidden: "):  # as gcsfs tells of 403
             raise PermissionError(errno.EACCES, f"no permission ({_describe_error(error)})", path) from None
         if code == 409:
             raise Conflict(errno.EREMOTEIO, f"the object store did not do it ({_describe_error(error)})", path) from None
