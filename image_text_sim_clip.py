@@ -332,7 +332,7 @@ class Config:
         if self.max_score_drift is not None and self.parity_rows == 0:
             raise Trouble(EXIT_CONFIG, "max_score_drift needs parity_rows: with 0 nothing is scored twice")
         if self.separator != "auto" and (len(self.separator) != 1 or self.separator in '"\r\n'):
-            raise Trouble(EXIT_CONFIG, f"separator must be auto or one character that can separate, got {self.separator!r}")
+            raise Trouble(EXIT_CONFIG, f"separator must be auto or one character, such as ; or \"\\t\", got {self.separator!r}")
         if self.escape not in ("auto", "none") and (len(self.escape) != 1 or self.escape in ('"', "\r", "\n", self.separator)):
             raise Trouble(EXIT_CONFIG, f"escape must be auto, none or one character such as \\, got {self.escape!r}")
         formats = ["csv"]
@@ -517,10 +517,10 @@ def _apply_override(values: Json, override: str) -> None:
     if not equals:
         raise Trouble(EXIT_CONFIG, f"--set needs key=value, got {override!r}")
     try:
-        # a path that is no UTF-8 is no YAML either, and can be nothing but text
-        loaded = yaml.load(value, _UniqueKeys) if is_text(value) else value  # noqa: S506 - a SafeLoader
+        loaded = yaml.load(value, _UniqueKeys) if is_text(value) else value  # noqa: S506 - a SafeLoader; no UTF-8: a path
     except _YAML_ERRORS:
-        raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML") from None
+        raise Trouble(EXIT_CONFIG, f"--set {override}: the value is not valid YAML; quote it for the shell and for YAML: "
+                                   f"--set '{key}=\"...\"'") from None
     section, dot, inner = key.strip().partition(".")
     held = values.get(section) or {}
     if dot and isinstance(held, dict):

@@ -377,6 +377,13 @@ def test_missing_package_is_one_line(run_cli, write_config, tmp_path, missing):
     assert f"the package {missing} is missing: pip install -r requirements.txt" in outcome.stderr
 
 
+@pytest.mark.parametrize(("override", "words"), [("csv_path=*.csv", "csv_path=\"...\""), (r"separator=\t", r'"\t"')])
+def test_values_that_need_quotes(run_main, write_config, override, words):
+    """A --set that YAML cannot read, and a tab that is none, are refused with how to write them."""
+    outcome = run_main("--config", write_config(), "--set", override)
+    assert outcome.code == 2 and len(outcome.stderr.splitlines()) == 1 and words in outcome.stderr
+
+
 def test_stdout_of_another_encoding(run_cli, write_config, write_table, tmp_path):
     """The last line is ASCII, so that a stdout of any encoding takes it; it reads back as what it says."""
     write_table("url,caption\na.png,x\n")

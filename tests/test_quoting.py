@@ -1,4 +1,7 @@
 """Quotes in tables separated by tabs: where they would swallow rows they are text, and `quoting: none` has them all be text."""
+import csv
+import io
+import random
 from unittest import mock
 
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from test_staging import block_sizes, read_carefully, read_fast
 
 import image_text_sim_clip as script
+from addons.inputs import csv_blocks
 from addons.inputs.literal_quotes import LiteralQuotes
 
 
@@ -126,6 +130,31 @@ def test_what_pandas_writes_is_read(tmp_path, score_input, escape):
     table = pandas.DataFrame({"url": list("abcde"), "caption": captions})
     table.to_csv(tmp_path / "t.csv", index=False, doublequote=False, escapechar="\\")
     assert [row["caption"] for row in score_input("t.csv", escape=escape)[1]][:4] == captions[:4]
+
+
+def test_backslashes_in_a_sound_table(tmp_path, score_input):
+    """A backslash before a quote at a line's end within a field makes no table of escaped quotes out of one that is sound."""
+    captions = ['a poster, 5\\"\nby 7"', "C:\\\\x", "plain"]
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("url", "caption"), *zip("abc", captions, strict=True)])
+    outcome, rows, bad, _ = score_input("t.csv")
+    assert [row["caption"] for row in rows] == captions and not bad and "escape" not in outcome.stderr
+
+
+def test_whatever_csv_writes_is_read(folder):
+    """Tables of chance that Python's csv writes, full of backslashes, quotes and line ends, are read as they were."""
+    rng = random.Random(5)
+    for _ in range(400):
+        pieces = rng.choice([["\\", '"', ",", "\n", "a", " "], ['\\"', "\n", "a", ",", "\r\n"], ["\\\\", '"', "a", "\n"]])
+        count = rng.randint(1, 12)
+        rows = [[f"{row}.png", "".join(rng.choices(pieces, k=rng.randint(0, 9)))] for row in range(count)]
+        text = io.StringIO(newline="")
+        quoting = rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        csv.writer(text, quoting=quoting, lineterminator="\n").writerows([["url", "caption"], *rows])
+        (folder / "t.csv").write_text(text.getvalue(), newline="")
+        table = csv_blocks.open_table(script.Config(csv_path=str(folder / "t.csv")), [])
+        found = [list(row.values()) for batch, _ in table.batches for row in batch.to_pylist()]
+        assert found == rows, text.getvalue()
 
 
 def test_an_escape_that_cannot_be(run_main, write_config):

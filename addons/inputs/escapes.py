@@ -10,27 +10,37 @@ from image_text_sim_clip import Record, csv_records
 
 ESCAPE = "\\"
 HEAD_BYTES = 1_000_000  # of a table that are looked at
+MOST_CUT_BYTES = 64_000  # at the end of these, where records may be cut
 ESCAPED_QUOTE = '\\"'
 
 
 def find_escape(text: Text, separator: str, width: int) -> str:
-    """The escape of the table that follows in `text`, told from its head; "" for none. A row has `width` fields."""
+    """The escape of the table that follows in `text`, told from its head; "" for none. A row has `width` fields.
+
+    Records are judged and not lines: a line of a field with line ends may well look like a row that is escaped.
+    """
     head = text.peek(HEAD_BYTES)
+    if ESCAPED_QUOTE.encode() not in head:
+        return ""
+    judged = head if len(head) < HEAD_BYTES else head[:-MOST_CUT_BYTES]
+    last_line = len(judged.splitlines())
+    lines = (line.decode("utf-8", text.errors) for line in head.splitlines(keepends=True))
     only_escaped = 0
     only_plain = 0
-    for data in head[:head.rfind(b"\n") + 1].splitlines():
-        line = data.decode("utf-8", text.errors)
-        if ESCAPED_QUOTE in line:
-            is_plain = is_row(line, separator, width, "")
-            is_escaped = is_row(line, separator, width, ESCAPE)
+    for record in csv_records(lines, separator):
+        if record.line > last_line:
+            break
+        if ESCAPED_QUOTE in record.raw:
+            is_plain = record.fields is not None and len(record.fields) == width
+            is_escaped = is_row(record.raw, separator, width)
             only_escaped += is_escaped and not is_plain
             only_plain += is_plain and not is_escaped
     return ESCAPE if only_escaped > only_plain else ""
 
 
-def is_row(line: str, separator: str, width: int, escape: str) -> bool:
-    """Whether a line by itself is a row of `width` fields."""
-    records = list(csv_records(iter([line]), separator, escape=escape))
+def is_row(raw: str, separator: str, width: int) -> bool:
+    """Whether a text by itself is a row of `width` fields, its quotes escaped."""
+    records = list(csv_records(iter([raw]), separator, escape=ESCAPE))
     return len(records) == 1 and records[0].fields is not None and len(records[0].fields) == width
 
 
