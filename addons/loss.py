@@ -104,22 +104,27 @@ class DissimilarityLoss(torch.nn.Module):
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
         """Unit embeddings (n, d), constants, of captions put into the config's `caption_template`."""
-        distinct = list(dict.fromkeys(captions))
         self.scorer.device = str(self.colour_scale.device)  # wherever this module has been moved since
+        ids = self._tokenize(captions)
+        distinct = list(dict.fromkeys(ids))
+        unit = self.scorer.encode_texts(list(map(list, distinct))).clone()  # autograd refuses what inference mode has made
+        places = {of_caption: place for place, of_caption in enumerate(distinct)}
+        return unit[[places[of_caption] for of_caption in ids]].to(self.colour_scale)
+
+    def _tokenize(self, captions: Sequence[str]) -> list[tuple[int, ...]]:
+        """What the model reads of each caption: tokens, which may be the same of captions that differ."""
         template = self.scorer.config.caption_template
-        texts = [clean_caption(caption, self.scorer.config) for caption in distinct]
-        ids, _ = self.scorer.tokenize([template.replace("{}", text) for text in texts])
-        unit = self.scorer.encode_texts(ids).clone()  # a clone, because autograd refuses what inference mode has made
-        places = {caption: i for i, caption in enumerate(distinct)}
-        return unit[[places[caption] for caption in captions]].to(self.colour_scale)
+        texts = [clean_caption(caption, self.scorer.config) for caption in captions]
+        return [tuple(ids) for ids in self.scorer.tokenize([template.replace("{}", text) for text in texts])[0]]
 
     def _sigmoid_losses(self, image_unit: torch.Tensor, text_unit: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """(n,): for each image, -log sigmoid(z (scale * cosine + bias)) summed over the batch's captions; z is 1 for its own
-        caption and -1 for the others. A caption equal to its own is no wrong one and is left out."""
+        caption and -1 for the others. A caption of which the model reads the same is no wrong one and is left out."""
         with torch.autocast(image_unit.device.type, enabled=False):  # which would round cosines before they are scaled up
             logits = image_unit @ text_unit.T * self.family.scale + self.family.bias  # (n, n)
-        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-        caption_numbers = torch.tensor([numbers[caption] for caption in captions], device=logits.device)  # (n,)
+        ids = self._tokenize(captions)
+        numbers = {of_caption: number for number, of_caption in enumerate(dict.fromkeys(ids))}
+        caption_numbers = torch.tensor([numbers[of_caption] for of_caption in ids], device=logits.device)  # (n,)
         own = torch.eye(len(captions), dtype=torch.bool, device=logits.device)
         equal = caption_numbers[:, None] == caption_numbers
         losses = -torch.nn.functional.logsigmoid(torch.where(own, logits, -logits))

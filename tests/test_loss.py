@@ -170,10 +170,12 @@ def test_sigmoid_objective_keeps_its_digits_in_mixed_precision(shelf):
     assert values.dtype == torch.float32 and torch.allclose(values.double(), expected, atol=1e-3)
 
 
-def test_sigmoid_objective_takes_an_equal_caption_for_no_wrong_one(shelf, noise):
+@pytest.mark.parametrize("twin", ["two cats", "Two cats."])
+def test_sigmoid_objective_takes_an_equal_caption_for_no_wrong_one(shelf, noise, twin):
+    """Equal is what the model reads the same of: SigLIP's tokenizer knows no capitals and no full stop."""
     loss = loss_of(shelf("siglip-base"), objective="sigmoid", reduction="none")
     image = as_tensor([noise(224, 224)])
-    alone, twins = loss(image, ["two cats"]), loss(image.expand(2, -1, -1, -1), ["two cats", "two cats"])
+    alone, twins = loss(image, ["two cats"]), loss(image.expand(2, -1, -1, -1), ["two cats", twin])
     assert twins.tolist() == pytest.approx([alone.item()] * 2, rel=1e-5)
 
 
