@@ -345,8 +345,8 @@ def test_export_that_is_not_as_it_was_is_written_anew(finished, run_curate_main,
     assert tree_of(folder) == wanted
 
 
-@pytest.mark.parametrize(("kind", "own"), [("imagefolder", "README.md"), ("webdataset", "kept-00000.idx"),
-                                           ("webdataset", "index/sizes.json")])
+@pytest.mark.parametrize(("kind", "own"), [("imagefolder", "README.md"), ("imagefolder", "train/00000/000000002.txt"),
+                                           ("webdataset", "kept-00000.idx"), ("webdataset", "index/sizes.json")])
 def test_what_others_laid_next_to_an_export_stays(finished, run_curate_main, tmp_path, kind, own):
     """A card or an index next to an export leaves it complete, also once the images are gone; it is not removed unasked."""
     target = tmp_path / "out/curated" / kind
@@ -366,6 +366,21 @@ def test_what_others_laid_next_to_an_export_stays(finished, run_curate_main, tmp
     (target / own).unlink()
     run_curate_main(finished, export=kind, min_similarity=0.5)
     assert not (target / ".cache").exists()
+
+
+def test_what_others_laid_next_to_an_image_is_no_image(finished, run_curate_main, tmp_path):
+    """An export that goes on finds its own images, whatever has their names otherwise."""
+    run_curate_main(finished, export="imagefolder")
+    train = tmp_path / "out/curated/imagefolder/train"
+    wanted = (train / "metadata.jsonl").read_text()
+    for name in ("000000000", "000000002"):
+        (train / "00000" / f"{name}.txt").write_text("mine")
+        (train / "00000" / f"{name}.zip").write_text("mine")
+    state = tmp_path / "out/curated/imagefolder.json"
+    script.write_sealed(state, script.read_sealed(state) | {"complete": False})
+    (train / "metadata.jsonl").unlink()
+    assert run_curate_main(finished, export="imagefolder")["exported"] == 7
+    assert (train / "metadata.jsonl").read_text() == wanted
 
 
 def test_an_export_in_a_bucket_is_looked_at_by_listing(finished, run_curate_main, tmp_path, bucket, monkeypatch):

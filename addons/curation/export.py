@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
           b"II+\0": "tiff", b"MM\0+": "tiff"}
 BOX_STARTS = {b"WEBP": "webp", b"avif": "avif", b"avis": "avif", b"mif1": "avif"}  # at the ninth byte, of RIFF and ISO files
+ENDINGS = {*STARTS.values(), *BOX_STARTS.values()}
 FILE_NAME = re.compile(r"(?<![^_])file_name(s?)\Z")  # how the columns end that an imagefolder takes for paths
 FOLDER_ROWS = 10_000  # images in one folder of an imagefolder
 
@@ -317,7 +318,7 @@ class ExportState:
 
     def _discard(self, not_exported: pathlib.Path) -> None:
         """Begin anew: first nothing counts as an export any more, and then the files go, all at once by a rename."""
-        others = [name for name, _ in walk_files(self.target) if not self._is_own(name) and not name.startswith(".")]
+        others = [name for name, _ in walk_files(self.target) if not self._is_own(name) and "/." not in f"/{name}"]
         if others:
             raise Trouble(EXIT_CONFIG, f"{self.target} is to be replaced, and holds files that curate.py has not written, "
                                        f"such as {min(others)}: take them elsewhere first")
@@ -409,7 +410,7 @@ class ImageFolder(ImageExport):
     """
 
     name: ClassVar[str] = "imagefolder"
-    own_files: ClassVar[re.Pattern[str]] = re.compile(r"train/.*", re.S)
+    own_files: ClassVar[re.Pattern[str]] = re.compile(rf"train/(metadata\.jsonl|\d+/.*\.({'|'.join(sorted(ENDINGS))}))")
 
     def write_images(self, target: pathlib.Path, kept: KeptRows, images: RunImages) -> Exported:
         """Write the images and then, last of all, metadata.jsonl."""
@@ -433,7 +434,7 @@ class ImageFolder(ImageExport):
         for place in sorted({self._folder_of(record) for record in records}):
             (root / place).mkdir(exist_ok=True)
             for path in (root / place).iterdir():
-                if not path.name.startswith("."):
+                if path.suffix[1:] in ENDINGS and not path.name.startswith("."):
                     file_names[path.stem] = f"{place}/{path.name}"
         absent = [record for record in records if record.key not in file_names]
         for record, data, extension in load_records(absent, images, exported):
