@@ -5,6 +5,7 @@ import csv
 import gzip
 import hashlib
 import io
+import os
 import pathlib
 import shutil
 import subprocess
@@ -269,6 +270,23 @@ def test_limit_still_hashes_all(folder):
     data = b"url,caption\n" + b"a,b\n" * 2_000_000
     described, rows, _ = read_fast(folder, data, limit=3)
     assert len(rows) == 3 and described["files"][0]["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("more", [b"is cut\nc,d\n", b""])
+def test_table_that_is_written_while_it_is_read(folder, monkeypatch, more):
+    """A table that somebody is still writing, whose last caption may be half of one, or writes anew, ends the run: exit 3."""
+    from addons.inputs import staging
+    append = staging.StagedTable.append
+
+    def append_and_write(self, rows):
+        append(self, rows)
+        with (folder / "table.csv").open("ab") as table:
+            table.write(more)
+        os.utime(folder / "table.csv", ns=(1, 1))
+    monkeypatch.setattr(staging.StagedTable, "append", append_and_write)
+    with pytest.raises(script.Trouble, match="was written to or replaced while it was read") as trouble:
+        read_fast(folder, b"url,caption\na,b\nb,a caption that ")
+    assert trouble.value.exit_code == 3
 
 
 def test_full_disk_while_staging(folder, monkeypatch):

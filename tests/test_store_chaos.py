@@ -184,6 +184,8 @@ def test_answers_are_told_by_their_code():
     assert raised_for(answer_of_s3(403, "Unheard")) is PermissionError
     assert raised_for(answer_of_s3(400, "InvalidToken")) is remote.ExpiredCredentials
     assert raised_for(OSError("Forbidden: https://storage.example/b/k\nno storage.objects.get access")) is PermissionError
+    with pytest.raises(FileNotFoundError, match="no such bucket or object"), remote.calling("gs://nobox/k"):
+        raise FileNotFoundError("https://storage.example/upload/storage/v1/b/nobox/o")
     for said in ("Invalid Credentials, 401", "invalid_grant: Token has been expired", "ErrorCode:AuthenticationFailed",
                  "401 Client Error. Invalid credentials in Authorization header"):
         assert raised_for(Exception(said)) is remote.ExpiredCredentials

@@ -191,6 +191,10 @@ class _FileStager:
             say(remark)
         staged.files.append({"name": self.file.name, "rows": staged.rows - first_row, **identity,
                              "sha256": text.sha256()})
+        now = describe_file(self.file)
+        if any(now.get(key) != identity.get(key) for key in ("bytes", "mtime_ns", "version")):
+            raise Trouble(EXIT_INPUT, f"{self.file.path} was written to or replaced while it was read: run the same command "
+                                      "again when it is complete")
 
     def _append(self, batch: pa.Table) -> None:
         staged = self.staged

@@ -11,6 +11,7 @@ import errno
 import functools
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -114,7 +115,9 @@ def calling(path: str) -> Iterator[None]:
         if _code_of(error) in (401, 403):  # of a gated or private dataset the Hub's client says that there is none
             reason = f"no permission ({_describe_error(error.__cause__ or error)})"
             raise PermissionError(errno.EACCES, reason, path) from None
-        raise FileNotFoundError(errno.ENOENT, _describe_error(error) or "no such object", path) from None
+        said = _describe_error(error)
+        reason = f"no such bucket or object ({said})" if SCHEME.match(said) else said  # gcsfs says an address and no more
+        raise FileNotFoundError(errno.ENOENT, reason, path) from None
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, "it exists already", path) from error
     except IsADirectoryError as error:
@@ -172,6 +175,8 @@ def open_file_system(path: str) -> "tuple[AbstractFileSystem, str]":
 def _open_file_system(scheme: str, options: str, process: int) -> "AbstractFileSystem":
     """One file system for all threads of a process: fsspec itself would make one for each thread."""
     chosen: dict[str, Any] = json.loads(options)
+    if scheme in ("gs", "gcs"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with a traceback
     if scheme in ("s3", "s3a"):
         chosen["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **chosen.get("config_kwargs", {})}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **chosen)
