@@ -75,6 +75,14 @@ def test_transparent_colour_of_sixteen_bits(chances):
     assert np.abs(pixels_of(png(samples, 16, 2, samples[0, 0])) - expected).max() <= 1.5
 
 
+def test_png_without_its_palette(chances):
+    """A PNG whose palette is missing is corrupt, and not black."""
+    data = png(chances.integers(0, 16, (HEIGHT, WIDTH, 1)), 8, 3)
+    assert status_of(data) == ("corrupt", "no palette")
+    palette = chances.integers(0, 256, (16, 3)).astype(np.uint8).tobytes()
+    assert pixels_of(data[:33] + png_chunk(b"PLTE", palette) + data[33:]).max() > 0
+
+
 def test_orientation_of_a_transparent_png(chances):
     """A PNG whose transparent grey was set right is still turned as its EXIF says."""
     samples = chances.integers(0, 65536, (HEIGHT, WIDTH, 1))

@@ -54,7 +54,12 @@ def look_again(image: "PillowImage", data: bytes, config: Config) -> "PillowImag
 # ── PNG ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def _right_png(image: "PillowImage", depth: int) -> "PillowImage":
-    """The colour that is transparent stands in the file's own depth, where Pillow takes it for one of 8 bits."""
+    """The colour that is transparent stands in the file's own depth, where Pillow takes it for one of 8 bits.
+
+    RowFailure (`corrupt`) for an image that lacks its palette, of which Pillow makes a black one.
+    """
+    if image.mode == "P" and image.palette is None:
+        raise RowFailure("corrupt", "no palette")
     key = image.info.get("transparency")
     if isinstance(key, tuple) and depth == 16:
         image.info["transparency"] = tuple(level >> 8 for level in key)  # as Pillow does with the pixels
