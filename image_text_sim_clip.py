@@ -197,7 +197,7 @@ INTERRUPTION = Interruption()
 
 def say(message: str) -> None:
     """Write one line of talk to stderr (stdout belongs to the result). What a stranger named cannot steer the terminal."""
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], message)
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", lambda odd: ascii(odd[0])[1:-1], message)
     with contextlib.suppress(OSError, RuntimeError):  # a full disk, a terminal that has gone; a signal amid another line
         print(shown, file=sys.stderr, flush=True)
 

@@ -284,6 +284,12 @@ def test_two_byte_order_marks(rows_of):
     assert captions(rows_of(b"\xef\xbb\xbf\xef\xbb\xbfurl,caption\na,b\n")[1]) == ["b"]
 
 
+def test_a_mark_that_nobody_sees(rows_of):
+    """A byte order mark within a column's name is shown by its number where that column is missed."""
+    outcome = rows_of('"\ufeffurl","caption"\na,b\n')[0]
+    assert outcome.code == 3 and r"\ufeffurl, caption" in outcome.stderr
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_is_said_clearly(rows_of, encoding):
     """A UTF-16 table with a BOM is refused with the word and what to set."""
