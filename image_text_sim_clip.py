@@ -1956,7 +1956,7 @@ def find_model(config: Config) -> ModelFiles:
 
 def find_in_folder(folder: pathlib.Path, name: str, safetensors_only: bool = False) -> ModelFiles:
     """The model in a local folder; raises Trouble (exit 6) for a folder that is none."""
-    if is_open_clip({path.name for path in folder.iterdir()}, name):
+    if is_open_clip({path.name for path in folder.iterdir()}, name, folder):
         open_clip_files = addon("models.open_clip_files", f"pretrained_model {name!r} (open_clip's format)")
         return open_clip_files.find_in_folder(folder, name, safetensors_only)
     if ADDONS.is_dir():
@@ -1971,31 +1971,30 @@ def find_in_folder(folder: pathlib.Path, name: str, safetensors_only: bool = Fal
     return ModelFiles(folder, "", True)
 
 
-def is_open_clip(files: set[str], name: str) -> bool:
-    """Whether a model with these files is to be read in open_clip's format: where it is not in transformers' as well, which
-    takes an image processor and weights, or where its name asks for it by open_clip's prefix `hf-hub:`."""
-    has_processor = not files.isdisjoint({"preprocessor_config.json", "processor_config.json"})
-    is_in_transformers_format = has_processor and not files.isdisjoint({*SAFETENSORS, *PICKLES})
-    return OPEN_CLIP_CONFIG in files and (name.startswith("hf-hub:") or not is_in_transformers_format)
+def is_open_clip(files: set[str], name: str, folder: pathlib.Path | None) -> bool:
+    """Whether a model with these files, whose config.json lies in `folder`, if it can be had, is read in open_clip's format."""
+    return OPEN_CLIP_CONFIG in files and ADDONS.is_dir() and addon("models.open_clip_files", name).is_meant(files, name, folder)
 
 
 def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
     """Download what is missing of the model at one commit. Where the Hub cannot be asked (no network, HF_HUB_OFFLINE), its
     local cache answers. Raises Trouble (exit 6) that says what was tried."""
-    import huggingface_hub
+    import huggingface_hub.utils
     repository = name.removeprefix("hf-hub:")
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     listed, tried = _list_hub_files(repository, revision)
-    is_listed_open_clip = is_open_clip(listed, name)
-    if listed and ADDONS.is_dir() and not is_listed_open_clip:
-        addon("models.folders", f"pretrained_model {name!r}").check_names(listed, name)
+    folders = addon("models.folders", f"pretrained_model {name!r}") if listed and ADDONS.is_dir() else None
+    config_folder = folders.fetch_config(repository, revision, listed) if folders else None
+    is_listed_open_clip = is_open_clip(listed, name, config_folder)
+    if folders and not is_listed_open_clip:
+        folders.check_listed(listed, name, config_folder)
     prefix = "open_clip_" if is_listed_open_clip else ""
     has_safetensors = not listed.isdisjoint(prefix + file for file in SAFETENSORS)
     patterns = ["*.json", "*.txt", "*.model"]
     if listed:  # offline the client holds the cache against the whole list: no pattern for what was never asked for
         patterns.append(prefix + ("model*.safetensors" if has_safetensors or safetensors_only else "pytorch_model*.bin"))
         patterns += ["adapter_model*.safetensors"] * (ADAPTER in listed)
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(  # by branch or tag, or the cache would not know it offline
             repository, revision=revision, allow_patterns=patterns, local_files_only=not listed))
@@ -2004,7 +2003,7 @@ def find_on_hub(name: str, revision: str, safetensors_only: bool) -> ModelFiles:
         tried += f", the Hub ({type(reason).__name__}: {str(reason)[:120]})" if listed else ", the local cache (not there)"
         raise Trouble(EXIT_MODEL, f"cannot get {name} ({revision}): {tried}; {BUNDLED_HINT}") from None
     files = {path.name for path in folder.iterdir() if path.exists()}
-    open_clip = is_open_clip(files, name)
+    open_clip = is_open_clip(files, name, folder)
     prefix = "open_clip_" if open_clip else ""
     safetensors = not files.isdisjoint(prefix + file for file in SAFETENSORS)
     commit = folder.resolve().name

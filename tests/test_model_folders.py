@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -410,6 +411,22 @@ def test_a_repository_is_judged_by_its_names(names, parts, monkeypatch):
     assert trouble.value.exit_code == 6
     for part in (*parts, "some-one/model"):
         assert part in str(trouble.value)
+
+
+@pytest.mark.parametrize(("config", "part"), [
+    ({"model_type": "blip-2"}, "is a 'blip-2' model"), ({"model_type": "clip_text_model"}, "is a 'clip_text_model' model"),
+    ({"model_type": "clip", "architectures": ["EvaCLIPModel"], "auto_map": {"AutoModel": "its.EvaCLIPModel"}}, "EvaCLIPModel"),
+    ({}, "names no model_type"), ([], "no JSON object")])
+def test_a_repository_of_another_kind_is_not_downloaded(config, part, monkeypatch, tmp_path):
+    """What a repository's config.json says is told before gigabytes of weights are downloaded."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {"config.json", "preprocessor_config.json", "model.safetensors"}
+    monkeypatch.setattr(script, "_list_hub_files", lambda name, revision: (names, ""))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(tmp_path / file))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("it was downloaded"))
+    with pytest.raises(script.Trouble, match=part) as trouble:
+        script.find_on_hub("some-one/model", "main", False)
+    assert trouble.value.exit_code == 6 and "some-one/model" in str(trouble.value)
 
 
 @pytest.mark.parametrize("names", [

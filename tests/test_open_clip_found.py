@@ -142,6 +142,28 @@ def test_weights_that_do_not_fit_are_refused(alter, named, own):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", [
+    {"architecture": "vit_base_patch32_clip_224", "num_classes": 512, "pretrained_cfg": {"tag": "openai"}},
+    {"model_type": "clip", "architectures": ["MarqoFashionCLIP"], "auto_map": {"AutoModel": "marqo.MarqoFashionCLIP"}}])
+def test_what_transformers_cannot_read_is_read_in_open_clips_format(config, own, model, shelf):
+    """A folder with both formats' files whose config.json is timm's, or for code of its own, is open_clip's; one that
+    transformers can read is not."""
+    image = tiny.picture(70, 50, 1)
+    for path in shelf("clip-base-patch32").iterdir():
+        if not (own / path.name).exists():
+            shutil.copy(path, own)
+    (own / tiny.BPE_FILE).replace(own / "aside")
+    assert load(own).family.kind == "clip"
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (own / name).unlink()
+    (own / "aside").replace(own / tiny.BPE_FILE)
+    (own / "config.json").write_text(json.dumps(config))
+    scorer = load(own)
+    assert scorer.family.kind == "open_clip"
+    assert scorer.similarity([image], ["two cats"]) == load(model).similarity([image], ["two cats"])
+
+
+@pytest.mark.slow
 def test_other_forms_of_the_same_weights_score_the_same(own, model):
     """`module.` of a training run, CustomTextCLIP's `text.`, half precision and one-element scales load as the plain form."""
     wanted = load(model).similarity([tiny.picture(70, 60, 1)], ["two cats"])

@@ -1,8 +1,8 @@
 """Model folders as people have them: what is wrong with one is found before it is loaded, and told with its cure in one line.
 
-`check_names` looks at names alone, those in a folder or those that the Hub lists before anything is downloaded; `check_folder`
-also looks into the files. What only the loaded model can tell (weights, sizes, vocabulary, whether it computes) the script
-checks itself.
+`check_names` looks at names alone, those in a folder or those that the Hub lists before anything is downloaded; `check_listed`
+also at the config.json that is downloaded first, and `check_folder` into all files. What only the loaded model can tell
+(weights, sizes, vocabulary, whether it computes) the script checks itself.
 """
 import contextlib
 import json
@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from image_text_sim_clip import ADAPTER, EXIT_MODEL, FAMILIES, SAFETENSORS, Family, ModelFiles, Scorer, Trouble, say
+from image_text_sim_clip import (
+    ADAPTER,
+    EXIT_MODEL,
+    FAMILIES,
+    SAFETENSORS,
+    Family,
+    ModelFiles,
+    Scorer,
+    Trouble,
+    find_family,
+    say,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +79,27 @@ def _describe_other_format(names: Collection[str]) -> str:
         return ("holds no config.json, only weights: copy config.json, preprocessor_config.json and the tokenizer's files of "
                 "its base model to it")
     return "holds no config.json: not a model folder"
+
+
+def fetch_config(repository: str, revision: str, names: Collection[str]) -> pathlib.Path | None:
+    """A folder with the config.json of a repository of the Hub, which is downloaded alone; None where there is none, or it
+    cannot be had."""
+    import huggingface_hub
+    if "config.json" not in names:
+        return None
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)).parent
+    except Exception:  # what it is will be told where all files are downloaded
+        return None
+
+
+def check_listed(names: Collection[str], name: str, config_folder: pathlib.Path | None) -> None:
+    """Raise Trouble (exit 6) for a repository of the Hub that is no model that the script reads, before gigabytes of it are
+    downloaded: by its files' names, and by its config.json where that could be had."""
+    check_names(names, name)
+    if config_folder and ADAPTER not in names:
+        _refuse_own_code(_read_object(config_folder / "config.json", name), "config.json", name)
+        find_family(ModelFiles(config_folder, "", True), name)
 
 
 def check_folder(folder: pathlib.Path, name: str) -> None:
@@ -190,17 +222,28 @@ def _read_object(path: pathlib.Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
-    """Raise Trouble (exit 6) where a file asks for a class by code of its own, for which transformers would take another."""
+def find_own_code(content: dict[str, Any]) -> str:
+    """The class that a config file asks for by code of its own, for which transformers would take another; else empty."""
+    if not content.get("auto_map"):
+        return ""
+    import transformers
     architectures = content.get("architectures")
     named = [content.get("tokenizer_class"), content.get("image_processor_type"),
              *(architectures if isinstance(architectures, list) else [])]
-    if content.get("auto_map"):
-        import transformers
-        foreign = [str(one) for one in named if one and not hasattr(transformers, str(one))]
-        if foreign:
-            raise Trouble(EXIT_MODEL, f"{name}: its {file} asks for {foreign[0]}, which comes with code of its own, and "
-                                      "that is never run")
+    return next((str(one) for one in named if one and not hasattr(transformers, str(one))), "")
+
+
+def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
+    """Raise Trouble (exit 6) where a file asks for a class by code of its own."""
+    foreign = find_own_code(content)
+    if foreign:
+        raise Trouble(EXIT_MODEL, f"{name}: its {file} asks for {foreign}, which comes with code of its own, and that is never "
+                                  "run")
+
+
+def is_for_transformers(config: dict[str, Any]) -> bool:
+    """Whether a config.json is for transformers without code of its own."""
+    return bool(config.get("model_type")) and not find_own_code(config)
 
 
 def _weights_files(folder: pathlib.Path, files: set[str], name: str) -> set[str]:

@@ -4,10 +4,12 @@ import pathlib
 import pickle
 import re
 import zipfile
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from addons.models.folders import PROCESSOR_FILES, is_for_transformers
 from addons.models.open_clip_config import CONFIG_FILE
-from image_text_sim_clip import BUNDLED_HINT, EXIT_MODEL, ModelFiles, Trouble, say
+from image_text_sim_clip import BUNDLED_HINT, EXIT_MODEL, PICKLES, SAFETENSORS, ModelFiles, Trouble, read_json, say
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,21 @@ OPENAI_MODELS = {
     "RN50": "hf-hub:timm/resnet50_clip.openai", "RN101": "hf-hub:timm/resnet101_clip.openai",
     "RN50x4": "hf-hub:timm/resnet50x4_clip.openai", "RN50x16": "hf-hub:timm/resnet50x16_clip.openai",
     "RN50x64": "hf-hub:timm/resnet50x64_clip.openai"}
+
+
+def is_meant(files: Collection[str], name: str, folder: pathlib.Path | None) -> bool:
+    """Whether a model that has open_clip's config among its files is read in that format: where its name asks for it by
+    open_clip's prefix, and where it is not in transformers' format as well, which takes an image processor, weights and a
+    config.json, in `folder`, that is transformers' own and not timm's, or for code that is never run."""
+    is_in_transformers_format = has_any(files, PROCESSOR_FILES) and has_any(files, (*SAFETENSORS, *PICKLES))
+    if is_in_transformers_format and folder:
+        is_in_transformers_format = is_for_transformers(read_json(folder / "config.json") or {})
+    return name.startswith("hf-hub:") or not is_in_transformers_format
+
+
+def has_any(files: Collection[str], wanted: tuple[str, ...]) -> bool:
+    """Whether one of the wanted is among the files."""
+    return any(file in files for file in wanted)
 
 
 def find_in_folder(folder: pathlib.Path, name: str, safetensors_only: bool) -> ModelFiles:
