@@ -31,6 +31,8 @@ from typing import NoReturn
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # which `python -I` and PYTHONSAFEPATH leave out
+
 from addons.curation import ImageRule, duplicates, examples, marks, plots, review, rules
 from addons.curation.export import EXPORTS, Exported, KeptRows, remove_tables_of_other_rows
 from addons.curation.finished import FinishedRun, check_embeddings, open_run, read_similarities, read_values
@@ -386,7 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
     tell_summary(choice)
     result = dataclasses.asdict(choice)
     keys = ("rows", "scored", "kept", "dropped", "cut_similarity", "random_pairs_at_cut", "exported", "not_exported", "labels")
-    print(json.dumps({key: result[key] for key in keys} | {"output": str(folder)}), flush=True)
+    with output_disk("the summary to stdout"):
+        print(json.dumps({key: result[key] for key in keys} | {"output": str(folder)}), flush=True)
     return 0
 
 

@@ -3011,6 +3011,9 @@ def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or the rename itself could be lost with the power
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # Samba and others know no such thing
+                raise
         finally:
             os.close(folder)
     finally:
@@ -3085,6 +3088,7 @@ def locked(output: pathlib.Path, name: str = ".lock") -> Iterator[None]:
             yield
         return
     import filelock
+    warnings.filterwarnings("ignore", module="filelock")  # it tells for each lock that a disk has no flock, and does without
     with output_disk(output):
         output.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(output / name)
@@ -3835,8 +3839,7 @@ def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
             addon("results.earlier_run", "output_path").remove_traces(plan.output)
     print_summary(job.config, stored)
     keys = ("rows", "input_rows", "scored", "failed", "malformed", "pairs_per_s", "mean_similarity")
-    shown = {key: stored[key] for key in keys if key in stored}
-    return shown | {"output": str(job.results_path())}
+    return {key: stored[key] for key in keys if key in stored} | {"output": str(job.results_path())}
 
 
 def write_results(job: Job) -> Json:
@@ -3950,9 +3953,8 @@ def run() -> typing.NoReturn:
     """`main` with its endings: one line for a user's mistake, 128 + n for a signal, a traceback for a bug."""
     INTERRUPTION.install()
     sys.stderr = sys.stderr or io.StringIO()  # closed by whoever started us: the talk is lost, no more
-    code = 0
     try:
-        main()
+        code = main()
     except Trouble as trouble:
         say(f"error: {trouble}")
         code = trouble.exit_code
@@ -3965,12 +3967,11 @@ def run() -> typing.NoReturn:
         say("interrupted: finished partitions are kept, the same command resumes")
         code = 128 + interrupted.signum
         if not PROFILED:  # loader threads may sit in a fetch until its deadline; who pressed Ctrl-C does not wait for them
-            sys.stdout.flush()
             os._exit(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))  # which `python -P` leaves out
+    sys.path.insert(0, str(ADDONS.parent))  # which `python -I` and PYTHONSAFEPATH leave out
     import image_text_sim_clip  # the same file under its own name, from which the add-ons import
     image_text_sim_clip.run()

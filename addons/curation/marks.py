@@ -15,7 +15,7 @@ from addons.curation.finished import FinishedRun
 from addons.curation.labels import ERROR_RATE, LABELS, Cells, Goal, Marks, Shortfall, make_cells, prove_cut
 from addons.curation.review import find_limits, scatter
 from addons.curation.rules import Curation
-from image_text_sim_clip import EXIT_CONFIG, Trouble, as_path, say
+from image_text_sim_clip import EXIT_CONFIG, Trouble, as_path, expand_home, say
 
 OUT_OF_TURN = "were made out of turn"
 SAME_SCORE = 1e-5  # another machine scores the same pair within 1e-6, and a spreadsheet may have rounded
@@ -147,7 +147,7 @@ def find_proved_cut(curation: Curation, run: FinishedRun) -> ProvedCut | None:
     goal = make_goal(curation)
     if goal is None or curation.labels is None:
         return None
-    path = as_path(curation.labels).expanduser()
+    path = as_path(expand_home("curate.labels", curation.labels))
     marks = read_marks(path)
     cells = make_cells(run.matched_counts())
     if not len(cells.rows):

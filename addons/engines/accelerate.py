@@ -5,13 +5,16 @@ There is no barrier at the end, which would time out while one rank is still at 
 waits for the marks and writes the results. A rank that dies ends the group (the launcher sees to it), and the same
 command does the rest.
 """
+import contextlib
 import datetime
 import os
 import pathlib
+import signal
 import time
 import typing
+from collections.abc import Iterator
 
-from image_text_sim_clip import EXIT_CONFIG, Job, Trouble, in_store, name_of_mine, say
+from image_text_sim_clip import EXIT_CONFIG, INTERRUPTION, Job, Trouble, in_store, name_of_mine, say
 
 if typing.TYPE_CHECKING:
     from accelerate import PartialState
@@ -23,7 +26,7 @@ LOOK_INTO_STORE_S = 2.0  # ... and in an object store, where each look is a requ
 
 def run(job: Job) -> bool:
     """Plan the job, do this rank's share of it, and wait for the others; True on rank 0, which writes the results."""
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    world_size = read_world_size()
     if world_size == 1:
         say("accelerate: world size 1 (accelerate launch --cpu starts one process, whatever --num_processes says: use "
             "--multi_gpu, or torchrun, which start as many as you ask for, with or without a GPU)")
@@ -42,14 +45,37 @@ def run(job: Job) -> bool:
     return True
 
 
+def read_world_size() -> int:
+    """How many processes the launcher has started; Trouble (exit 2) where what it sets beside that is missing."""
+    told = os.environ.get("WORLD_SIZE") or "1"
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not told.isdigit() or int(told) < 1 or (told != "1" and lacking):
+        others = f", without {', '.join(lacking)}" if lacking else ""
+        raise Trouble(EXIT_CONFIG, f"WORLD_SIZE is {told!r} in the environment{others}: start the command with accelerate "
+                                   "launch or torchrun, or do all of it here with --set engine=local")
+    return int(told)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While in this context, Ctrl-C and SIGTERM end the process: torch waits for other ranks where Python hears no signal."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        INTERRUPTION.install()
+
+
 def join_group(job: Job, world_size: int) -> "PartialState":
     """Join the launcher's group of processes; Trouble (exit 2) where it has another size than the environment says."""
     import torch
     from accelerate import PartialState
-    if job.config.use_cuda and torch.cuda.is_available():
-        state = PartialState(timeout=PATIENCE)
-    else:
-        state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
+    with ended_by_signals():
+        if job.config.use_cuda and torch.cuda.is_available():
+            state = PartialState(timeout=PATIENCE)
+        else:
+            state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
     if state.num_processes != world_size:
         raise Trouble(EXIT_CONFIG, f"the launcher speaks of {world_size} processes, but this group has {state.num_processes}")
     return state
@@ -67,7 +93,8 @@ def share_list(job: Job, rank: int, world_size: int) -> tuple[str, list[int]]:
         say(f"accelerate: world size {world_size}")
         pattern = name_of_mine(pathlib.Path("part-rank")).name
         told = [(pattern, [partition.index for partition in job.pending()])]
-    broadcast_object_list(told, from_process=0)  # replaces the item on all ranks but 0
+    with ended_by_signals():
+        broadcast_object_list(told, from_process=0)  # replaces the item on all ranks but 0
     if rank > 0:
         job.make_plan(joins=True)
     return told[0]

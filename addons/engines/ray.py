@@ -12,8 +12,10 @@ import math
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 import typing
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,11 +35,13 @@ from image_text_sim_clip import (
     make_plan,
     part_is_done,
     read_part_metadata,
+    say,
 )
 
 if typing.TYPE_CHECKING:
     import ray.data
 
+ANSWERS_WITHIN_S = 10.0  # the cluster to join; Ray itself would try for minutes, and hear no signal meanwhile
 CALLS_OF_AN_ACTOR = 4  # among which the partitions of a table of URLs are divided: at the end of each, late rows are waited for
 JOB = "IMAGE_TEXT_SIM_JOB"  # the environment variable that tells actors what to do: it outlives the node that started them
 
@@ -107,6 +111,7 @@ def run(job: Job) -> bool:
         try:
             INTERRUPTION.install()  # Ray has taken SIGTERM over
             quieten_ray()
+            look_for_gpus(job)
             groups = group_partitions(job, todo, most)
             items = ray.data.from_items([{"indexes": group} for group in groups], override_num_blocks=len(groups))
             answers = items.flat_map(
@@ -147,13 +152,42 @@ def pool_size(job: Job) -> tuple[int, int]:
 def start_ray(job: Job, code: str, most_actors: int) -> None:
     """Join the cluster at `ray_address`, or start one on this machine; the folder `code` and the job travel along."""
     import ray
+    address = job.config.ray_address
     variables = {JOB: describe_job(job)}
     options: dict[str, Any] = {}
-    if not job.config.ray_address:
+    if address:
+        refuse_unreachable(address)
+    else:
         variables["LOCAL_WORLD_SIZE"] = str(most_actors)  # the actors divide this machine's cores among them
         options = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}  # listen on this machine only, serve no page
-    ray.init(address=job.config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR,
-             runtime_env={"working_dir": code, "env_vars": variables}, **options)
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
+                 runtime_env={"working_dir": code, "env_vars": variables}, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # no address, no cluster, or one of another version
+        if not address:
+            raise
+        raise Trouble(EXIT_CONFIG, f"ray_address {address!r}: {error}") from error
+
+
+def refuse_unreachable(address: str) -> None:
+    """Trouble (exit 2) where nobody listens at an address of the form host:port; others (`auto`) are Ray's to judge."""
+    try:
+        place = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+        if place.hostname and place.port:
+            socket.create_connection((place.hostname, place.port), ANSWERS_WITHIN_S).close()
+    except (OSError, ValueError) as error:
+        raise Trouble(EXIT_CONFIG, f"ray_address {address!r}: no cluster answers there ({error})") from error
+
+
+def look_for_gpus(job: Job) -> None:
+    """Trouble (exit 2) where this machine has fewer GPUs than `ray_gpus`: Ray would wait for ever. A cluster may grow."""
+    import ray
+    most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    wished = job.config.ray_gpus
+    if wished > most and not job.config.ray_address:
+        raise Trouble(EXIT_CONFIG, f"ray_gpus is {wished:g}, and Ray finds {most:g} GPUs on this machine")
+    if wished > most:
+        say(f"ray_gpus is {wished:g}, and no node of the cluster has more than {most:g} GPUs: waiting for one that has")
 
 
 def describe_job(job: Job) -> str:

@@ -24,8 +24,9 @@ def run(job: Job) -> bool:
     mine = [partition for partition in job.pending() if partition.index % task.tasks == task.place % task.tasks]
     say(f"slurm: task {task.place} of {task.tasks}, {len(mine)} partitions")
     job.work(mine, f"task {task.place}")
-    if job.pending():
-        say("slurm: other tasks are still at work; the last one writes the results")
+    if left := len(job.pending()):
+        say(f"slurm: {left} partitions are left to the other tasks, the last of which writes the results (where each task has "
+            "a table and an output_path of its own: --set engine=local)")
         return False
     job.once = bool(mine) or task.place > 0  # of tasks that end at the same time, the first one speaks
     return True

@@ -21,6 +21,7 @@ What lives here:
                      web_report.py what the summary tells
     marks.py         marks of the partitions being tried, by which a run that an image has killed is found out
     guard.py         a time limit around decoding; doubtful images, and all after a crash, go to child processes
+    stopwatch.py     how long an image has been waited for, stops of the process apart
     memory.py        how much memory the images of a run may take together
     inside.py        opens a file of `image_path` so that no link leads out of it
     spellings.py     other spellings of a name that is not there
@@ -34,8 +35,8 @@ What lives here:
     odd_images.py    16-bit, integer and float images, long strips, and what a file is that cannot be opened
     gpu_decode.py    `decode: gpu`, which decodes part of the JPEGs on the GPU
 
-Guard, memory, inside, costs and the second look (with halves, EXIF and odd images) are part of every run; each of the others is
-imported only by the run that needs it.
+Guard, stopwatch, memory, inside, costs and the second look (with halves, EXIF and odd images) are part of every run; each of
+the others is imported only by the run that needs it.
 """
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol

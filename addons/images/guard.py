@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -18,6 +17,7 @@ from addons.images import costs
 from addons.images.isolate import IsolatedDecoder
 from addons.images.marks import Marks, are_left_behind
 from addons.images.memory import Account, image_memory, open_account
+from addons.images.stopwatch import LOOK_S, Stopwatch
 from image_text_sim_clip import (
     PROFILED,
     Config,
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from image_text_sim_clip import Made
 
-LOOK_S = 0.25  # how often a thread that waits for an image looks whether that is overdue
 CHILDS_SHARE = 2  # a child may take the whole budget, which few images do: this part of it is reserved
 MOST_HELPERS = 4096  # as many as loader threads ask for at a time
 
@@ -92,12 +91,12 @@ class Guard:
         """
         with self._helpers.lend() as helper:
             helper.begin(work)
-            since = time.monotonic()
+            stopwatch = Stopwatch()
             while not helper.has_answered(LOOK_S):
-                now = time.monotonic()
+                seconds = stopwatch.look()
                 if account.waits:
-                    since = now
-                elif now - since > self.limit_s:
+                    stopwatch.restart()
+                elif seconds > self.limit_s:
                     helper.give_up()
                     self._isolate_all()
                     raise RowFailure("crashed", "decoder did not return")

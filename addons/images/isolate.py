@@ -3,6 +3,7 @@
 A decoder that crashes or never returns then costs one row, with the status `crashed`, and not the run. The child, its
 time limit and the pipes to it are the library pebble's.
 """
+import concurrent.futures
 import contextlib
 import multiprocessing
 import os
@@ -11,9 +12,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from addons.images.memory import image_memory
+from addons.images.stopwatch import LOOK_S, Stopwatch
 from image_text_sim_clip import (
     EXIT_CONFIG,
     REMARK,
@@ -26,10 +28,15 @@ from image_text_sim_clip import (
 )
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import pebble
     from PIL import Image
 
+Item = TypeVar("Item")
+
 FOR_THE_ANSWER_BYTES = 400_000_000  # that the image goes back as, twice, beyond what decoding takes
+WHY_A_CHILD = "images that may end their decoder are decoded in a process of their own"
 START_LIMIT_S = 60.0  # for a new child to import what it needs, which does not count in an image's limit
 
 
@@ -61,7 +68,7 @@ class IsolatedDecoder:
                 raise RowFailure("not_tried", "the run has ended")
             pool = self._pool or self._start_child()
             try:
-                answer = pool.schedule(decode_here, (self.decoder, data), timeout=self.limit_s).result()
+                answer = result_within(self.limit_s, pool.schedule(decode_here, (self.decoder, data)))
             except TimeoutError:
                 self._end_child()
                 raise RowFailure("crashed", "decoder did not return") from None
@@ -79,8 +86,7 @@ class IsolatedDecoder:
         try:
             import pebble
         except ImportError:
-            raise Trouble(EXIT_CONFIG, "a partition at which an earlier run crashed needs the package pebble "
-                                       "(pip install -r requirements.txt)") from None
+            raise Trouble(EXIT_CONFIG, f"{WHY_A_CHILD}: that needs pebble (pip install -r requirements.txt)") from None
         # spawn: a fork would copy the locks that torch's threads hold at this moment
         context = multiprocessing.get_context("spawn")
         self._pool = pebble.ProcessPool(max_workers=1, initializer=prepare_child,
@@ -92,8 +98,8 @@ class IsolatedDecoder:
             self.child_pid = ready.result(START_LIMIT_S)
         except (OSError, RuntimeError) as error:
             self._end_child()
-            raise Trouble(EXIT_CONFIG, "a partition at which an earlier run crashed is decoded in a process of its own, which "
-                                       f"cannot be started here: {str(error) or 'it does not answer'}") from error
+            raise Trouble(EXIT_CONFIG, f"{WHY_A_CHILD}, which cannot be started here ({str(error) or 'it does not answer'}): "
+                                       "that needs a /dev/shm which can be written to, memory and a further process") from error
         return self._pool
 
     def _end_child(self) -> None:
@@ -123,12 +129,22 @@ def _interruptions_blocked() -> Iterator[None]:
 
     pebble's child ignores SIGINT once it runs, but not while it still imports, and never SIGHUP.
     """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     resource_tracker.ensure_running()  # multiprocessing would start it with the first child, and unblock SIGINT thereby
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def result_within(limit_s: float, answer: "Future[Item]") -> Item:
+    """What the child answers; TimeoutError where it takes longer. pebble's own limit goes by the clock on the wall."""
+    stopwatch = Stopwatch()
+    while not concurrent.futures.wait([answer], timeout=LOOK_S).done:
+        if stopwatch.look() > limit_s:
+            raise TimeoutError
+    return answer.result()
 
 
 # ── What runs in the child ────────────────────────────────────────────────────────────────────────────────────────────

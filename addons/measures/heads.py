@@ -38,6 +38,7 @@ from image_text_sim_clip import (
     Plan,
     Scorer,
     Trouble,
+    expand_home,
     file_sha256,
     say,
 )
@@ -239,14 +240,18 @@ class Heads(ImageColumns):
         """The sha256 of each head's file."""
         found = {}
         for name, settings in self.read_settings(self.config).items():
-            path = pathlib.Path(settings.file).expanduser()
+            path = self._place_of(name, settings)
             found[name] = file_sha256(path) if path.is_file() else None
         return found
+
+    def _place_of(self, name: str, settings: HeadSettings) -> pathlib.Path:
+        """The path of a head's file; Trouble (exit 2) for the home folder of somebody unknown."""
+        return pathlib.Path(expand_home(f"measures.{self.name}.{name}", settings.file))
 
     def _load(self, name: str, settings: HeadSettings) -> Head:
         """The head of that name; Trouble (exit 2) for a file that makes none, or one made for another model."""
         try:
-            file = read_head_file(pathlib.Path(settings.file).expanduser())
+            file = read_head_file(self._place_of(name, settings))
             head = build_head(file, settings)
             self._refuse_other_model(name, file, head)
             return head

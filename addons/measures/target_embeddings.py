@@ -22,7 +22,19 @@ import numpy as np
 from addons.measures.embeddings import read_embeddings, unpack
 from addons.measures.image_columns import ImageColumns, is_same_model
 from addons.models.several import MEASURE_NAME
-from image_text_sim_clip import EXIT_CONFIG, Column, Config, ImageLoader, Json, Plan, Scorer, Trouble, file_sha256, read_json
+from image_text_sim_clip import (
+    EXIT_CONFIG,
+    Column,
+    Config,
+    ImageLoader,
+    Json,
+    Plan,
+    Scorer,
+    Trouble,
+    expand_home,
+    file_sha256,
+    read_json,
+)
 
 TILE = 4096  # target images in one matrix product
 
@@ -135,7 +147,7 @@ class TargetEmbeddings(ImageColumns):
                Column("target_norm", "float", "2-norm of the cosines of the image with all target images (NormSim)"))
 
     def __init__(self, config: Config, plan: Plan, scorer: Scorer, loader: ImageLoader) -> None:
-        path = pathlib.Path(self.read_settings(config)).expanduser()
+        path = pathlib.Path(expand_home(f"measures.{self.name}", self.read_settings(config)))
         try:
             if path.resolve() in (plan.output.resolve(), (plan.output / "parts").resolve()):
                 raise BadTarget("is this run's own folder")

@@ -75,8 +75,11 @@ Item = TypeVar("Item")
 # ── The cache ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def cache_folder() -> pathlib.Path:
-    """Where conversions are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    """Where conversions are kept; Trouble (exit 2) where nobody knows, as in a container whose user has no home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - pathlib's may raise
+    if home.startswith("~"):
+        raise Trouble(EXIT_CONFIG, "runtime: openvino keeps converted models in the home folder, and there is none: set "
+                                   "XDG_CACHE_HOME to a folder for them")
     return pathlib.Path(home) / "image_text_sim_clip" / "openvino"
 
 

@@ -72,10 +72,6 @@ class StorePath(pathlib.PosixPath):
         """It is absolute as it stands."""
         return self
 
-    def expanduser(self) -> Self:
-        """There is no home in a store."""
-        return self
-
     def glob(self, pattern: str) -> Generator[Self, None, None]:
         """The objects in this folder itself whose names fit."""
         beginning = re.split(r"[*?\[]", pattern)[0]
