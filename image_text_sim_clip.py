@@ -1077,17 +1077,16 @@ class Plan:
     def check_still_there(self) -> None:
         """Trouble (exit 2) unless the manifest on disk is this plan's; it is read again only when it is another file."""
         path = self.output / "manifest.json"
-        try:
+        with _reading(path):
             info = path.stat()
-        except OSError:
-            raise _planned_anew(self.output) from None
-        mark = (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        if mark == self._known_mark:
-            return
-        known = read_manifest(self.output)
-        if known is None or fingerprint_of(known) != self.fingerprint or known["settings"] != self.manifest["settings"]:
-            raise _planned_anew(self.output)
-        self._known_mark = mark
+            mark = (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+            if mark == self._known_mark:
+                return
+            known = read_manifest(self.output)
+            if known and fingerprint_of(known) == self.fingerprint and known["settings"] == self.manifest["settings"]:
+                self._known_mark = mark
+                return
+        raise _planned_anew(self.output)
 
 
 def _planned_anew(output: pathlib.Path) -> Trouble:
@@ -1143,7 +1142,7 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
     if in_store(output):
         addon("stores.leases", "output_path").check_workers(config, output)
     staged = {} if fresh else describe_staged(output)  # before the lock: a table may be large, and many tasks start at once
-    with locked(output):
+    with locked(output), output_disk(output):
         if ADDONS.is_dir():
             addon("results.earlier_run", "output_path").tidy_up(output)
         if fresh:
@@ -1154,8 +1153,7 @@ def make_plan(config: Config, fresh: bool = False, joins: bool = False) -> Plan:
             manifest = addon("results.earlier_run", alone).check(manifest, config, output, staged)
         if manifest is None:
             manifest = _write_manifest(config, output)
-        with output_disk(output):
-            (output / "parts").mkdir(exist_ok=True)
+        (output / "parts").mkdir(exist_ok=True)
         begins = not joins and not has_parts(output)
     table = find_reader(config.csv_path).open(manifest, config, output)
     return Plan(config, output, manifest, cut_rows(manifest, output), table, begins)
@@ -1191,7 +1189,8 @@ def has_parts(output: pathlib.Path) -> bool:
     """Whether anything is scored in `output` already."""
     if in_store(output):
         return bool(addon("stores.commits", "output_path").has_parts(output / "parts"))
-    return any((output / "parts").glob("part-*.parquet"))
+    with output_disk(output / "parts"):
+        return any((output / "parts").glob("part-*.parquet"))
 
 
 def settings_of(config: Config) -> Json:
@@ -3034,11 +3033,10 @@ def write_json(path: pathlib.Path, content: Json) -> None:
 
 
 def read_json(path: pathlib.Path) -> Json | None:
-    """The object in `path`, or None where there is none that can be read."""
-    try:
+    """The object in `path`, or None where there is none that could ever be read; Trouble (exit 5) as `_reading` has it."""
+    content = None
+    with _reading(path), contextlib.suppress(ValueError, RecursionError):
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
     return content if isinstance(content, dict) else None
 
 
@@ -3826,7 +3824,7 @@ RECORDED_KEYS = ("revision", "preprocess", "decode", "transparent_over", "exif_o
 def finalize(job: Job, curve: "MemoryCurve | None" = None) -> Json | None:
     """Write scores.csv (or .parquet), profile.json and memory-time.png from the parts; print and return the summary."""
     plan = job.plan
-    with locked(plan.output):
+    with locked(plan.output), output_disk(plan.output):
         if job.is_finished():
             if job.once:
                 return None

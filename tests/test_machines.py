@@ -4,11 +4,13 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -20,7 +22,7 @@ import image_text_sim_clip as script
 from addons.engines import accelerate, ray
 from addons.images import isolate, stopwatch
 from addons.images.guard import Guard
-from addons.measures import heads
+from addons.measures import heads, passport
 from addons.models import openvino_convert
 
 DRY = {"pretrained_model": "none", "use_cuda": False}
@@ -121,6 +123,51 @@ def test_disk_without_flock(config, run_main, monkeypatch, recwarn):
     outcome = run_main("--config", config, "--set", "partition_rows=1")
     assert outcome.code == 0 and outcome.result["scored"] == 3
     assert not [warning for warning in recwarn if "flock" in str(warning.message)]
+
+
+def fail_at(monkeypatch, name, code, method):
+    """Have `method` of pathlib.Path fail for files of that name."""
+    real = getattr(pathlib.Path, method)
+
+    def fail(self, *arguments, **options):
+        if self.name == name:
+            raise OSError(code, os.strerror(code), str(self))
+        return real(self, *arguments, **options)
+    monkeypatch.setattr(pathlib.Path, method, fail)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize(("name", "method"), [("manifest.json", "read_bytes"), ("manifest.json", "stat"), ("parts", "stat"),
+                                              ("part-00001.trying", "stat"), ("scores.csv", "stat"), ("pairs.parquet", "stat")])
+def test_disk_that_answers_late(config, run_main, monkeypatch, tmp_path, name, method, code):
+    """An error of the output's disk that may pass is exit 5 in one line, at whichever file: never another run, nor a bug."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, name, code, method)
+        outcome = run_main("--config", config, "--set", "partition_rows=1")
+        assert outcome.code in (0, 5), outcome  # 0: nobody asks
+    assert run_main("--config", config, "--set", "partition_rows=1").result["scored"] == 3
+    before = (tmp_path / "out/scores.csv").read_bytes()
+    (tmp_path / "out/parts/part-00001.parquet").unlink()
+    with monkeypatch.context() as patch:
+        fail_at(patch, name, code, method)
+        outcome = run_main("--config", config, "--set", "partition_rows=1")
+        assert outcome.code in (0, 5) and "--fresh" not in outcome.stderr and "anew" not in outcome.stderr, outcome
+    assert run_main("--config", config, "--set", "partition_rows=1").code == 0
+    assert (tmp_path / "out/scores.csv").read_bytes() == before
+
+
+def test_no_room_for_temporary_files(monkeypatch):
+    """An image that the score passport cannot keep on a full disk is not kept, and the run goes on."""
+    def refuse(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
+    kept = passport.KeptImages()
+    read = kept.keep_from({"large": b"0" * (passport.IN_MEMORY_BYTES + 1), "small": b"1"}.__getitem__)
+    kept.wait_for(["large", "small"])
+    assert len(read("large")) > passport.IN_MEMORY_BYTES and read("small") == b"1"
+    assert kept.take("large") is None and kept.take("small") == b"1"
+    kept.forget(["large", "small"])
+    kept.close()
 
 
 # ── Processes that are stopped ────────────────────────────────────────────────────────────────────────────────────────

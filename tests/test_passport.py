@@ -38,7 +38,7 @@ def test_comparison_of_known_numbers():
 def test_comparison_of_nothing_and_of_constants():
     """No rows and rows that are all alike have a comparison without a correlation."""
     assert drifts.compare_scores([], [])["rows"] == 0
-    assert drifts.describe_drift(drifts.compare_scores([], [])) == "no row was scored"
+    assert drifts.describe_drift(drifts.compare_scores([], [])) == "no row was scored twice"
     alike = drifts.compare_scores([0.5, 0.5], [0.5, 0.5])
     assert alike["rank_correlation"] is None
     assert alike["max_difference"] == 0 == alike["top_30_percent_changed"]

@@ -33,6 +33,7 @@ from image_text_sim_clip import (
     Trouble,
     Worker,
     make_plan,
+    output_disk,
     part_is_done,
     read_part_metadata,
     say,
@@ -198,9 +199,10 @@ def describe_job(job: Job) -> str:
 
 
 def copy_code(folder: pathlib.Path) -> None:
-    """Copy the script and the whole of addons/ to `folder`, under the names that actors import."""
-    shutil.copy(image_text_sim_clip.__file__, folder / "image_text_sim_clip.py")
-    shutil.copytree(ADDONS, folder / "addons", ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the script and addons/ to `folder`, under the names that actors import; Trouble (exit 5) for its disk."""
+    with output_disk(folder):
+        shutil.copy(image_text_sim_clip.__file__, folder / "image_text_sim_clip.py")
+        shutil.copytree(ADDONS, folder / "addons", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def quieten_ray() -> None:

@@ -24,10 +24,10 @@ class Marks:
     def begin(self, partition: Partition) -> None:
         """Mark a partition; one that an earlier run has left stays that run's."""
         mark = mark_of(partition)
-        if not mark.exists():
-            with output_disk(mark):
+        with output_disk(mark):
+            if not mark.exists():
                 mark.touch()
-            self._made.add(mark)
+                self._made.add(mark)
 
     def finish(self, partition: Partition) -> None:
         """Take the mark of a finished partition away, whoever has made it."""
@@ -46,10 +46,14 @@ class Marks:
 
 def are_left_behind(partitions: list[Partition]) -> bool:
     """Whether an earlier run died or hung in one of the partitions."""
-    if len(partitions) > 1 and in_store(partitions[0].folder):  # one list instead of thousands of requests
-        there = {path.name for path in partitions[0].folder.glob("part-*.trying")}
+    if not partitions:
+        return False
+    folder = partitions[0].folder
+    if len(partitions) > 1 and in_store(folder):  # one list instead of thousands of requests
+        there = {path.name for path in folder.glob("part-*.trying")}
         return any(mark_of(partition).name in there for partition in partitions)
-    return any(mark_of(partition).exists() for partition in partitions)
+    with output_disk(folder):
+        return any(mark_of(partition).exists() for partition in partitions)
 
 
 def remove_marks(paths: Iterable[pathlib.Path]) -> None:

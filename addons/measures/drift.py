@@ -83,7 +83,7 @@ def _correlate_ranks(first: np.ndarray, second: np.ndarray) -> float | None:
 def describe_drift(drift: Json) -> str:
     """One line of what `compare_scores` returns."""
     if not drift["rows"]:
-        return "no row was scored"
+        return "no row was scored twice"
     correlation = "undefined" if drift["rank_correlation"] is None else f"{drift['rank_correlation']:.4f}"
     return (f"{drift['rows']} rows, |difference| {drift['max_difference']:.1e} at most, 99 % below "
             f"{drift['p99_difference']:.1e}, rank correlation {correlation}, top 30 %: "

@@ -114,7 +114,11 @@ class KeptImages:
             if source not in self._waiting or source in self._files or self._bytes + len(data) > KEPT_BYTES:
                 return
             file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115 - closed by `forget`
-            file.write(data)
+            try:
+                file.write(data)
+            except OSError:  # no room for temporary files: the passport has fewer rows
+                file.close()
+                return
             self._files[source] = file
             self._bytes += len(data)
 
