@@ -19,6 +19,7 @@ What it is made of lies in addons/curation/.
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -395,6 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """`main` with its endings: one line for a user's mistake, 130 for Ctrl-C, a traceback for a bug."""
+    sys.stderr = sys.stderr or io.StringIO()  # closed by whoever started us; or what is said would go to stdout
     try:
         sys.exit(main())
     except Trouble as trouble:

@@ -70,6 +70,14 @@ def test_interrupted_without_stdout(config, tmp_path):
     assert done.returncode == 143 and "Traceback" not in done.stderr, done
 
 
+@pytest.mark.parametrize("program", ["image_text_sim_clip.py", "curate.py"])
+def test_talk_does_not_go_to_stdout(tmp_path, program):
+    """With stderr closed, what would be said is lost, and stdout is the result's alone."""
+    shell = f'"{sys.executable}" "{ROOT / program}" --config nowhere.yaml 2>&-'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "", done
+
+
 # ── Homes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_no_home_folder(monkeypatch):
@@ -290,6 +298,17 @@ def test_rank_whose_others_never_come(config, start_cli):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode in (-signal.SIGTERM, 143)
+
+
+def test_rank_0_says_whom_it_waits_for(tmp_path, monkeypatch, capsys):
+    """Who waits for ranks that may have died without a launcher that sees it is told which, once."""
+    monkeypatch.setattr(accelerate, "TELL_AFTER_S", 0.0)
+    marks = [tmp_path / f"rank-{rank}" for rank in (1, 2, 3)]
+    marks[1].touch()
+    for delay_s, mark in ((0.3, marks[0]), (0.5, marks[2])):
+        threading.Timer(delay_s, mark.touch).start()
+    accelerate.await_marks(marks)
+    assert capsys.readouterr().err.count("waiting for ranks 1, 3") == 1 and not any(mark.exists() for mark in marks)
 
 
 def test_slurm_tells_of_the_way_out(config, run_main, monkeypatch):

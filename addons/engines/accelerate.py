@@ -14,13 +14,14 @@ import time
 import typing
 from collections.abc import Iterator
 
-from image_text_sim_clip import EXIT_CONFIG, INTERRUPTION, Job, Trouble, in_store, name_of_mine, say
+from image_text_sim_clip import EXIT_CONFIG, INTERRUPTION, Job, Trouble, in_store, name_of_mine, output_disk, say
 
 if typing.TYPE_CHECKING:
     from accelerate import PartialState
 
 PATIENCE = datetime.timedelta(days=30)  # rank 0 may stage a large table while the others wait
 LOOK_AGAIN_S = 0.1  # how often rank 0 looks for the marks of the others ...
+TELL_AFTER_S = 60.0  # whom rank 0 waits for, when it has done its own share
 LOOK_INTO_STORE_S = 2.0  # ... and in an object store, where each look is a request
 
 
@@ -39,7 +40,8 @@ def run(job: Job) -> bool:
     mine = [job.plan.partitions[index] for index in indices[rank::world_size]]
     job.work(mine, f"rank {rank}", judge=rank == 0)
     if rank > 0:
-        marks[rank - 1].touch()
+        with output_disk(marks[rank - 1]):
+            marks[rank - 1].touch()
         return False
     await_marks(marks)
     return True
@@ -101,8 +103,14 @@ def share_list(job: Job, rank: int, world_size: int) -> tuple[str, list[int]]:
 
 
 def await_marks(marks: list[pathlib.Path]) -> None:
-    """Wait until every other rank has left its mark, and remove the marks."""
-    while not all(mark.exists() for mark in marks):
-        time.sleep(LOOK_INTO_STORE_S if in_store(marks[0]) else LOOK_AGAIN_S)
-    for mark in marks:
-        mark.unlink(missing_ok=True)
+    """Wait until every other rank has left its mark, and remove the marks. After a while it is said who is waited for."""
+    began = time.monotonic()
+    is_told = False
+    with output_disk(marks[0].parent):
+        while late := [rank for rank, mark in enumerate(marks, 1) if not mark.exists()]:
+            if not is_told and time.monotonic() - began > TELL_AFTER_S:
+                is_told = True
+                say(f"accelerate: waiting for ranks {', '.join(map(str, late))}; if one has died, stop this and run it again")
+            time.sleep(LOOK_INTO_STORE_S if in_store(marks[0]) else LOOK_AGAIN_S)
+        for mark in marks:
+            mark.unlink(missing_ok=True)
