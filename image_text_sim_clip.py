@@ -2071,7 +2071,7 @@ class Family:
 
     kind: ClassVar[str]  # config.json's model_type
     architecture: ClassVar[str]  # its class in transformers
-    attention: ClassVar[str] = "sdpa"  # the implementation of attention that is asked for
+    attention: ClassVar[str | None] = "sdpa"  # the implementation of attention that is asked for; None: transformers chooses
     takes_any_size: ClassVar[bool] = False  # whether images may have another size than its config says, as convolutions allow
     folders: FolderPlaces | None = None  # where it was read from
 
@@ -2113,7 +2113,7 @@ class Family:
             tokenizer = transformers.AutoTokenizer.from_pretrained(at.tokenizer, trust_remote_code=False)
             # explicit, because the default backend depends on what is installed, and the two differ slightly
             processor = transformers.AutoImageProcessor.from_pretrained(at.images, backend="pil", trust_remote_code=False)
-        check_weights(loading, name)
+        cls.check_weights(model, loading, name)
         if adapters:
             model = adapters.merge(model, files, name)
         family = cls(model.eval().requires_grad_(False), tokenizer, processor, name)
@@ -2136,6 +2136,16 @@ class Family:
             return None
         keeper = addon("models.words", f"{self.name}, to whose tokenizer words were added,")
         return keeper.WholeWords(self.tokenizer, words, control)
+
+    @staticmethod
+    def check_weights(model: Any, loading: Json, name: str) -> None:
+        """Raise Trouble (exit 6) where weights of `model` are missing or of another shape: what it has there is chance."""
+        if loading["missing_keys"] or loading["mismatched_keys"]:
+            more = addon("models.faults", "pretrained_model").tell_weights(loading) if ADDONS.is_dir() else ""
+            raise Trouble(EXIT_MODEL, f"{name}: its weights and its config.json do not belong together{more}")
+        unused = sorted(loading["unexpected_keys"])
+        if unused:
+            say(f"warning: {name} has {len(unused)} weights that its config.json has no place for, such as {unused[0]}: unused")
 
     def check_sizes(self, folder: pathlib.Path) -> None:
         """Raise Trouble (exit 6) for an image processor, read from `folder`, that makes other images than the model reads."""
@@ -2308,16 +2318,6 @@ def telling_of_model(name: str) -> Iterator[None]:
     except Exception as error:
         reason = f": {addon('models.faults', 'pretrained_model').reason_of(error)}" if ADDONS.is_dir() else ""
         raise Trouble(EXIT_MODEL, f"cannot load {name}: {type(error).__name__}{reason}") from error
-
-
-def check_weights(loading: Json, name: str) -> None:
-    """Raise Trouble (exit 6) where weights are missing or have another shape, which transformers fills with random numbers."""
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        more = addon("models.faults", "pretrained_model").tell_weights(loading) if ADDONS.is_dir() else ""
-        raise Trouble(EXIT_MODEL, f"{name}: its weights and its config.json do not belong together{more}")
-    unused = sorted(loading["unexpected_keys"])
-    if unused:
-        say(f"warning: {name} has {len(unused)} weights that its config.json has no place for, such as {unused[0]}: not used")
 
 
 def find_family(files: ModelFiles, name: str) -> type[Family]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from family_models import FAMILIES, FamilyShelf
-from models import CORPUS
+from models import CORPUS, change_config, change_weights, write_weights
 from PIL import Image
 from unfinished_run import ends_at_third_part
 
@@ -174,6 +174,33 @@ def test_loss_is_the_dissimilarity_and_has_a_gradient(name, model_of, images):
     assert abs(error.item() - expected[0]) < 1e-4
     error.sum().backward()
     assert pixels.grad.abs().sum() > 0
+
+
+def test_a_dual_encoder_whose_tower_has_one_kind_of_attention(family_shelf, tmp_path, score, images):
+    """An image tower that knows no sdpa, ConvNeXt here, is read as transformers reads it."""
+    folder = family_shelf.copy("vision_text_dual_encoder", tmp_path / "convnext")
+    change_config(folder, lambda config: config.update(vision_config={
+        "model_type": "convnext", "image_size": 64, "hidden_sizes": [8, 16, 16, 64], "depths": [1] * 4, "hidden_size": 64}))
+    write_weights(folder, 5, logit_scale=3.0)
+    rows = score(folder)
+    reference = Reference("vision_text_dual_encoder", folder)
+    expected = [reference.cosine(images / row["url"], row["caption"]) for row in rows]
+    assert np.abs(np.array([float(row["similarity"]) for row in rows]) - expected).max() <= 1e-5
+
+
+def test_a_dual_encoder_without_a_logit_scale(family_shelf, tmp_path, score, capfd):
+    """A file that lacks nothing but the logit scale scores as with it; one line says where its config's is taken."""
+    folder = family_shelf.copy("vision_text_dual_encoder", tmp_path / "no-scale")
+    expected = [row["similarity"] for row in score(folder)]
+    change_weights(folder, lambda weights: weights.pop("logit_scale"))
+    assert [row["similarity"] for row in score(folder)] == expected
+    config = script.Config(pretrained_model=str(folder), use_cuda=False)
+    capfd.readouterr()
+    assert abs(script.Scorer(config).family.scale - np.exp(2.6592)) < 1e-4
+    assert capfd.readouterr().err.count("has no logit_scale") == 1
+    change_weights(folder, lambda weights: weights.pop("text_projection.weight"))
+    with pytest.raises(script.Trouble, match="do not belong together"):
+        script.Scorer(config)
 
 
 SHAPES = [(16, 16), (1, 300), (4000, 30), (1000, 3), (7, 5), (640, 480), (2000, 600), (255, 257)]  # (width, height)

@@ -4,8 +4,10 @@ transformers' own class for an image tower (ViT, CLIP, ...) and a text tower (BE
 (Zhai et al. 2022, arXiv 2111.07991). Both are read by their pooler. How long captions were in training is told by no file: as
 many tokens are read as the tokenizer and the position table allow.
 """
+from typing import Any
+
 from addons.models.masked_text import MaskedText
-from image_text_sim_clip import EXIT_MODEL, Trouble
+from image_text_sim_clip import EXIT_MODEL, Json, Trouble, say
 
 MOST_TOKENS = 512
 FEWEST_TOKENS = 3  # of a caption: its beginning, a word, its end
@@ -16,7 +18,18 @@ class DualEncoder(MaskedText):
 
     kind = "vision-text-dual-encoder"
     architecture = "VisionTextDualEncoderModel"
+    attention = None  # not every tower has sdpa, which is taken where there is one
     trained_length = MOST_TOKENS
+
+    @staticmethod
+    def check_weights(model: Any, loading: Json, name: str) -> None:
+        """A file may lack the logit scale, as those of training programs that held it fast do: no cosine needs it."""
+        if set(loading["missing_keys"]) == {"logit_scale"}:
+            say(f"warning: {name} has no logit_scale, so labels and contrast use logit_scale_init_value of its config.json; "
+                "similarities do without")
+            model.logit_scale.data.fill_(model.config.logit_scale_init_value)
+            loading = loading | {"missing_keys": set()}
+        MaskedText.check_weights(model, loading, name)
 
     def has_positions_behind_padding(self) -> bool:
         """RoBERTa's are, and those of its kin."""
