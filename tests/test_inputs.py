@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import types
+import uuid
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,6 +75,14 @@ def test_parquet_cells_are_text(tmp_path, score_input):
         ["1", "0.1", "0.1", "true", "2020-01-02", "1970-01-01 00:00:00.000", "1.50", "x", "", "é", "v"],
         ["", "nan", "", "", "", "", "", "", "", "", ""]]
     assert manifest["left_out"] == ["deep", "raw"] and "deep, raw" in outcome.stderr
+
+
+def test_uuids_are_passed_through(tmp_path, score_input):
+    """A column of UUIDs, the key of many a table, comes through as their text, whatever the row groups."""
+    keys = [uuid.UUID(int=number * 2**90 + number) for number in range(7)]
+    column = pa.array([key.bytes for key in keys[:-1]] + [None], pa.uuid())
+    write_parquet(tmp_path / "t.parquet", rows=7, row_group_size=2, id=column)
+    assert [row["id"] for row in score_input("t.parquet")[1]] == [*map(str, keys[:-1]), ""]
 
 
 @pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])

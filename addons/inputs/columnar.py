@@ -301,13 +301,13 @@ def check_schema(schema: pa.Schema, needed: list[str], file_name: str) -> None:
 
 
 def is_textual(kind: pa.DataType) -> bool:
-    """Whether cells of this type have one plain text: strings, numbers, truth values, dates and times."""
+    """Whether cells of this type have one plain text: strings, numbers, truth values, dates, times and UUIDs."""
     types = pa.types
     if types.is_dictionary(kind):
         return is_textual(kind.value_type)
     tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_floating,
              types.is_boolean, types.is_decimal, types.is_date, types.is_time, types.is_timestamp, types.is_null)
-    return any(test(kind) for test in tests)
+    return isinstance(kind, pa.UuidType) or any(test(kind) for test in tests)
 
 
 def to_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -319,6 +319,8 @@ def to_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
         column = _spell_out(column)
     if pa.types.is_null(column.type):
         return constant_cells("", len(column))
+    if isinstance(column.type, pa.UuidType):
+        return pa.chunked_array([pa.array([str(cell or "") for cell in column.to_pylist()], pa.string())])
     try:
         text = column.cast(pa.string()).fill_null("")
     except pa.ArrowException:  # a date of no calendar, in a column that may not even count
