@@ -2066,7 +2066,7 @@ class Family:
     """A loaded model with its tokenizer and image processor, and what is particular to its kind.
 
     Clip and Siglip are here; another kind is a subclass in addons/models, in a file named after its model type. `model` is in
-    evaluation mode; `scale` and `bias` turn a cosine into the model's own logit.
+    evaluation mode; `scale` and, where there is one, `bias` turn a cosine into the model's own logit.
     """
 
     kind: ClassVar[str]  # config.json's model_type
@@ -2082,7 +2082,7 @@ class Family:
         self.name = name
         # read before the model is cast: bfloat16 makes 115.58 of SigLIP's 117.35
         self.scale = self.read_scale()
-        self.bias = 0.0
+        self.bias: float | None = None  # of a model that was trained with SigLIP's loss
         self.context_length = self.read_context_length()
         self._whole_words: Any = None
         self._whole_words = self._find_whole_words()
@@ -2247,8 +2247,14 @@ class Family:
         return model.get_text_features(input_ids=ids).pooler_output
 
     def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
-        """The model's own chance that a pair belongs together, float32 (n,); None where it gives none."""
-        return None
+        """The model's own chance that a pair belongs together, float32 (n,): sigmoid(scale * cosine + bias), Zhai et al. 2023,
+        algorithm 1. None for a model without a bias, which gives none."""
+        if self.bias is None:
+            return None
+        import numpy as np
+        with np.errstate(over="ignore"):
+            logits = np.asarray(cosines, np.float64) * self.scale + self.bias
+            return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 TOKENIZED_AT_ONCE = 256  # captions: the tokens of a text take a hundred times as much memory
@@ -2296,13 +2302,6 @@ class Siglip(Family):
         if not self._keeps_capitals:
             return caption
         return str(self._whole_words.lower(caption)) if self._whole_words else caption.lower()
-
-    def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
-        """sigmoid(scale * cosine + bias), Zhai et al. 2023, algorithm 1."""
-        import numpy as np
-        with np.errstate(over="ignore"):
-            logits = np.asarray(cosines, np.float64) * self.scale + self.bias
-            return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 FAMILIES: dict[str, type[Family]] = {"clip": Clip, "siglip": Siglip}

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from image_text_sim_clip import (
@@ -51,7 +50,7 @@ class DissimilarityLoss(torch.nn.Module):
         self.scorer = Scorer(config)
         self.family = self.scorer.family
         self.model = self.family.model  # registered, so that `to` and `double` reach it
-        if objective == "sigmoid" and self.family.probabilities(np.zeros(1, np.float32)) is None:
+        if objective == "sigmoid" and self.family.bias is None:
             raise Trouble(EXIT_MODEL, f"{config.pretrained_model} is no SigLIP model: it has no sigmoid loss of its own")
         if not self.scorer.settings.knows_fast_resize():
             raise Trouble(EXIT_MODEL, f"{config.pretrained_model} resizes with Pillow's filter "
@@ -120,6 +119,7 @@ class DissimilarityLoss(torch.nn.Module):
     def _sigmoid_losses(self, image_unit: torch.Tensor, text_unit: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """(n,): for each image, -log sigmoid(z (scale * cosine + bias)) summed over the batch's captions; z is 1 for its own
         caption and -1 for the others. A caption of which the model reads the same is no wrong one and is left out."""
+        assert self.family.bias is not None  # the constructor has seen to it
         with torch.autocast(image_unit.device.type, enabled=False):  # which would round cosines before they are scaled up
             logits = image_unit @ text_unit.T * self.family.scale + self.family.bias  # (n, n)
         ids = self._tokenize(captions)

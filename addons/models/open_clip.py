@@ -6,7 +6,7 @@ captions are prepared as open_clip prepares them, in either case by this project
 """
 import pathlib
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +21,6 @@ from addons.models.open_clip_text import (
 )
 from addons.models.open_clip_towers import UnfitWeights, build_model
 from image_text_sim_clip import EXIT_MODEL, Family, ImageSettings, ModelFiles, Trouble
-
-if TYPE_CHECKING:
-    import numpy as np
 
 INSTALL = "pip install --no-deps open_clip_torch timm ftfy regex wcwidth, and a torchvision that matches your torch"
 
@@ -40,7 +37,7 @@ class OpenClip(Family):
         self._clean = find_cleaning(config.tokenizer.clean, name)
         self._separator = separator_of(tokenizer, config.tokenizer, name)
         super().__init__(model, tokenizer, processor, name)
-        self.bias = float(model.logit_bias) if config.has_bias else 0.0
+        self.bias = float(model.logit_bias) if config.has_bias else None
 
     @classmethod
     def load(cls, files: ModelFiles, name: str) -> "OpenClip":
@@ -96,15 +93,6 @@ class OpenClip(Family):
         read = ids if self._separator is None else ids.masked_fill(ids == self._separator, 0)
         features: torch.Tensor = model.encode_text(read)
         return features
-
-    def probabilities(self, cosines: "np.ndarray") -> "np.ndarray | None":
-        """sigmoid(scale * cosine + bias) for a model trained with SigLIP's loss, which has a bias."""
-        import numpy as np
-        if not self.config.has_bias:
-            return None
-        logits = np.asarray(cosines, np.float64) * self.scale + self.bias
-        with np.errstate(over="ignore"):
-            return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 def load_tokenizer(files: ModelFiles, name: str, config: TokenizerConfig) -> tuple[Any, str]:
