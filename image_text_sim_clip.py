@@ -559,9 +559,8 @@ def find_measures(config: Config) -> "list[type[Measure]]":
     """What is computed besides the similarity (addons/measures), as the config asks for; nothing for a script alone."""
     if ADDONS.is_dir():
         return addon("measures", "measures").find_measures(config)
-    for key, asks in (("measures", config.measures), ("save_embeddings", config.save_embeddings != "none"),
-                      ("max_score_drift", config.max_score_drift is not None)):
-        if asks:
+    for key in ("measures", "save_embeddings", "max_score_drift"):
+        if getattr(config, key) not in (None, {}, "none"):
             addon("measures", key)
     return []
 
@@ -1187,8 +1186,6 @@ def cut_rows(manifest: Json, output: pathlib.Path) -> list[Partition]:
 
 def has_parts(output: pathlib.Path) -> bool:
     """Whether anything is scored in `output` already."""
-    if in_store(output):
-        return bool(addon("stores.commits", "output_path").has_parts(output / "parts"))
     with output_disk(output / "parts"):
         return any((output / "parts").glob("part-*.parquet"))
 
@@ -2924,7 +2921,7 @@ def _without_unknown(scorer: Scorer, run: PartitionRun, scored: list[int], resul
     bare = list(dict.fromkeys(run.texts[i] for i in scored))
     ids_of = {text: tokens[text][0] for text in bare if text in tokens}
     others = [text for text in bare if text not in tokens]
-    ids_of |= dict(zip(others, scorer.tokenize(others)[0] if others else [], strict=True))
+    ids_of |= dict(zip(others, scorer.tokenize(others)[0], strict=True))
     known: list[int] = []
     judged = {text: scorer.family.judge_caption(ids) for text, ids in ids_of.items()}
     for i in scored:

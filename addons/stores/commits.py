@@ -95,12 +95,6 @@ def _metadata_of(plan: Plan, partition: Partition, thorough: bool = False) -> Js
     return part.metadata if part else None
 
 
-def has_parts(folder: StorePath) -> bool:
-    """Whether there is any part; of an S3 bucket no more is listed than that takes."""
-    with asking(folder):
-        return any(name.endswith(".parquet") for name in STORE.names_from(f"{folder}/part-"))
-
-
 # ── Look at many parts ────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Known(NamedTuple):

@@ -73,11 +73,12 @@ class StorePath(pathlib.PosixPath):
         return self
 
     def glob(self, pattern: str) -> Generator[Self, None, None]:
-        """The objects in this folder itself whose names fit."""
+        """The objects in this folder itself whose names fit; of an S3 bucket no more is listed than is asked for."""
         beginning = re.split(r"[*?\[]", pattern)[0]
         with asking(self):
-            names = list(remote.STORE.names_from(f"{self}/{beginning}"))
-        yield from (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
+            for name in remote.STORE.names_from(f"{self}/{beginning}"):
+                if fnmatch.fnmatchcase(name, pattern):
+                    yield self / name
 
     def iterdir(self) -> Generator[Self, None, None]:
         """What is in this folder, folders too."""
