@@ -3353,6 +3353,7 @@ class Worker:
         self.settings = self.scorer.decoding if self.scorer else DRY_RUN_SETTINGS
         resize = self.scorer.resize if self.scorer else resize_coarsely
         self.loader = ImageLoader(read, ImageDecoder(config, self.settings), resize)
+        self._halvings = 0  # of batches, as many as finished parts tell of
         self._guard: Guard | None = None
         if ADDONS.is_dir():
             self._guard = addon("images.guard", "decode_timeout_s").Guard(config, self.settings)
@@ -3424,26 +3425,20 @@ class Worker:
             for measure in self.measures:
                 table = measure.revise(run, table)
             summary = commit_part(self.plan, run.partition, table, kept, run.replaced, files)
+        halvings = self.scorer.oom_halvings if self.scorer else 0
         times = {
             "seconds": {stage: round(seconds, 6) for stage, seconds in sorted(clock.take().items())},
             "wall_s": round(time.perf_counter() - since - uncounted_s, 6), "ended": round(time.time(), 6),
             "worker": self.name, "tried": len(run.rows), "peak_rss_mib": round(peak_memory_mib(), 1),
-            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": self._take_halvings(),
+            "peak_gpu_mib": round(gpu_memory_mib(peak=True), 1), "oom_halvings": halvings - self._halvings,
             "other_libraries": self.plan.other_libraries}
+        self._halvings = halvings
         if self.report:
             times["fetching"] = self.report(self.plan, run, table)
         write_times(run.partition, times)
         if self._guard:
             self._guard.marks.finish(run.partition)
         return summary
-
-    def _take_halvings(self) -> int:
-        """How often a batch had to be halved since this was last asked."""
-        if self.scorer is None:
-            return 0
-        halvings = self.scorer.oom_halvings
-        self.scorer.oom_halvings = 0
-        return halvings
 
 
 JUDGED_FROM_ROWS = 1000

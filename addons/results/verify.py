@@ -11,6 +11,7 @@ from image_text_sim_clip import (
     Trouble,
     as_path,
     file_sha256,
+    forget_results,
     look_at_parts,
     output_disk,
     read_part,
@@ -76,8 +77,7 @@ def check_results(job: Job, flaws: list[str]) -> None:
 
 def refuse_flaws(output: pathlib.Path, flaws: list[str]) -> None:
     """Raise Trouble (exit 7) that names the flaws; what was summed up from the flawed no longer counts."""
-    with output_disk(output):
-        (output / "profile.json").unlink(missing_ok=True)
+    forget_results(output)
     named = ", ".join(flaws[:MOST_NAMED])
     if len(flaws) > MOST_NAMED:
         named += f" and {len(flaws) - MOST_NAMED} more"
