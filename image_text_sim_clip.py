@@ -1244,7 +1244,7 @@ def _write_manifest(config: Config, output: pathlib.Path) -> Json:
         write_sealed(output / "manifest.json", manifest)
     if described["malformed"]:
         say(f"{described['malformed']} lines of {config.csv_path} are not rows: see {output / 'bad_rows.csv'}")
-    return typing.cast(Json, json.loads(json.dumps(manifest)))  # as it is read back, so that the two compare equal
+    return json.loads(json.dumps(manifest))  # as it is read back, so that the two compare equal
 
 
 def settle(plan: Plan, scorer: "Scorer | None") -> None:
@@ -2319,7 +2319,7 @@ def telling_of_model(name: str) -> Iterator[None]:
 def find_family(files: ModelFiles, name: str) -> type[Family]:
     """The family that the model's config.json names: one of FAMILIES, or a file of addons/models; Trouble (exit 6) if none."""
     if files.open_clip:
-        return typing.cast(type[Family], addon("models.open_clip", f"pretrained_model {name!r}").FAMILY)
+        return addon("models.open_clip", f"pretrained_model {name!r}").FAMILY
     kind = (read_json((files.base or files).folder / "config.json") or {}).get("model_type")
     if kind is None:
         raise Trouble(EXIT_MODEL, f"{name}: its config.json names no model_type, so it is no model of transformers")

@@ -36,7 +36,7 @@ The families here:
 What only some model folders need, and the script asks for:
 
     folders.py      what is wrong with a folder, told with its cure before it is loaded
-    faults.py       what a library could not load, in one line
+    faults.py       what could not be loaded, or does not belong together, in one line
     adapters.py     adapters of peft, merged into their base model
     words.py        words that were added to a tokenizer stay whole
     long_captions.py   captions of any length take the time of those that are read
