@@ -2827,21 +2827,14 @@ class ImageGatherer:
         return images
 
 
-class Begun(NamedTuple):
-    """A partition that is to be loaded, and what loads its images."""
-
-    run: PartitionRun
-    load: ImageLoader
-
-
 class ImagePool(LoaderPool[Loaded]):
     """Loads the images of a run in order, one partition ahead. What may come late has a pool of its own (addons/images)."""
 
-    def embed_partitions(self, begun: Iterator[Begun], scorer: Scorer | None, clock: Clock,
+    def embed_partitions(self, runs: Iterator[PartitionRun], load: ImageLoader, scorer: Scorer | None, clock: Clock,
                          on_loaded: Callable[[], None]) -> Iterator[tuple[PartitionRun, EmbeddedImages]]:
         """Load and encode the images of each partition; the next one is begun before, so that the loaders never wait."""
         ahead: PartitionRun | None = None
-        for run, load in begun:
+        for run in runs:
             self.add(load, run.wanted())
             if ahead:
                 yield ahead, self._embed_next(ahead, scorer, clock, on_loaded)
@@ -3378,8 +3371,8 @@ class Worker:
             if self._guard:
                 self.loader = self._guard.look_back(todo, self.loader)
             since = time.perf_counter()
-            begun = (self._begin(partition, retry) for partition in todo)
-            for run, images in pool.embed_partitions(begun, self.scorer, self.clock, on_loaded):
+            runs = (self._begin(partition, retry) for partition in todo)
+            for run, images in pool.embed_partitions(runs, self.loader, self.scorer, self.clock, on_loaded):
                 scored = score_partition(self.scorer, run, images, self.clock)
                 summary = self._finish(run, scored, since)
                 since = time.perf_counter()
@@ -3393,14 +3386,14 @@ class Worker:
             if self._guard:
                 self._guard.close(pool.hangs)
 
-    def _begin(self, partition: Partition, retry: bool) -> Begun:
+    def _begin(self, partition: Partition, retry: bool) -> PartitionRun:
         """Open the partition."""
         run = PartitionRun.open(self.plan, partition, retry)
         for measure in self.measures:
             measure.begin(run)
         if self._guard:
             self._guard.marks.begin(partition)  # before the first image is decoded, which may be the one that kills
-        return Begun(run, self.loader)
+        return run
 
     def _finish(self, run: PartitionRun, scored: Scored, since: float) -> PartSummary:
         """Have the measures add theirs, commit the part, and keep its times."""

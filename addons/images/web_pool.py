@@ -20,7 +20,6 @@ from addons.images.web_report import count_seconds
 from image_text_sim_clip import (
     HANGS_S,
     INTERRUPTION,
-    Begun,
     Clock,
     EmbeddedImages,
     ImageEncoder,
@@ -86,13 +85,13 @@ class WebPool:
             self._threads.shutdown(wait=False, cancel_futures=True)
         trim_memory()  # what comes next, the results, needs some
 
-    def embed_partitions(self, begun: "Iterator[Begun]", scorer: "Scorer | None", clock: Clock,
+    def embed_partitions(self, runs: Iterator[PartitionRun], load: ImageLoader, scorer: "Scorer | None", clock: Clock,
                          on_loaded: "collections.abc.Callable[[], None]") -> Iterator[tuple[PartitionRun, EmbeddedImages]]:
         """Load and encode the images of each partition; yields the partitions as they are complete, in any order."""
         has_more = True
         while has_more or self._open:
             if has_more and self._wants_partition():
-                opened = self._open_partition(next(begun, None), scorer, clock)
+                opened = self._open_partition(next(runs, None), load, scorer, clock)
                 has_more = opened is not None
                 if opened and not opened.missing:
                     yield self._finish(opened)
@@ -115,16 +114,17 @@ class WebPool:
             return False
         return self._pending < PENDING_IMAGES or self._fetcher.is_hungry()
 
-    def _open_partition(self, begun: "Begun | None", scorer: "Scorer | None", clock: Clock) -> _Open | None:
+    def _open_partition(self, run: PartitionRun | None, load: ImageLoader, scorer: "Scorer | None",
+                        clock: Clock) -> _Open | None:
         """Ask for the images of a partition; None at the end of all."""
-        if begun is None:
+        if run is None:
             return None
-        index = begun.run.partition.index
-        sources = begun.run.wanted()
-        self._open[index] = _Open(begun.run, ImageGatherer(scorer, clock), len(sources))
+        index = run.partition.index
+        sources = run.wanted()
+        self._open[index] = _Open(run, ImageGatherer(scorer, clock), len(sources))
         self._pending += len(sources)
         self._fetcher.fetch_seconds[index] = collections.Counter()
-        self._fetcher.submit((source.strip(), functools.partial(self._arrive, index, source, begun.load)) for source in sources)
+        self._fetcher.submit((source.strip(), functools.partial(self._arrive, index, source, load)) for source in sources)
         return self._open[index]
 
     def _finish(self, opened: _Open) -> tuple[PartitionRun, EmbeddedImages]:
