@@ -2342,8 +2342,7 @@ def align_weights(model: "torch.nn.Module") -> "torch.nn.Module":
         if weight.data_ptr() % 64 or not weight.is_contiguous():
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     with ThreadPoolExecutor(usable_cores()) as pool:  # it reads the file, half of what a start takes
-        for _ in pool.map(copy_weight, [*model.parameters(), *model.buffers()]):
-            pass
+        list(pool.map(copy_weight, [*model.parameters(), *model.buffers()]))
     return model
 
 
@@ -2510,9 +2509,7 @@ class Scorer:
                 batch = self._pad([ids[i] for i in group[start:start + self.batch_size]], own_length)
                 flying.append(self.submit("text_encoder", functools.partial(self._embed, self._features_of_ids), batch))
         embeddings = torch.cat([collect(future, clock or Clock()) for future in flying])
-        inverse = torch.empty(len(ids), dtype=torch.long)
-        inverse[torch.tensor(order)] = torch.arange(len(ids))
-        return embeddings[inverse]
+        return embeddings[torch.argsort(torch.tensor(order))]
 
     def _features_of_bytes(self, model: Any, pixels: "torch.Tensor") -> "torch.Tensor":
         return self.encoders.features_of_bytes(model, pixels, self.pixel_levels)
