@@ -3570,26 +3570,23 @@ class Snapshot:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         look_at_parts(plan, reads_all=True)
-        self._digests = [self._digest_of(read_part_metadata(plan, partition)) for partition in plan.partitions]
-
-    @staticmethod
-    def _digest_of(metadata: Json | None) -> str:
-        return metadata["sha256"] if metadata else ""
+        found = (read_part_metadata(plan, partition) for partition in plan.partitions)
+        self._digests = [metadata["sha256"] if metadata else "" for metadata in found]
 
     def metadata(self) -> Iterator[tuple[Partition, Json]]:
         """The metadata of every part that is there."""
         for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
-            metadata = read_part_metadata(self.plan, partition) if digest else None
-            if self._digest_of(metadata) != digest:
-                raise PartsChanged
-            if metadata is not None:
+            if digest:
+                metadata = read_part_metadata(self.plan, partition)
+                if metadata is None or metadata["sha256"] != digest:
+                    raise PartsChanged
                 yield partition, metadata
 
     def parts(self) -> Iterator[tuple[Partition, Part | None]]:
         """Every partition and its part, every byte checked; None for one that never ran. Raises FlawedPart (exit 7)."""
         for partition, digest in zip(self.plan.partitions, self._digests, strict=True):
             part = read_part(self.plan, partition)
-            if self._digest_of(part.metadata if part else None) != digest:
+            if (part.metadata["sha256"] if part else "") != digest:
                 raise PartsChanged
             yield partition, part
 
