@@ -1920,8 +1920,7 @@ def hash_decisive_files(folder: pathlib.Path) -> dict[str, str]:
 
 def _name_shards(folder: pathlib.Path) -> set[str]:
     """The files of weights that the folder's index names, which may call them anything."""
-    index = folder / SAFETENSORS[1]
-    files = (read_json(index) or {}).get("weight_map") if index.is_file() else None
+    files = (read_json(folder / SAFETENSORS[1]) or {}).get("weight_map")
     return set(map(str, files.values())) if isinstance(files, dict) else set()
 
 
