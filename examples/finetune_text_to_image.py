@@ -39,7 +39,6 @@ if str(ROOT) not in sys.path:
 from image_text_sim_clip import (  # noqa: E402 - the script lies in the folder named just above
     EXIT_CONFIG,
     EXIT_DISK,
-    EXIT_FAILURES,
     EXIT_MODEL,
     Json,
     Trouble,
@@ -69,7 +68,7 @@ try:
         read_prompts,
         split_prompts,
     )
-    from examples.watching import Journal, Patience, Watch, make_grid, mean
+    from examples.watching import Diverged, Journal, Patience, Watch, check_finite, make_grid, mean
 except ImportError as missing:
     say(f"error: this example needs the package {missing.name} (pip install -r requirements.txt -r examples/requirements.txt)")
     sys.exit(EXIT_CONFIG)
@@ -230,7 +229,7 @@ class Trainer:
     def advance(self, step: int) -> dict[str, float]:
         """One step of the optimiser. Its data and noise depend on seed and step alone, however many processes share them.
 
-        Where there is no room for it, or its loss is not finite, the state before it is saved and Trouble raised.
+        Where there is no room for it, the state before it is saved and Trouble raised; Diverged where it is not finite.
         """
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
         self.optimiser.zero_grad()
@@ -238,8 +237,7 @@ class Trainer:
             parts = self._imitate(step, generator) if self.curated else self._please_teachers(generator)
             sums: dict[str, float] = {}
             for values in parts:
-                if not torch.isfinite(values["loss"]):
-                    raise Trouble(EXIT_FAILURES, f"the loss is not finite at step {step}; try a lower --learning-rate")
+                check_finite(values["loss"], f"the loss at step {step}")
                 self.accelerator.backward(values["loss"] / self.options.accumulate)
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value.item() / self.options.accumulate
@@ -248,6 +246,8 @@ class Trainer:
                 raise
             self._save_before_trouble(step)
             raise Trouble(EXIT_MODEL, self._no_room(step)) from None
+        except Diverged:  # the weights before are what led here
+            raise
         except Trouble:
             self._save_before_trouble(step)
             raise
@@ -260,7 +260,9 @@ class Trainer:
         for weight in weights:  # so few that averaging them by hand is cheaper than wrapping the denoiser
             if weight.grad is not None:  # of a layer that this pipeline does not use
                 weight.grad = self.accelerator.reduce(weight.grad, "mean")
-        self.accelerator.clip_grad_norm_(weights, 1.0)
+        norm = self.accelerator.clip_grad_norm_(weights, 1.0)
+        if norm is not None and not self.accelerator.scaler:  # which skips such a step
+            check_finite(norm, f"the gradient at step {step}")
         self.optimiser.step()
         self.average.update(step)
 
@@ -283,6 +285,7 @@ class Trainer:
             with self.accelerator.autocast():
                 painted = self.painter.paint(prompts, noise[part], options.gradient_steps,
                                              bool(options.stay_near or options.hold_norm))
+                check_finite(painted.images, "an image that was painted")
                 views = variation.part(part).apply(painted.images, options.crop, options.noise)
                 error, own_losses = self.teachers(views, prompts)
             loss = error + options.stay_near * painted.strayed + options.hold_norm * painted.norm_strayed

@@ -9,11 +9,21 @@ from PIL import Image
 
 from examples.painter import Painter
 from examples.teachers import Teachers
-from image_text_sim_clip import Json, Scorer, atomic_file, output_disk
+from image_text_sim_clip import EXIT_FAILURES, Json, Scorer, Trouble, atomic_file, output_disk
 
 GRID_COLUMNS = 8
 GRID_IMAGES = 64  # as many as held-out prompts are chosen
 GRID_CELL_PX = 384
+
+
+class Diverged(Trouble):
+    """The training has led to numbers that are not finite (exit 4); what was saved before is better than what there is now."""
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise Diverged unless all `values` are finite: as bytes they would be black, and get a score."""
+    if not torch.isfinite(values.detach()).all():
+        raise Diverged(EXIT_FAILURES, f"{what} is not finite; try a lower --learning-rate (what was saved before stays)")
 
 
 def mean(values: list[float]) -> float:
@@ -58,6 +68,7 @@ class Watch:
         for start in range(0, len(self.prompts), self.batch):
             part = slice(start, start + self.batch)
             painted = self.painter.paint(self.prompts[part], noise[part]).images
+            check_finite(painted, "an image of a held-out prompt")
             levels = (painted * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(one) for one in levels]
         values = [self._dissimilarities(scorer, images) for scorer in self.teachers.scorers]

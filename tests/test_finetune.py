@@ -539,3 +539,28 @@ def test_flow_pipeline_of_the_shapes_is_trained_and_fine_tuned(arguments, tmp_pa
     assert 0.8e6 < sum(weight.numel() for weight in trainer.painter.family.denoiser.parameters()) < 1.2e6
     assert trainer.painter.painting.side == 32 and trainer.painter.conditions(["a"]).states.shape == (2, 33, 256)
     assert trainer.run()["steps"] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_diverges_is_no_score_and_is_not_saved(arguments, tmp_path, monkeypatch, steps):
+    """Weights that paint NaN end the run in one line, whether the next step or the next look finds it; black images, which NaN
+    would become, are not scored, and such weights are never the best."""
+    monkeypatch.setattr(finetune.Trainer, "_learn",
+                        lambda self, step: next(iter(self.painter.lora().values())).data.fill_(float("nan")))
+    with pytest.raises(script.Trouble, match="is not finite; try a lower --learning-rate") as caught:
+        finetune.main(arguments(steps=steps, evaluate_every=steps))
+    assert caught.value.exit_code == 4
+    looks = [row for row in map(json.loads, (tmp_path / "tuned/log.jsonl").read_text().splitlines()) if "teacher" in row]
+    assert [row["step"] for row in looks] == [0]
+    assert not (tmp_path / "tuned/state.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(arguments, monkeypatch):
+    """One NaN in a gradient would make all weights NaN: the run ends before they are touched."""
+    trainer = start(arguments())
+    reduce = trainer.accelerator.reduce
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda gradient, how: reduce(gradient, how) * float("nan"))
+    before = weights_of(trainer)
+    with pytest.raises(script.Trouble, match="the gradient at step 0 is not finite"):
+        trainer.run()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
