@@ -104,6 +104,19 @@ def test_broken_image_costs_its_row_and_no_other(noise, picture_bytes):
     assert all(image.data is None for image in batch[1:])
 
 
+def test_half_image_that_was_given_an_end(noise, picture_bytes):
+    """A JPEG that breaks off and was given an end is corrupt on the GPU's side as on the loaders'."""
+    settings = script.ImageSettings(32, None, (32, 32), 3)
+    config = script.Config(pretrained_model="none")
+    loader = script.ImageLoader(lambda source: b"", script.ImageDecoder(config, settings),
+                                functools.partial(script.resize_fast, settings=settings))
+    whole = picture_bytes("JPEG", image=noise(64, 48))
+    images = [gpu_decode.OnGpu(data, 48, 64) for data in (whole, whole[:len(whole) // 2] + b"\xff\xd9")]
+    pixels = gpu_decode.GpuDecoder(StandIn(), "cpu", settings, loader).start(images).result()
+    assert pixels[0].any() and images[0].failure is None
+    assert not pixels[1].any() and images[1].failure.status == "corrupt"
+
+
 def test_calls_are_bounded_by_decoded_bytes():
     """Images are decoded in runs that fit the allowance; one beyond it goes alone."""
     images = {place: gpu_decode.OnGpu(b"", 10, 10) for place in range(5)} | {5: gpu_decode.OnGpu(b"", 100, 100)}

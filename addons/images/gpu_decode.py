@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from addons.images import costs
+from addons.images import costs, halves
 from addons.images.exif import TURNS, find_orientation
 from image_text_sim_clip import (
     NO_REMARK,
@@ -172,7 +172,7 @@ class GpuDecoder:
             decoded = [self._decode_alone(image) for image in images]
         for i, image in enumerate(images):
             pixels = decoded[i]
-            if pixels is None:
+            if pixels is None or halves.is_grey(pixels[:, -1, -1].tolist()):  # Pillow's side knows half images
                 decoded[i] = self._fall_back(image)
             else:
                 decoded[i] = resize_in_floats(pixels[None], self.settings)[0]

@@ -6,6 +6,7 @@ in a JPEG or WebP. Each of them shows at the end of the image or of the file, so
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from addons.images import plain_pixels
@@ -28,7 +29,9 @@ def refuse_half(image: "Image.Image", data: bytes) -> None:
     """Raise RowFailure (`corrupt`) for an image that lacks part of its pixels; `image` is what was decoded of `data`."""
     is_half = False
     if image.format in ("JPEG", "MPO"):
-        is_half = (_ends_grey(image) or data.endswith(ZEROS)) and _is_half_jpeg(data)
+        last = image.getpixel((image.width - 1, image.height - 1))
+        levels = last if isinstance(last, tuple) else (last,)
+        is_half = (is_grey(levels) or data.endswith(ZEROS)) and _is_half_jpeg(data)
     elif image.format == "PNG" and data[12:16] == b"IHDR":
         is_half = (bool(data[28]) or _ends_in_zeros(image)) and _is_half_png(data)
     elif image.format == "WEBP":
@@ -37,9 +40,9 @@ def refuse_half(image: "Image.Image", data: bytes) -> None:
         raise RowFailure("corrupt", "part of the pixels is missing")
 
 
-def _ends_grey(image: "Image.Image") -> bool:
-    last = image.getpixel((image.width - 1, image.height - 1))
-    return all(level in GREY for level in (last if isinstance(last, tuple) else (last,)))
+def is_grey(levels: Iterable[float | None]) -> bool:
+    """Whether the last pixel of a JPEG has the grey that stands for missing ones."""
+    return all(level in GREY for level in levels)
 
 
 def _is_half_jpeg(data: bytes) -> bool:
