@@ -326,6 +326,20 @@ def test_addresses_that_do_not_answer_hold_up_no_others(serve, monkeypatch, blac
     assert fetcher(fetch_timeout_s=4.0)(f"http://three.example:{server.port}/x") == IMAGE
 
 
+@pytest.mark.parametrize(("fetch_timeout_s", "within_s"), [(3.0, 5.0), (10.0, 5.0), (60.0, 30.0)])
+def test_longer_deadline_waits_longer_for_a_connection(serve, monkeypatch, fetch_timeout_s, within_s):
+    """A second pass with a longer deadline gives hosts that are slow to connect, or to speak TLS, longer as well."""
+    waited = []
+    connect = http_client._connect
+
+    async def note(family, address, port, seconds):
+        waited.append(seconds)
+        return await connect(family, address, port, seconds)
+    monkeypatch.setattr(http_client, "_connect", note)
+    assert fetcher(fetch_timeout_s=fetch_timeout_s)(serve(send_image).url) == IMAGE
+    assert waited == [within_s]
+
+
 def test_addresses_of_both_kinds_take_turns(monkeypatch):
     """IPv4 and IPv6 addresses alternate, each kind in the resolver's order, and none is left out."""
     answer = [(socket.AF_INET6, 1, 6, "", (address, 0, 0, 0)) for address in ("2606::1", "2606::2", "2606::3")]

@@ -14,6 +14,7 @@ import time
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from addons.images.http_client import (
+    CONNECT_TIMEOUT_S,
     BadAnswer,
     Connection,
     Head,
@@ -195,6 +196,7 @@ class Web:
         self.config = config
         self.connections = KeptConnections(kept_connections)
         self.bytes = BytesInFlight(config.max_image_bytes)
+        self._connect_s = max(CONNECT_TIMEOUT_S, config.fetch_timeout_s / 2)  # a second pass is for those that are slow
         self._resolver = Resolver(config.allow_private_hosts, min(MOST_THREADS, resolvers))
         self._proxy_resolver = Resolver(allow_private=True)
         if config.use_environment_proxies:
@@ -270,7 +272,7 @@ class Web:
         try:
             if target.proxy:
                 return await self._connect_by_proxy(attempt, addresses)
-            return await open_connection(place, addresses, place.port, self._tls if place.is_tls else None)
+            return await open_connection(place, addresses, place.port, self._tls if place.is_tls else None, self._connect_s)
         except ssl.SSLError:
             raise RowFailure("connect", "TLS certificate or handshake refused") from None
         except TimeoutError:
@@ -288,7 +290,7 @@ class Web:
             raise PassingFailure("connect", "the environment's proxy has no address") from None
         code = 0
         for _, goal in goals[:MOST_TUNNELS]:
-            connection = await open_connection(attempt.target.place, addresses, proxy.port, None)
+            connection = await open_connection(attempt.target.place, addresses, proxy.port, None, self._connect_s)
             try:
                 code = await self._ask_for_tunnel(connection, attempt.target, goal)
                 if 200 <= code < 300:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from addons.images.names import Address
 
-CONNECT_TIMEOUT_S = 5.0  # to one address; as much again for the TLS handshake
+CONNECT_TIMEOUT_S = 5.0  # to one address, as much again for the TLS handshake; more with a longer `fetch_timeout_s`
 NEXT_ADDRESS_S = 1.0  # until the next address of the host is tried
 IDLE_S = 30.0  # how long a connection is kept for the next fetch at the same host
 CHUNK_BYTES = 65536
@@ -227,20 +227,22 @@ class Connection:
             self.close()
 
 
-async def open_connection(place: Place, addresses: list[Address], port: int, tls: ssl.SSLContext | None) -> Connection:
+async def open_connection(place: Place, addresses: list[Address], port: int, tls: ssl.SSLContext | None,
+                          within_s: float = CONNECT_TIMEOUT_S) -> Connection:
     """Connect to one of `addresses`, the first that takes it, at `port`. Raises OSError (its TimeoutError, ssl's errors), or
     TooManyFiles.
 
-    All but the last have NEXT_ADDRESS_S to answer: a machine whose IPv6 leads nowhere has most hosts' first address wrong. They
-    are tried one after the other, as a host of many addresses could take all file descriptors otherwise.
+    To connect may take `within_s`, and so may the TLS handshake. All but the last address have NEXT_ADDRESS_S: a machine whose
+    IPv6 leads nowhere has most hosts' first address wrong. They are tried one after the other, as a host of many addresses
+    could take all file descriptors otherwise.
     """
     loop = asyncio.get_running_loop()
     trouble: OSError = ConnectionRefusedError()
     for number, (family, address) in enumerate(addresses, 1):
         try:
-            sock = await _connect(family, address, port, CONNECT_TIMEOUT_S if number == len(addresses) else NEXT_ADDRESS_S)
+            sock = await _connect(family, address, port, within_s if number == len(addresses) else NEXT_ADDRESS_S)
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(within_s):
                     reader = _Reader(LINE_BYTES, loop)
                     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
                     transport, _ = await loop.create_connection(lambda made=protocol: made, sock=sock, ssl=tls,
