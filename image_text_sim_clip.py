@@ -2576,7 +2576,9 @@ class Scorer:
         return self.dtype == "float32" and self.quantization == "none" and self.encoders is self.family
 
     def load_plain(self) -> "torch.nn.Module":
-        """The model once more, in float32 on the CPU."""
+        """The model once more, in float32 on the CPU; Trouble (exit 6) where its files have changed since it was loaded."""
+        if dataclasses.replace(self.files).digests != self.files.digests:
+            raise Trouble(EXIT_MODEL, f"{self.config.pretrained_model}: files of the model have changed since the run began")
         return align_weights(type(self.family).load(self.files, self.config.pretrained_model).model)
 
     @functools.cached_property

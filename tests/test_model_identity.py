@@ -185,6 +185,25 @@ def test_a_finished_run_is_not_another_models(change, shelf, tmp_path, shapes, r
     assert run_main("--config", config, "--set", f"output_path={tmp_path / 'elsewhere'}").code in (0, 6)
 
 
+@pytest.mark.parametrize("keys", [{"dtype": "bfloat16"}, {"quantization": "int8", "runtime": "torch"}])
+def test_a_model_that_changes_while_it_scores(keys, shelf, tmp_path, shapes, run_main, monkeypatch):
+    """Fewer bits need the model once more, for the passport's reference and for what is not finite: where its files have
+    changed by then, the run ends (exit 6), and no score of another model is taken or compared with."""
+    folder = shelf.copy(BUNDLED, tmp_path / "a-model")
+    score_partition = script.score_partition
+
+    def score_and_train(*arguments):
+        scored = score_partition(*arguments)
+        move_one_weight(folder)
+        return scored
+    monkeypatch.setattr(script, "score_partition", score_and_train)
+    outcome = run_main("--config", shapes(pretrained_model=str(folder), rows=6, parity_rows=3, **keys))
+    assert outcome.code == 6
+    assert outcome.stderr.splitlines()[-1] == f"error: {folder}: files of the model have changed since the run began"
+    monkeypatch.undo()
+    assert run_main("--config", tmp_path / "config.yaml").result["scored"] == 6  # with the new model alone: no part was there
+
+
 def test_files_that_decide_nothing_may_change(shelf, tmp_path, half_a_run, run_main):
     """A model card, training settings, pickles and optimizer states next to the model do not keep a run from going on."""
     folder = shelf.copy(BUNDLED, tmp_path / "a-model")
