@@ -26,6 +26,7 @@ from image_text_sim_clip import EXIT_CONFIG, EXIT_INPUT, Config, RowFailure, Tro
 SHUFFLE_ROWS = 10_000  # pairs that wait in the shuffle buffer, without their images
 BLOCK_LINES = 10_000  # lines of metadata.jsonl that are shuffled as one shard
 MOST_HELD_OUT = 64
+LEAST_TEMPERATURE = 1e-6
 IMAGE_ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}
 MOST_TEXT_BYTES = 2**20  # of a tar's .json or .txt
 
@@ -379,6 +380,6 @@ def default_preference(column: str) -> str:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise Trouble (exit 2) for a temperature that weights nothing."""
-    if not temperature > 0:
-        raise Trouble(EXIT_CONFIG, f"--temperature must be above 0, got {temperature}")
+    """Raise Trouble (exit 2) for a temperature that weights nothing, or by which a cell could become infinite."""
+    if not temperature >= LEAST_TEMPERATURE:
+        raise Trouble(EXIT_CONFIG, f"--temperature must be at least {LEAST_TEMPERATURE}, got {temperature}")

@@ -282,7 +282,8 @@ def test_settings_that_do_not_belong_together_are_one_line(start, configs, webda
             ({"teacher": configs, "objective": ["cosine"]}, "--objective must have as many values as --teacher (2), got 1"),
             ({"teacher": configs, "teacher_weights": [1, 0]}, "--teacher-weights must be above 0, got 1.0 0.0"),
             ({"teacher": configs, "judge": configs[1]}, "the judge has the teacher's weights"),
-            ({"patience": 2}, "give a --judge"), ({"temperature": 0}, "--temperature must be above 0"),
+            ({"patience": 2}, "give a --judge"), ({"temperature": 0}, "--temperature must be at least 1e-06"),
+            ({"temperature": 1e-320}, "--temperature must be at least 1e-06"),
             ({"prompts": None, "images": webdataset, "hold_norm": 1}, "go with --prompts"),
             ({"ema": 1}, "--ema must lie in"), ({"drop_captions": 2}, "--drop-captions must lie in")):
         with pytest.raises(script.Trouble) as caught:
