@@ -215,6 +215,8 @@ FAULTS = {
         ["MyProcessor", "never run"]),
     "a processor nobody knows": (None, all_of(remove("processor_config.json"), write("preprocessor_config.json", {
         "image_processor_type": "NoSuchProcessor"})), []),
+    "a processor under its old name": ("clip-base-patch32", images(image_processor_type="CLIPFeatureExtractor"), [
+        "preprocessor_config.json names the image_processor_type CLIPFeatureExtractor", "CLIPImageProcessor today"]),
     "a text tower alone": (
         None, in_json("config.json", lambda c: c.update(model_type="clip_text_model")), ["'clip_text_model'"]),
 }

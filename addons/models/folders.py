@@ -113,6 +113,8 @@ def check_folder(folder: pathlib.Path, name: str) -> None:
             _refuse_pointer(folder / file, name)
         if file in ("config.json", "tokenizer.json", "tokenizer_config.json", ADAPTER, *PROCESSOR_FILES):
             _refuse_own_code(_read_object(folder / file, name), file, name)
+        if file in PROCESSOR_FILES:
+            _refuse_old_class(_read_object(folder / file, name), file, name)
     if "config.json" in files:
         check_counts(_read_object(folder / "config.json", name), name)
     for file in sorted(_weights_files(folder, files, name)):
@@ -239,6 +241,15 @@ def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
     if foreign:
         raise Trouble(EXIT_MODEL, f"{name}: its {file} asks for {foreign}, which comes with code of its own, and that is never "
                                   "run")
+
+
+def _refuse_old_class(content: dict[str, Any], file: str, name: str) -> None:
+    """Raise Trouble (exit 6) for an image processor under the name of its class of old, which transformers no longer knows."""
+    kind = str(content.get("image_processor_type"))
+    if kind.endswith("FeatureExtractor"):
+        now = kind.replace("FeatureExtractor", "ImageProcessor")
+        raise Trouble(EXIT_MODEL, f"{name}: its {file} names the image_processor_type {kind}, which transformers calls {now} "
+                                  "today: write that there, in a local copy of a model of the Hub")
 
 
 def is_for_transformers(config: dict[str, Any]) -> bool:
