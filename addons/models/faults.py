@@ -2,7 +2,8 @@
 import pathlib
 import pickle
 import re
-from typing import Any
+
+from image_text_sim_clip import Json
 
 UNWELCOME_ADVICE = ("trust_remote_code", "ignore_mismatched_sizes", "weights_only", "pip install", "upgrade", "report",
                     "force_download", "from_tf", "from_flax", "huggingface.co", "https://", "issue")
@@ -30,7 +31,7 @@ def tell_sizes(made: tuple[int, int] | None, side: int | None, folder: pathlib.P
             "two files belongs to another model")
 
 
-def tell_weights(loading: dict[str, Any]) -> str:
+def tell_weights(loading: Json) -> str:
     """Which weights are missing or have another shape, of what transformers tells of its `loading`."""
     unused = sorted(loading["unexpected_keys"])
     missing = sorted(loading["missing_keys"])

@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from image_text_sim_clip import (
     FAMILIES,
     SAFETENSORS,
     Family,
+    Json,
     ModelFiles,
     Scorer,
     Trouble,
@@ -133,7 +134,7 @@ def _refuse_cache_folder(folder: pathlib.Path, name: str) -> None:
                                   f"there is no network, or to the folder snapshots/{snapshots[0]} in it")
 
 
-def check_counts(config: dict[str, Any], name: str, section: str = "") -> None:
+def check_counts(config: Json, name: str, section: str = "") -> None:
     """Raise Trouble (exit 6) for a config, or a section of one, with sizes and numbers of things that nothing can have."""
     place = f"{name}: its config.json says in {section} that" if section else f"{name}: its config.json says that"
     for key in COUNTS:
@@ -213,7 +214,7 @@ def _refuse_pointer(path: pathlib.Path, name: str) -> None:
             raise Trouble(EXIT_MODEL, f"{name}: its {path.name} is a pointer of Git LFS, not the file: run git lfs pull there")
 
 
-def _read_object(path: pathlib.Path, name: str) -> dict[str, Any]:
+def _read_object(path: pathlib.Path, name: str) -> Json:
     """The JSON object in a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -224,7 +225,7 @@ def _read_object(path: pathlib.Path, name: str) -> dict[str, Any]:
     return content
 
 
-def find_own_code(content: dict[str, Any]) -> str:
+def find_own_code(content: Json) -> str:
     """The class that a config file asks for by code of its own, for which transformers would take another; else empty."""
     if not content.get("auto_map"):
         return ""
@@ -235,7 +236,7 @@ def find_own_code(content: dict[str, Any]) -> str:
     return next((str(one) for one in named if one and not hasattr(transformers, str(one))), "")
 
 
-def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
+def _refuse_own_code(content: Json, file: str, name: str) -> None:
     """Raise Trouble (exit 6) where a file asks for a class by code of its own."""
     foreign = find_own_code(content)
     if foreign:
@@ -243,7 +244,7 @@ def _refuse_own_code(content: dict[str, Any], file: str, name: str) -> None:
                                   "run")
 
 
-def _refuse_old_class(content: dict[str, Any], file: str, name: str) -> None:
+def _refuse_old_class(content: Json, file: str, name: str) -> None:
     """Raise Trouble (exit 6) for an image processor under the name of its class of old, which transformers no longer knows."""
     kind = str(content.get("image_processor_type"))
     if kind.endswith("FeatureExtractor"):
@@ -252,7 +253,7 @@ def _refuse_old_class(content: dict[str, Any], file: str, name: str) -> None:
                                   "today: write that there, in a local copy of a model of the Hub")
 
 
-def is_for_transformers(config: dict[str, Any]) -> bool:
+def is_for_transformers(config: Json) -> bool:
     """Whether a config.json is for transformers without code of its own."""
     return bool(config.get("model_type")) and not find_own_code(config)
 
