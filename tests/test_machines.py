@@ -234,12 +234,12 @@ def test_stopped_and_continued(config, start_cli, tmp_path, write_table):
     for number in range(24):
         Image.effect_noise((2500, 2500), 80).convert("RGB").save(tmp_path / f"images/{number}.jpg")
     write_table([["url", "caption"], *([f"{number}.jpg", f"caption {number}"] for number in range(24))])
-    process = start_cli("--config", config, "--set", "decode_timeout_s=1", "--set", "loader_threads=2")
-    for _ in range(4):
-        time.sleep(0.4)
+    process = start_cli("--config", config, "--set", "decode_timeout_s=4", "--set", "loader_threads=2")
+    for _ in range(2):  # of which each counts for a second
+        time.sleep(1)
         if process.poll() is None:
             process.send_signal(signal.SIGSTOP)
-            time.sleep(1.6)
+            time.sleep(5)
             process.send_signal(signal.SIGCONT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0 and json.loads(stdout)["scored"] == 24, stderr
