@@ -328,6 +328,17 @@ def test_png_that_lacks_rows(depth, colours, channels, chances):
         assert status_of(png(samples, depth, colours, rows=rows)) in (MISSING, ("corrupt", "OSError"))
 
 
+def test_png_whose_data_break_off_in_a_wrong_checksum(chances):
+    """Where damage ends the compressed data before the last row, Pillow may leave the rest black: such an image is corrupt."""
+    samples = chances.integers(0, 256, (HEIGHT, WIDTH, 1))
+    samples[-3:] = 0
+    for rows in range(HEIGHT):
+        whole = png(samples, 8, 0, rows=rows)
+        for place in range(40, len(whole) - 16):
+            data = whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:]
+            assert status_of(data)[0] == "corrupt"
+
+
 def test_interlaced_png_that_lacks_rows(chances):
     """The same of an interlaced PNG, of which every other row may be missing; whole ones of any size are read."""
     signature_and_header = 33

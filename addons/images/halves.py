@@ -75,11 +75,17 @@ def _is_half_png(data: bytes) -> bool:
         rows = -(-(height - top) // down)
         if columns > 0 and rows > 0:
             expected += rows * (1 + -(-columns * depth * PNG_CHANNELS[colours] // 8))
-    unpack = zlib.decompressobj()
-    for packed in plain_pixels.png_pixels(data):
-        while packed and expected > 0:
-            expected -= len(unpack.decompress(packed, 2**20))
-            packed = unpack.unconsumed_tail
+    unpack = zlib.decompressobj(-zlib.MAX_WBITS)  # without looking at the checksum, which would hide how many rows there are
+    header = 2  # bytes before the data proper, RFC 1950
+    try:
+        for packed in plain_pixels.png_pixels(data):
+            waiting = packed[header:]
+            header = max(0, header - len(packed))
+            while waiting and expected > 0:
+                expected -= len(unpack.decompress(waiting, 2**20))
+                waiting = unpack.unconsumed_tail
+    except zlib.error:  # broken within, which Pillow has taken without a word
+        return True
     return expected > 0
 
 

@@ -175,6 +175,8 @@ class _Gathered:
             self._last_key = key
             self._is_back = key in self._places
             self._came_back = []
+        if kind in self._came_back:  # nothing of another pair came back, but this kind of member twice
+            self._came_back = []
         if key not in self._places or kind in self._entries[self._places[key]].members:
             self._begin(key)
         elif self._is_back:
