@@ -1664,6 +1664,11 @@ class Loaded:
     is_on_gpu: bool = False
 
 
+def hash_image(data: bytes) -> bytes:
+    """The hash, of 16 bytes, by which files with equal bytes are one image (`Loaded.digest`)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageDecoder:
     """Bytes -> RGB image, ready to be resized for the model that `settings` describe; raises RowFailure."""
@@ -1709,7 +1714,7 @@ class ImageLoader:
             raise RowFailure("missing", "no URL")
         with clock.stage("fetch"):
             data = self.read(source)
-        loaded.digest = hashlib.blake2b(data, digest_size=16).digest()
+        loaded.digest = hash_image(data)
         if self.on_gpu:
             loaded.pixels = self.on_gpu(data, loaded.digest)
             loaded.is_on_gpu = loaded.pixels is not None

@@ -1,7 +1,6 @@
 """The images of finished rows, read again the way the scoring script reads them: several at a time and in order."""
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -20,6 +19,7 @@ from image_text_sim_clip import (
     Trouble,
     decode_image,
     find_reader,
+    hash_image,
     loader_threads,
     open_source,
     say,
@@ -89,11 +89,6 @@ class ScoredDigests:
             return digests
 
 
-def hash_loaded(data: bytes) -> bytes:
-    """The hash that `ImageLoader` takes of an image's bytes."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
 class RunImages:
     """Scored images -> bytes -> images. Use it in a `with`: at its end what is still queued is dropped.
 
@@ -133,7 +128,7 @@ class RunImages:
         self._pool.add(self._read_or_fail, [image.source for image in images])
         for image in images:
             data = self._pool.take()
-            if isinstance(data, bytes) and image.digest not in (None, short_digest(hash_loaded(data))):
+            if isinstance(data, bytes) and image.digest not in (None, short_digest(hash_image(data))):
                 self.changed.add(image.source)
                 data = RowFailure("changed", "not the image that was scored")
             yield data
